@@ -1,0 +1,203 @@
+// The device: a small set of fused operations on device tensors. The model is written once against this interface;
+// cpu/ (and later cuda/) implement it.
+//
+// Operations are enqueued in program order and may run later; verify() is the one call that waits, and accepted
+// tokens are the only thing that comes back from it. Nothing is allocated between begin() and verify().
+//
+// Row invariance: what an operation computes for a row is a function of that row (and of the KV pages it can see)
+// alone. An implementation fixes the order of every reduction from the row's own shape and absolute position, never
+// from the other rows, their number, the number of threads or the way a prompt was cut into chunks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/sampling.h"
+
+namespace draftwerk {
+
+/// Positions in one KV page, for every layer type.
+inline constexpr int kPageSize = 16;
+/// Layer types, each with a page table of its own: 0 sliding attention, 1 full attention.
+inline constexpr int kPageTables = 2;
+
+/// A page's place in the KV arena, in units of kPageUnit bytes.
+using PageId = std::uint32_t;
+inline constexpr std::size_t kPageUnit = 256;
+inline constexpr PageId kNoPage = 0xFFFFFFFFU;
+
+/// How a weight's values are stored. The quantised types are those of GGUF and mean exactly what ggml defines.
+enum class WeightType : std::uint8_t { f32, f16, bf16, q8_0, q4_0, q5_0, q4_k, q6_k };
+
+/// Element type of the KV cache.
+enum class KvType : std::uint8_t { f16, f32 };
+
+/// A matrix [rows, columns] in the backend's own layout; y = W x has `rows` outputs.
+class Weight {
+ public:
+  Weight() = default;
+  Weight(const Weight&) = delete;
+  Weight& operator=(const Weight&) = delete;
+  Weight(Weight&&) = delete;
+  Weight& operator=(Weight&&) = delete;
+  virtual ~Weight() = default;
+  [[nodiscard]] virtual WeightType type() const = 0;
+  [[nodiscard]] virtual std::int64_t rows() const = 0;
+  [[nodiscard]] virtual std::int64_t columns() const = 0;
+  /// Bytes that it occupies on the device.
+  [[nodiscard]] virtual std::size_t bytes() const = 0;
+};
+
+/// Device memory, released with the object.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&&) = delete;
+  Buffer& operator=(Buffer&&) = delete;
+  virtual ~Buffer() = default;
+  [[nodiscard]] virtual void* data() const = 0;
+  [[nodiscard]] virtual std::size_t bytes() const = 0;
+};
+
+/// Activations [rows of the step, columns], row-major, in the backend's own activation type (float32 on the CPU).
+/// A view: the memory belongs to a Buffer.
+struct Tensor {
+  void* data = nullptr;
+  int columns = 0;
+};
+
+/// RMSNorm: x * rsqrt(mean(x^2) + epsilon) * scale, in float32. `scale` is a host-visible device pointer to
+/// [columns] float32 that already holds 1 + w where the checkpoint's convention is that.
+struct Norm {
+  const float* scale = nullptr;
+  float epsilon = 1e-6F;
+};
+
+/// One output of project(): output = weight * input.
+struct Projection {
+  const Weight* weight = nullptr;
+  Tensor output;
+};
+
+/// Rotary embedding over pairs (i, i + head_dim / 2): angle = position * inverse_frequency[i], 0 <= i < head_dim / 2.
+struct Rope {
+  const float* inverse_frequency = nullptr;
+};
+
+/// Where one layer keeps its keys and values inside the pages of its layer type.
+struct KvLayer {
+  int table = 0;                 ///< which page table
+  std::size_t key_offset = 0;    ///< bytes from the start of a page; a multiple of 64
+  std::size_t value_offset = 0;  ///< likewise
+  int heads = 0;
+  int head_dim = 0;
+  KvType type = KvType::f16;
+};
+
+/// The whole KV cache as the device sees it.
+struct KvArena {
+  std::byte* base = nullptr;
+};
+
+/// Consecutive rows of one sequence.
+struct Segment {
+  int first_row = 0;
+  int rows = 0;
+  std::int64_t first_position = 0;  ///< absolute position of first_row
+  /// Page tables by layer type, indexed by position / kPageSize. Entries of a sliding layer that lie wholly before
+  /// the window of first_position may be kNoPage and are not read.
+  const PageId* pages[kPageTables] = {nullptr, nullptr};
+};
+
+/// What one step computes. The spans stay valid until verify() returns.
+struct StepRows {
+  std::span<const TokenId> tokens;          ///< [rows]
+  std::span<const std::int64_t> positions;  ///< [rows], absolute
+  std::span<const Segment> segments;        ///< cover the rows in order, without gap or overlap
+  std::span<const int> output_rows;         ///< rows whose logits are wanted, ascending
+};
+
+/// Verification of one sequence: its draft tokens against the target's own choices.
+struct VerifyGroup {
+  int first_output = 0;             ///< index in StepRows::output_rows of the row of its last known token
+  std::span<const TokenId> drafts;  ///< k drafts; rows first_output .. first_output + k are this group's
+  std::int64_t position = 0;        ///< absolute position of the first token to choose
+  const SamplingParams* sampling = nullptr;
+  const TokenHistory* history = nullptr;  ///< tokens before `position`; null when no penalty is asked for
+  std::span<const TokenId> banned;        ///< excluded from the first `banned_tokens` choices of this group
+  int banned_tokens = 0;
+};
+
+/// What a verification accepted: the agreeing drafts and one token of the target's own.
+struct VerifyResult {
+  std::vector<TokenId> tokens;                 ///< 1 .. k + 1 tokens; all but the last were drafted
+  std::vector<float> logprobs;                 ///< of each token, if asked for
+  std::vector<std::vector<TokenLogprob>> top;  ///< the n most probable at each token, descending, if asked for
+};
+
+class Backend {
+ public:
+  Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+  Backend(Backend&&) = delete;
+  Backend& operator=(Backend&&) = delete;
+  virtual ~Backend() = default;
+
+  /// For people: "cpu avx512, 2 threads".
+  [[nodiscard]] virtual std::string description() const = 0;
+
+  // --- memory, at load time only -----------------------------------------------------------------------------
+  /// Zeroed device memory, aligned to 4096 bytes. Pages of it that are never touched cost nothing.
+  virtual std::unique_ptr<Buffer> allocate(std::size_t bytes) = 0;
+  /// An empty matrix to be filled by upload_rows. `columns` is a multiple of 32 (of 256 for q4_k and q6_k) for the
+  /// quantised types and free for the others.
+  virtual std::unique_ptr<Weight> create_weight(WeightType type, std::int64_t rows, std::int64_t columns) = 0;
+  /// Stores rows [first_row, first_row + count) from `source`, which holds them contiguously in `source_type`;
+  /// source_type is the weight's type, or f32/f16/bf16 for a q8_0, f32, f16 or bf16 weight, converted on the way.
+  /// first_row is a multiple of 16, count too unless the range ends with the last row.
+  virtual void upload_rows(Weight& weight, std::int64_t first_row, std::int64_t count, WeightType source_type,
+                           const std::byte* source) = 0;
+  /// Fixes the largest step and allocates every scratch space for it. `max_columns` is the widest input of any
+  /// projection, `vocabulary` the rows of the head.
+  virtual void reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) = 0;
+  /// Bytes that a layer's keys (and as many again for its values) take in a page.
+  [[nodiscard]] virtual std::size_t kv_bytes(int heads, int head_dim, KvType type) const = 0;
+  /// Bytes of one activation element.
+  [[nodiscard]] virtual std::size_t activation_bytes() const = 0;
+
+  // --- one step ----------------------------------------------------------------------------------------------
+  virtual void begin(const StepRows& rows, KvArena arena) = 0;
+  /// out[r] = table[tokens[r]] * scale
+  virtual void embed(const Weight& table, float scale, Tensor out) = 0;
+  /// outputs[i] = W_i * (norm ? norm(input) : input)
+  virtual void project(Tensor input, const Norm* norm, std::span<const Projection> outputs) = 0;
+  /// output = gelu_tanh(gate * norm(input)) * (up * norm(input)), elementwise product
+  virtual void project_geglu(Tensor input, const Norm& norm, const Weight& gate, const Weight& up, Tensor output) = 0;
+  /// residual += norm(W * input)
+  virtual void project_add(Tensor input, const Weight& weight, const Norm& norm, Tensor residual) = 0;
+  /// Normalises queries and keys per head, rotates both, writes keys and values to the rows' pages; queries in place.
+  virtual void append_kv(Tensor query, Tensor key, Tensor value, int query_heads, const Norm& query_norm,
+                         const Norm& key_norm, const Rope& rope, const KvLayer& kv) = 0;
+  /// Attention of the rows over their own sequences: row at position p sees positions p - window + 1 .. p
+  /// (0 .. p when window is 0). output[r] is [query_heads, head_dim].
+  virtual void attend(Tensor query, int query_heads, const KvLayer& kv, int window, float scale, Tensor output) = 0;
+  /// Logits of the output rows, kept on the device for verify(): softcap * tanh(head * norm(hidden) / softcap), or
+  /// head * norm(hidden) when softcap is 0.
+  virtual void head(Tensor hidden, const Norm& norm, const Weight& weight, float softcap) = 0;
+  /// Chooses the target's token at every output row and accepts drafts while they agree. Waits for the step.
+  /// `results` has one entry per group; vectors in it are reused.
+  virtual void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) = 0;
+
+  // --- for tests and evaluation ------------------------------------------------------------------------------
+  /// Copies the logits of the step's output rows to `out`, [outputs, vocabulary] float32. Waits.
+  virtual void read_logits(std::span<float> out) = 0;
+};
+
+}  // namespace draftwerk

@@ -1,0 +1,67 @@
+#include "backend/cpu/isa.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace draftwerk::cpu {
+
+namespace {
+
+// __builtin_cpu_supports also asks whether the operating system saves the registers.
+bool has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+// The flags that the _avx512.cc files are compiled with.
+bool has_avx512() {
+#if defined(__x86_64__)
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::portable:
+      return "portable";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+  }
+  return "unknown";
+}
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> isas = {Isa::portable};
+  if (has_avx2()) isas.push_back(Isa::avx2);
+  if (has_avx512()) isas.push_back(Isa::avx512);
+  return isas;
+}
+
+Isa choose_isa() {
+  const std::vector<Isa> available = available_isas();
+  const char* wish = std::getenv("DRAFTWERK_CPU_ISA");
+  if (wish == nullptr || *wish == '\0') return available.back();
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+    if (std::strcmp(wish, isa_name(isa)) != 0) continue;
+    if (std::find(available.begin(), available.end(), isa) != available.end()) return isa;
+    throw std::runtime_error("DRAFTWERK_CPU_ISA=" + std::string(wish) + ": this machine lacks " + wish +
+                             "; the best it has is " + isa_name(available.back()));
+  }
+  throw std::runtime_error("DRAFTWERK_CPU_ISA=" + std::string(wish) + ": expected portable, avx2 or avx512");
+}
+
+}  // namespace draftwerk::cpu

@@ -1,0 +1,18 @@
+// Which instruction set the kernels use: the best that the machine has, or the one that DRAFTWERK_CPU_ISA names.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace draftwerk::cpu {
+
+enum class Isa { portable, avx2, avx512 };
+
+/// Every instruction set that this machine can run, worst first.
+std::vector<Isa> available_isas();
+/// The best available one, unless the environment variable DRAFTWERK_CPU_ISA (portable, avx2, avx512) names
+/// another; throws std::runtime_error if it names one that does not exist or that the machine lacks.
+Isa choose_isa();
+const char* isa_name(Isa isa);
+
+}  // namespace draftwerk::cpu

@@ -1,0 +1,130 @@
+// The kernels in plain C++, and the choice between the instruction sets.
+#define DRAFTWERK_ISA portable
+#include <utility>
+
+#include "backend/cpu/matmul.h"
+#include "backend/cpu/simd.h"
+
+namespace draftwerk::cpu {
+
+namespace portable {
+
+namespace {
+
+using Float = f32x16;
+using Integers = i32x16;
+using Bytes = std::uint8_t __attribute__((vector_size(16)));
+
+constexpr int kTile = 4;
+
+inline Float zero_lanes() { return Float{}; }
+inline Float splat_lanes(float x) { return splat(x); }
+inline Float multiply(Float a, Float b) { return a * b; }
+inline Float multiply_add(Float a, Float b, Float c) { return fma(a, b, c); }
+inline Float to_lanes(Integers v) { return to_float(v); }
+inline void store_lanes(float* p, Float v) { store(p, v); }
+
+template <WeightType type>
+inline Float load_lanes(const std::byte* p) {
+  if constexpr (type == WeightType::f32) {
+    Float v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  } else {
+    std::uint16_t words[kPanel];
+    std::memcpy(words, p, sizeof words);
+    if constexpr (type == WeightType::f16) return load_half(words);
+    return load_bfloat(words);
+  }
+}
+
+inline Float lanes_from_u8(const std::byte* p) {
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return to_float(__builtin_convertvector(bytes, Integers));
+}
+inline Float lanes_from_i8(const std::byte* p) {
+  using SignedBytes = std::int8_t __attribute__((vector_size(16)));
+  SignedBytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return to_float(__builtin_convertvector(bytes, Integers));
+}
+
+// The 64 bytes of group g as values less their zero point.
+template <WeightType type>
+inline void unpack_group(const std::byte* block, int g, std::int16_t (&out)[layout::kGroupBytes]) {
+  const std::byte* nibbles = block;
+  if constexpr (type == WeightType::q5_0) nibbles += layout::kFifthBits;
+  if constexpr (type == WeightType::q6_k) nibbles += layout::kUpperBits;
+  const std::byte* both = nibbles + g % 4 * layout::kGroupBytes;
+  const int shift = g < 4 ? 0 : 4;
+  std::uint64_t fifth = 0;
+  if constexpr (type == WeightType::q5_0) std::memcpy(&fifth, block + g * sizeof fifth, sizeof fifth);
+  const std::byte* fields = block + g / 4 * layout::kGroupBytes;
+  for (int i = 0; i < static_cast<int>(layout::kGroupBytes); ++i) {
+    int q;
+    if constexpr (type == WeightType::q8_0) {
+      q = std::to_integer<int>(block[g * layout::kGroupBytes + i]) - 128;
+    } else {
+      q = std::to_integer<int>(both[i]) >> shift & 15;
+      if constexpr (type == WeightType::q4_0) q -= 8;
+      if constexpr (type == WeightType::q5_0) q += static_cast<int>(fifth >> i & 1U) * 16 - 16;
+      if constexpr (type == WeightType::q6_k) q += (std::to_integer<int>(fields[i]) >> (g % 4 * 2) & 3) * 16 - 32;
+    }
+    out[i] = static_cast<std::int16_t>(q);
+  }
+}
+
+template <WeightType type, int R>
+inline void dot_groups(const std::byte* block, int first_group, int last_group, const std::int8_t* quants,
+                       std::int64_t stride, Integers (&dot)[R]) {
+  std::int32_t sum[R][kPanel] = {};
+  for (int g = first_group; g < last_group; ++g) {
+    std::int16_t w[layout::kGroupBytes];
+    unpack_group<type>(block, g, w);
+    for (int r = 0; r < R; ++r) {
+      const std::int8_t* q = quants + r * stride + g * 4;
+      const std::int16_t a[4] = {q[0], q[1], q[2], q[3]};
+      for (int lane = 0; lane < kPanel; ++lane) {
+        const std::int16_t* row = w + lane * 4;
+        sum[r][lane] += row[0] * a[0] + row[1] * a[1] + row[2] * a[2] + row[3] * a[3];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) std::memcpy(&dot[r], sum[r], sizeof dot[r]);
+}
+
+template <WeightType type, int R>
+inline void dot_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
+                      const std::int32_t* /*sums*/, std::int64_t /*sum_stride*/, Integers (&dot)[R]) {
+  dot_groups<type, R>(block, 0, layout::kGroups, quants, stride, dot);
+}
+
+template <int half, int R>
+inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
+                     const std::int32_t* /*sums*/, std::int64_t /*sum_stride*/, Integers (&dot)[R]) {
+  dot_groups<WeightType::q6_k, R>(block, half * 4, half * 4 + 4, quants, stride, dot);
+}
+
+#include "backend/cpu/matmul.inl"
+
+}  // namespace
+
+const MatmulKernels& matmul_kernels() { return kKernels; }
+
+}  // namespace portable
+
+bool takes_quantized(WeightType type) {
+  return type != WeightType::f32 && type != WeightType::f16 && type != WeightType::bf16;
+}
+
+const MatmulKernels& matmul_kernels(Isa isa) {
+#if defined(__x86_64__)
+  if (isa == Isa::avx512) return avx512::matmul_kernels();
+  if (isa == Isa::avx2) return avx2::matmul_kernels();
+#endif
+  static_cast<void>(isa);
+  return portable::matmul_kernels();
+}
+
+}  // namespace draftwerk::cpu

@@ -1,0 +1,50 @@
+// Memory of the CPU backend: zeroed mappings, and an arena of huge pages that weights are carved from.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "backend/backend.h"
+
+namespace draftwerk::cpu {
+
+/// Zeroed anonymous memory, aligned to 4096 bytes; pages that are never touched cost nothing.
+class MappedMemory final : public Buffer {
+ public:
+  /// `bytes` may be 0. Throws std::bad_alloc if the system refuses.
+  explicit MappedMemory(std::size_t bytes);
+  ~MappedMemory() override;
+  [[nodiscard]] void* data() const override { return data_; }
+  [[nodiscard]] std::size_t bytes() const override { return bytes_; }
+
+  /// Its first `bytes` start at a multiple of 2 MB and the system is asked for huge pages: a step streams every
+  /// weight, and with 4 KB pages the walks of the page table show.
+  static std::shared_ptr<MappedMemory> huge(std::size_t bytes);
+
+ private:
+  MappedMemory(std::size_t bytes, std::size_t alignment);
+  void* mapping_ = nullptr;
+  std::size_t mapped_ = 0;
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+/// A piece of memory that keeps the mapping it lies in alive.
+struct MemorySlice {
+  std::shared_ptr<MappedMemory> mapping;
+  std::byte* data = nullptr;
+};
+
+/// Hands out slices for weights. Small ones share mappings, because many weights are well below the 2 MB of a huge
+/// page; large ones get a mapping of their own. A mapping goes back when the last slice in it does.
+class WeightArena {
+ public:
+  /// Zeroed, aligned to 64 bytes. Throws std::bad_alloc.
+  MemorySlice take(std::size_t bytes);
+
+ private:
+  std::shared_ptr<MappedMemory> chunk_;
+  std::size_t used_ = 0;
+};
+
+}  // namespace draftwerk::cpu

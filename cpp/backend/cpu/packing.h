@@ -1,0 +1,73 @@
+// Weight matrices as the CPU kernels read them: panels of 16 output rows, so that one register holds one value of
+// every row and a thread streams each panel as one contiguous run of memory.
+//
+// A quantised panel is a sequence of blocks of 32 columns (for the K types: superblocks of 256), each with its scales
+// in front of its values. Nothing is rounded: the checkpoint's bits are only rearranged, and the values become
+// unsigned (the zero point is taken off in the dot product). "Group g" is columns 4g .. 4g + 3 of a block; 64 bytes
+// hold a group as [16 rows][4 columns]. `nibbles` are four such vectors: the j-th holds group j in its low halves and
+// group j + 4 in its high halves, which is also how q4_0 and q5_0 pair columns.
+//   q8_0  16 x f16 scale | 8 x 64 bytes, value + 128
+//   q4_0  16 x f16 scale | nibbles
+//   q5_0  16 x f16 scale | 8 x 64 bits, fifth bit of each byte of a group | nibbles
+//   q4_k  16 x f16 d, 16 x f16 dmin | 8 blocks of: 16 x u8 scale, 16 x u8 min, nibbles
+//   q6_k  16 x f16 d | 8 blocks of: 2 x 16 x i8 scale (per 16 columns), 2 x 64 bytes upper bit pairs, nibbles;
+//         in upper vector h, bits 2f and 2f + 1 belong to group 4h + f
+//   f32, f16, bf16   [columns][16 rows]
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/backend.h"
+
+namespace draftwerk::cpu {
+
+inline constexpr int kPanel = 16;        ///< output rows per panel
+inline constexpr int kBlock = 32;        ///< columns per quantisation block
+inline constexpr int kSuperblock = 256;  ///< columns per superblock of q4_k and q6_k
+
+/// Sizes in bytes and counts of the layouts above.
+namespace layout {
+inline constexpr std::size_t kHalves = kPanel * sizeof(std::uint16_t);  // one f16 per row
+inline constexpr std::size_t kGroupBytes = kPanel * 4;                  // one group of four columns
+inline constexpr int kGroups = kBlock / 4;
+inline constexpr std::size_t kNibbles = kGroups / 2 * kGroupBytes;
+inline constexpr std::size_t kFifthBits = kGroups * sizeof(std::uint64_t);
+inline constexpr std::size_t kUpperBits = 2 * kGroupBytes;
+inline constexpr std::size_t kQ8Block = kHalves + kGroups * kGroupBytes;
+inline constexpr std::size_t kQ4Block = kHalves + kNibbles;
+inline constexpr std::size_t kQ5Block = kHalves + kFifthBits + kNibbles;
+inline constexpr std::size_t kQ4KBlock = 2 * kPanel + kNibbles;
+inline constexpr std::size_t kQ6KBlock = 2 * kPanel + kUpperBits + kNibbles;
+inline constexpr int kBlocksPerSuper = kSuperblock / kBlock;
+inline constexpr std::size_t kQ4KSuper = 2 * kHalves + kBlocksPerSuper * kQ4KBlock;
+inline constexpr std::size_t kQ6KSuper = kHalves + kBlocksPerSuper * kQ6KBlock;
+}  // namespace layout
+
+/// A matrix [rows, columns] in panels; a view. Panel p holds rows 16p .. 16p + 15 (absent rows are zero) and starts at
+/// data + p * panel_bytes. `data` is aligned to 32 bytes.
+struct PackedMatrix {
+  WeightType type = WeightType::f32;
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+  std::size_t panel_bytes = 0;
+  const std::byte* data = nullptr;
+};
+
+[[nodiscard]] constexpr std::int64_t panel_count(std::int64_t rows) { return (rows + kPanel - 1) / kPanel; }
+
+/// Bytes of one panel; a multiple of 32. Throws std::invalid_argument if `columns` is not a positive multiple of the
+/// type's block (32; 256 for q4_k and q6_k; 1 for the float types).
+[[nodiscard]] std::size_t panel_bytes(WeightType type, std::int64_t columns);
+
+/// Packs `count` rows of `columns` values, contiguous at `source`, into the ceil(count / 16) panels at `panels`; the
+/// rows that the last panel lacks become zero. source_type == type, or one of f32, f16, bf16 for a q8_0, f32, f16 or
+/// bf16 matrix: floats are rounded to nearest even, q8_0 has scale max|x| / 127 in f16, as ggml makes it.
+/// Throws std::invalid_argument for any other combination.
+void pack_rows(WeightType type, std::int64_t columns, std::int64_t count, WeightType source_type,
+               const std::byte* source, std::byte* panels);
+
+/// out[0 .. columns) = scale * dequantised row.
+void unpack_row(const PackedMatrix& matrix, std::int64_t row, float scale, float* out);
+
+}  // namespace draftwerk::cpu

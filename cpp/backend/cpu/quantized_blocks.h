@@ -1,0 +1,32 @@
+// What the checkpoint formats mean: the obvious decoder of each, one element at a time. The fast kernels are tested
+// against these, and these against the gguf package.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/backend.h"
+
+namespace draftwerk::cpu {
+
+/// Columns per block as the file stores them: 256 for q4_k and q6_k, 32 for the other quantised types, 1 for floats.
+[[nodiscard]] int block_columns(WeightType type);
+/// Bytes per such block.
+[[nodiscard]] std::size_t block_bytes(WeightType type);
+[[nodiscard]] const char* weight_type_name(WeightType type);
+
+[[nodiscard]] float half_to_float(std::uint16_t bits);
+/// To nearest even; overflow becomes infinity.
+[[nodiscard]] std::uint16_t float_to_half(float value);
+[[nodiscard]] float bfloat_to_float(std::uint16_t bits);
+/// To nearest even.
+[[nodiscard]] std::uint16_t float_to_bfloat(float value);
+
+/// Decodes `elements` values (a multiple of block_columns; the rest of a part block is not written) as ggml defines
+/// them (ggml-quants.c, dequantize_row_*), in float32. `source` may be unaligned.
+void dequantize(WeightType type, const std::byte* source, std::int64_t elements, float* out);
+
+/// The naive product: y[r * rows_w + n] = sum over k of w[n * columns + k] * x[r * columns + k], in double.
+void naive_matmul(const float* w, std::int64_t rows_w, std::int64_t columns, const float* x, int rows, float* y);
+
+}  // namespace draftwerk::cpu

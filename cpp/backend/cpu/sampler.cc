@@ -1,0 +1,413 @@
+#include "backend/cpu/sampler.h"
+
+#include <algorithm>
+#include <bit>
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <utility>
+
+namespace draftwerk::cpu {
+
+const SamplerKernels& sampler_kernels(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return avx512::kSamplerKernels;
+    case Isa::avx2:
+      return avx2::kSamplerKernels;
+    case Isa::portable:
+      break;
+  }
+  return portable::kSamplerKernels;
+}
+
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+/// Up to this many tokens are copied out of the row and compete as a list; a larger top_k works on the row itself.
+constexpr int kListCapacity = 2048;
+/// A greedy row takes a microsecond, about what it costs to wake a worker.
+constexpr std::int64_t kGreedyGrain = 8;
+constexpr Cut kKeepAll{kMinusInfinity, INT_MAX};
+
+float scaled(float value, float scale) {
+  const float z = value * scale;
+  return FLT_MAX < z ? FLT_MAX : z;
+}
+
+int chunks_of(const LogitRow& row) { return (row.vocabulary + kLogitChunk - 1) / kLogitChunk; }
+
+/// The largest logit; minus infinity if there is none.
+float row_maximum(const LogitRow& row) {
+  float top = kMinusInfinity;
+  for (int c = 0; c < chunks_of(row); ++c) top = row.chunk_max[c] > top ? row.chunk_max[c] : top;
+  return top;
+}
+
+bool keeps(Cut cut, float z, TokenId token) { return z > cut.value || (z == cut.value && token <= cut.last); }
+
+/// Integers in the order of the floats they stand for; neighbours are neighbours.
+std::int64_t sort_key(float x) {
+  const auto bits = std::bit_cast<std::int32_t>(x);
+  return bits >= 0 ? bits : bits ^ 0x7FFFFFFF;
+}
+
+float from_sort_key(std::int64_t key) {
+  const auto bits = static_cast<std::int32_t>(key);
+  return std::bit_cast<float>(bits >= 0 ? bits : bits ^ 0x7FFFFFFF);
+}
+
+struct Threshold {
+  float value = 0.0F;
+  int above = 0;       ///< how many lie above it
+  bool exact = false;  ///< at most k values are at least `value`: none needs to be told from its equals
+};
+
+/// The threshold that at least k values reach, k > 0, by bisection over all floats from `low` (which k or more
+/// reach, or which is the lowest number there is) to `high` (the largest value). Counting needs neither memory nor
+/// order, and stops as soon as some float separates k values from the rest.
+template <typename CountAtLeast>
+Threshold find_threshold(int k, float low, float high, CountAtLeast&& count_at_least) {
+  if (count_at_least(low) <= k) return {low, 0, true};
+  std::int64_t reached = sort_key(low);
+  std::int64_t missed = sort_key(high) + 1;
+  int above = 0;
+  while (missed - reached > 1) {
+    const std::int64_t middle = reached + (missed - reached) / 2;
+    const int count = count_at_least(from_sort_key(middle));
+    if (count == k) return {from_sort_key(middle), 0, true};
+    if (count > k) {
+      reached = middle;
+    } else {
+      missed = middle;
+      above = count;
+    }
+  }
+  return {from_sort_key(reached), above, false};
+}
+
+/// Of the tokens with z == value, the one that is the n-th in id order, n >= 1.
+TokenId nth_equal(const LogitRow& row, float value, int n) {
+  for (int token = 0; token < row.vocabulary; ++token) {
+    if (token % kLogitChunk == 0 && !(scaled(row.chunk_max[token / kLogitChunk], row.scale) >= value)) {
+      token += kLogitChunk - 1;
+      continue;
+    }
+    if (scaled(row.values[token], row.scale) == value && --n == 0) return token;
+  }
+  return INT_MAX;
+}
+
+/// Keeps the k tokens of the largest z, given a bound that at least k tokens reach, or the lowest number.
+Cut row_cut(const SamplerKernels& kernels, const LogitRow& row, int k, float bound) {
+  const float top = scaled(row_maximum(row), row.scale);
+  const Threshold found =
+      find_threshold(k, bound, top, [&](float threshold) { return kernels.row_count_at_least(row, threshold); });
+  return {found.value, found.exact ? INT_MAX : nth_equal(row, found.value, k - found.above)};
+}
+
+double log_normalizer(float top, std::uint64_t mass) {
+  return static_cast<double>(top) + std::log(std::ldexp(static_cast<double>(mass), -kWeightFractionBits));
+}
+
+/// `logit` NaN counts as minus infinity, as does every token of a row without a finite logit.
+float log_probability(float logit, double normalizer) {
+  const double difference = static_cast<double>(scaled(logit, 1.0F)) - normalizer;
+  return std::isnan(difference) ? kMinusInfinity : static_cast<float>(difference);
+}
+
+/// A row whose contenders are found in place.
+struct WholeRow {
+  const SamplerKernels& kernels;
+  const LogitRow& row;
+
+  [[nodiscard]] std::uint64_t mass(Cut cut, float top) const { return kernels.row_mass(row, cut, top); }
+  [[nodiscard]] Winner best(Cut cut, NoiseKey noise) const { return kernels.row_best(row, cut, noise); }
+};
+
+/// A row whose contenders were collected.
+struct ShortList {
+  const SamplerKernels& kernels;
+  Candidates list;
+
+  [[nodiscard]] std::uint64_t mass(Cut cut, float top) const { return kernels.list_mass(list, cut, top); }
+  [[nodiscard]] Winner best(Cut cut, NoiseKey noise) const { return kernels.list_best(list, cut, noise); }
+};
+
+/// top_p, min_p and the noise, over what `cut` left. The nucleus is never built: it is a prefix of the sorted tokens,
+/// so if the winner of all tokens lies inside, it is the winner of the nucleus, and it lies inside if the mass before
+/// it is small enough. Otherwise it and everything behind it are out, and the rest competes again: rarely more than
+/// once, as the first winner is outside with probability 1 - top_p at most.
+template <typename Contenders>
+TokenId choose_among(const Contenders& contenders, Cut cut, const SamplingParams& sampling, float top, NoiseKey noise) {
+  const bool nucleus = sampling.top_p < 1.0F;
+  std::uint64_t allowed = 0;
+  if (nucleus) {
+    const double total = static_cast<double>(contenders.mass(cut, top));
+    allowed = std::max<std::uint64_t>(1, static_cast<std::uint64_t>(static_cast<double>(sampling.top_p) * total));
+  }
+  // What ranks before a token is the same with and without min_p.
+  if (sampling.min_p > 0.0F) {
+    const float floor = top + std::log(sampling.min_p);
+    if (floor > cut.value) cut = {floor, INT_MAX};
+  }
+  while (true) {
+    const Winner winner = contenders.best(cut, noise);
+    if (winner.token == INT_MAX || !nucleus) return winner.token;
+    const Cut before{winner.z, winner.token - 1};
+    if (contenders.mass(before, top) < allowed) return winner.token;
+    cut = before;
+  }
+}
+
+}  // namespace
+
+struct alignas(64) Sampler::Scratch {
+  std::vector<float> z;
+  std::vector<TokenId> tokens;
+  std::vector<std::uint8_t> touched;                ///< per chunk: its maximum is out of date
+  std::vector<std::pair<TokenId, float>> original;  ///< the logits that were overwritten, as they were
+};
+
+struct Sampler::Choice {
+  TokenId token = 0;
+  float logprob = 0.0F;
+  double normalizer = 0.0;  ///< log of the sum of exp(logit)
+  std::vector<TokenLogprob> top;
+};
+
+Sampler::Sampler(Isa isa, int vocabulary, int max_rows, int workers)
+    : kernels_(sampler_kernels(isa)),
+      vocabulary_(vocabulary),
+      scratch_(static_cast<std::size_t>(workers)),
+      choices_(static_cast<std::size_t>(max_rows)),
+      rejected_(std::make_unique<std::atomic<int>[]>(static_cast<std::size_t>(max_rows))),
+      max_rows_(max_rows) {
+  const auto chunks = static_cast<std::size_t>((vocabulary + kLogitChunk - 1) / kLogitChunk);
+  for (Scratch& scratch : scratch_) {
+    scratch.z.assign(kListCapacity, kMinusInfinity);
+    scratch.tokens.assign(kListCapacity, 0);
+    scratch.touched.assign(chunks, 0);
+  }
+  tasks_.reserve(static_cast<std::size_t>(max_rows));
+}
+
+Sampler::~Sampler() = default;
+
+void Sampler::verify_logits(const LogitRows& logits, std::span<const VerifyGroup> groups,
+                            std::span<VerifyResult> results, WorkerPool& pool) {
+  // Rows in the order of their place in the group: a later row is needed only if the drafts before it were right.
+  tasks_.clear();
+  bool heavy = false;
+  std::size_t longest = 0;
+  for (const VerifyGroup& group : groups) longest = std::max(longest, group.drafts.size());
+  for (std::size_t row = 0; row <= longest; ++row) {
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+      if (row <= groups[g].drafts.size()) tasks_.push_back({static_cast<int>(g), static_cast<int>(row)});
+    }
+  }
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    const SamplingParams& sampling = *groups[g].sampling;
+    heavy = heavy || sampling.temperature > 0.0F || sampling.needs_history() || sampling.logprobs >= 0;
+    rejected_[g].store(static_cast<int>(groups[g].drafts.size()), std::memory_order_relaxed);
+  }
+
+  const std::int64_t grain = heavy ? 1 : kGreedyGrain;
+  pool.parallel_for(
+      static_cast<std::int64_t>(tasks_.size()), grain, [&](std::int64_t begin, std::int64_t end, int worker) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          const Task task = tasks_[static_cast<std::size_t>(i)];
+          const VerifyGroup& group = groups[static_cast<std::size_t>(task.group)];
+          std::atomic<int>& rejected = rejected_[static_cast<std::size_t>(task.group)];
+          if (task.row > rejected.load(std::memory_order_relaxed)) continue;
+          Choice& choice = choices_[static_cast<std::size_t>(group.first_output + task.row)];
+          choose(logits, group, task.row, scratch_[static_cast<std::size_t>(worker)], choice);
+          if (static_cast<std::size_t>(task.row) == group.drafts.size()) continue;
+          if (choice.token == group.drafts[static_cast<std::size_t>(task.row)]) continue;
+          int first = rejected.load(std::memory_order_relaxed);
+          while (task.row < first && !rejected.compare_exchange_weak(first, task.row, std::memory_order_relaxed)) {
+          }
+        }
+      });
+
+  for (std::size_t g = 0; g < groups.size(); ++g) {
+    const int count = rejected_[g].load(std::memory_order_relaxed) + 1;
+    const int logprobs = groups[g].sampling->logprobs;
+    VerifyResult& result = results[g];
+    result.tokens.clear();
+    result.logprobs.clear();
+    result.top.resize(logprobs > 0 ? static_cast<std::size_t>(count) : 0);
+    for (int row = 0; row < count; ++row) {
+      const Choice& choice = choices_[static_cast<std::size_t>(groups[g].first_output + row)];
+      result.tokens.push_back(choice.token);
+      if (logprobs >= 0) result.logprobs.push_back(choice.logprob);
+      if (logprobs > 0) result.top[static_cast<std::size_t>(row)] = choice.top;
+    }
+  }
+}
+
+/// One row, by the list in sampling.h.
+void Sampler::choose(const LogitRows& logits, const VerifyGroup& group, int row, Scratch& scratch,
+                     Choice& choice) const {
+  const SamplingParams& sampling = *group.sampling;
+  const std::int64_t output = group.first_output + row;
+  float* values = logits.values + output * logits.stride;
+  float* chunk_max = logits.chunk_max + output * logits.chunk_stride;
+
+  const bool wants_logprobs = sampling.logprobs >= 0;
+  if (wants_logprobs) record_logprobs({values, chunk_max, vocabulary_, 1.0F}, sampling.logprobs, scratch, choice);
+  adjust(values, chunk_max, group, row, scratch);
+  if (sampling.temperature <= 0.0F) {
+    choice.token = choose_greedy({values, chunk_max, vocabulary_, 1.0F});
+  } else {
+    const LogitRow scaled_row{values, chunk_max, vocabulary_, 1.0F / sampling.temperature};
+    choice.token = choose_sampled(scaled_row, sampling, {sampling.seed, group.position + row}, scratch);
+  }
+  if (wants_logprobs) {
+    float logit = values[choice.token];
+    for (const auto& [token, original] : scratch.original) {
+      if (token != choice.token) continue;
+      logit = original;
+      break;
+    }
+    choice.logprob = log_probability(logit, choice.normalizer);
+  }
+}
+
+void Sampler::record_logprobs(const LogitRow& row, int count, Scratch& scratch, Choice& choice) const {
+  choice.top.clear();
+  const float top = scaled(row_maximum(row), row.scale);
+  choice.normalizer = log_normalizer(top, kernels_.row_mass(row, kKeepAll, top));
+  count = std::min({count, vocabulary_, kListCapacity});
+  if (count <= 0) return;
+  Cut cut = kKeepAll;
+  const int found = collect_top(row, count, scratch, cut);
+  for (int i = 0; i < found; ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    if (keeps(cut, scratch.z[at], scratch.tokens[at])) choice.top.push_back({scratch.tokens[at], scratch.z[at]});
+  }
+  std::sort(choice.top.begin(), choice.top.end(), [](const TokenLogprob& a, const TokenLogprob& b) {
+    return a.logprob > b.logprob || (a.logprob == b.logprob && a.token < b.token);
+  });
+  for (TokenLogprob& entry : choice.top) entry.logprob = log_probability(entry.logprob, choice.normalizer);
+}
+
+/// Steps 1 to 3. The tokens before row i of a group are its history and the i drafts before it, which have proved
+/// right if the row counts at all; they are counted on top of the history, which several rows read at once.
+void Sampler::adjust(float* values, float* chunk_max, const VerifyGroup& group, int row, Scratch& scratch) const {
+  const SamplingParams& sampling = *group.sampling;
+  scratch.original.clear();
+  bool changed = false;
+  const auto overwrite = [&](TokenId token, float logit) {
+    float& value = values[token];
+    if (sampling.logprobs >= 0) scratch.original.emplace_back(token, value);
+    value = logit;
+    scratch.touched[static_cast<std::size_t>(token / kLogitChunk)] = 1;
+    changed = true;
+  };
+  const auto inside = [this](TokenId token) { return token >= 0 && token < vocabulary_; };
+
+  if (sampling.needs_history()) {
+    const auto drafts = group.drafts.first(static_cast<std::size_t>(row));
+    const auto penalize = [&](TokenId token, bool in_prompt, int in_output) {
+      if (!inside(token) || (!in_prompt && in_output == 0)) return;
+      float logit = values[token];
+      logit = logit > 0.0F ? logit / sampling.repetition_penalty : logit * sampling.repetition_penalty;
+      if (in_output > 0) {
+        logit -= sampling.presence_penalty + sampling.frequency_penalty * static_cast<float>(in_output);
+      }
+      overwrite(token, logit);
+    };
+    if (group.history != nullptr) {
+      for (const auto& [token, count] : *group.history) {
+        penalize(token, count.in_prompt,
+                 count.in_output + static_cast<int>(std::count(drafts.begin(), drafts.end(), token)));
+      }
+    }
+    for (std::size_t i = 0; i < drafts.size(); ++i) {
+      const auto seen = drafts.first(i);
+      if (std::find(seen.begin(), seen.end(), drafts[i]) != seen.end()) continue;
+      if (group.history != nullptr && group.history->contains(drafts[i])) continue;
+      penalize(drafts[i], false, static_cast<int>(std::count(drafts.begin(), drafts.end(), drafts[i])));
+    }
+  }
+  for (const auto& [token, bias] : sampling.logit_bias) {
+    if (inside(token)) overwrite(token, values[token] + bias);
+  }
+  if (row < group.banned_tokens) {
+    for (const TokenId token : group.banned) {
+      if (inside(token)) overwrite(token, kMinusInfinity);
+    }
+  }
+  if (!changed) return;
+  for (std::size_t c = 0; c < scratch.touched.size(); ++c) {
+    if (scratch.touched[c] == 0) continue;
+    scratch.touched[c] = 0;
+    const int first = static_cast<int>(c) * kLogitChunk;
+    chunk_max[c] = kernels_.maximum(values + first, std::min(kLogitChunk, vocabulary_ - first));
+  }
+}
+
+TokenId Sampler::choose_greedy(const LogitRow& row) const {
+  const float top = row_maximum(row);
+  if (!(top > kMinusInfinity)) return 0;
+  for (int c = 0; c < chunks_of(row); ++c) {
+    if (row.chunk_max[c] != top) continue;
+    const int end = std::min((c + 1) * kLogitChunk, row.vocabulary);
+    for (int token = c * kLogitChunk; token < end; ++token) {
+      if (row.values[token] == top) return token;
+    }
+  }
+  return 0;
+}
+
+TokenId Sampler::choose_sampled(const LogitRow& row, const SamplingParams& sampling, NoiseKey noise,
+                                Scratch& scratch) const {
+  const float top = scaled(row_maximum(row), row.scale);
+  if (!(top > kMinusInfinity)) return 0;
+  Cut cut = kKeepAll;
+  TokenId token = INT_MAX;
+  if (sampling.top_k > 0 && sampling.top_k < std::min(vocabulary_, kListCapacity + 1)) {
+    const int count = collect_top(row, sampling.top_k, scratch, cut);
+    const Candidates list{scratch.z.data(), scratch.tokens.data(), count};
+    token = choose_among(ShortList{kernels_, list}, cut, sampling, top, noise);
+  } else {
+    if (sampling.top_k > 0 && sampling.top_k < vocabulary_) cut = row_cut(kernels_, row, sampling.top_k, -FLT_MAX);
+    token = choose_among(WholeRow{kernels_, row}, cut, sampling, top, noise);
+  }
+  return token == INT_MAX ? 0 : token;
+}
+
+/// Puts the k tokens of the largest z, k <= kListCapacity, into the scratch lists, perhaps among others, and sets
+/// `cut` to keep just them. Returns the length of the lists.
+int Sampler::collect_top(const LogitRow& row, int k, Scratch& scratch, Cut& cut) const {
+  // The k-th largest chunk maximum bounds the k-th largest token from below, if there are so many chunks.
+  float bound = -FLT_MAX;
+  const float top = scaled(row_maximum(row), row.scale);
+  if (k <= chunks_of(row) && top > -FLT_MAX) {
+    bound = find_threshold(k, -FLT_MAX, top, [&](float threshold) {
+              return kernels_.count_at_least(row.chunk_max, chunks_of(row), row.scale, threshold);
+            }).value;
+  }
+  float* z = scratch.z.data();
+  TokenId* tokens = scratch.tokens.data();
+  const int count = kernels_.collect(row, {bound, INT_MAX}, kListCapacity, z, tokens);
+  if (count > kListCapacity) {
+    cut = row_cut(kernels_, row, k, bound);
+    return kernels_.collect(row, cut, kListCapacity, z, tokens);
+  }
+  const Threshold found = find_threshold(
+      k, bound, top, [&](float threshold) { return kernels_.count_at_least(z, count, 1.0F, threshold); });
+  cut = {found.value, INT_MAX};
+  if (!found.exact) {
+    int left = k - found.above;
+    for (int i = 0; i < count && left > 0; ++i) {  // the list is in id order
+      if (z[i] == found.value && --left == 0) cut.last = tokens[i];
+    }
+  }
+  return count;
+}
+
+}  // namespace draftwerk::cpu

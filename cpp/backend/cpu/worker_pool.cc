@@ -1,0 +1,206 @@
+#include "backend/cpu/worker_pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace draftwerk::cpu {
+namespace {
+
+// `control` is one word: the number of the job in its upper bits, whether it is open in bit 9, and how many workers are
+// inside in the bits below. A worker joins by a compare-and-swap that fails once the job is closed, so the caller
+// waits only for those who joined: a worker that the system has taken off its core does not hold up a job that the
+// others can do alone, and a job's fields are never written while anybody may read them.
+constexpr std::uint32_t kOpen = 1U << 9;
+constexpr std::uint32_t kInside = kOpen - 1;
+constexpr std::uint32_t kJob = 1U << 10;
+constexpr std::uint32_t kJobMask = ~(kJob - 1);
+
+// Between two operations of a step there are a few microseconds, between two steps (sampling, scheduling) some tens;
+// waking a parked worker takes 30-60 us. So spinning for this long keeps workers hot within a generation and lets an
+// idle engine go to sleep at once.
+constexpr auto kSpin = std::chrono::microseconds(100);
+// A caller that waited this long probably waits for a worker without a core and offers its own.
+constexpr int kSpinsBeforeYield = 2000;
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+}  // namespace
+
+struct WorkerPool::State {
+  alignas(64) std::atomic<std::uint32_t> control{0};
+  alignas(64) std::atomic<std::int64_t> next{0};
+  alignas(64) std::atomic<int> parked{0};
+  std::atomic<bool> stop{false};
+  // The job; written while it is closed and nobody is inside.
+  alignas(64) Invoke invoke = nullptr;
+  void* context = nullptr;
+  std::int64_t items = 0;
+  std::int64_t grain = 1;
+  std::vector<std::thread> workers;
+
+  void take_pieces(int worker) {
+    while (true) {
+      const std::int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= items) return;
+      invoke(context, begin, std::min(begin + grain, items), worker);
+    }
+  }
+
+  /// Returns the control word once its job is not `seen`: spins first, then sleeps.
+  std::uint32_t await_job(std::uint32_t seen) {
+    const auto deadline = std::chrono::steady_clock::now() + kSpin;
+    while (true) {
+      for (int i = 0; i < 32; ++i) {
+        const std::uint32_t now = control.load(std::memory_order_acquire);
+        if ((now & kJobMask) != seen) return now;
+        pause();
+      }
+      if (std::chrono::steady_clock::now() > deadline) break;
+    }
+    // Sequentially consistent with run(): either run() sees this worker parked, or this worker sees the new job.
+    parked.fetch_add(1, std::memory_order_seq_cst);
+    std::uint32_t now = control.load(std::memory_order_seq_cst);
+    while ((now & kJobMask) == seen) {
+      control.wait(now, std::memory_order_seq_cst);
+      now = control.load(std::memory_order_seq_cst);
+    }
+    parked.fetch_sub(1, std::memory_order_relaxed);
+    return now;
+  }
+
+  void work(int worker) {
+    std::uint32_t seen = 0;
+    while (true) {
+      std::uint32_t now = await_job(seen);
+      seen = now & kJobMask;
+      if (stop.load(std::memory_order_acquire)) return;
+      while ((now & kOpen) != 0 && (now & kJobMask) == seen) {
+        if (control.compare_exchange_weak(now, now + 1, std::memory_order_acquire, std::memory_order_acquire)) {
+          take_pieces(worker);
+          control.fetch_sub(1, std::memory_order_release);
+          break;
+        }
+      }
+    }
+  }
+
+  /// Makes a new job known. Only the owning thread writes the job's number, and nobody is inside.
+  void publish(std::uint32_t flags) {
+    const std::uint32_t job = (control.load(std::memory_order_relaxed) & kJobMask) + kJob;
+    control.store(job | flags, std::memory_order_seq_cst);
+    if (parked.load(std::memory_order_seq_cst) > 0) control.notify_all();
+  }
+};
+
+WorkerPool::WorkerPool(int threads) : state_(std::make_unique<State>()) {
+  if (threads < 1 || threads > static_cast<int>(kInside)) {
+    throw std::invalid_argument("worker pool: " + std::to_string(threads) + " threads; at least 1 is needed");
+  }
+  State* state = state_.get();
+  for (int worker = 1; worker < threads; ++worker) {
+    state->workers.emplace_back([state, worker] { state->work(worker); });
+  }
+}
+
+WorkerPool::~WorkerPool() {
+  state_->stop.store(true, std::memory_order_release);
+  state_->publish(0);
+  for (std::thread& worker : state_->workers) worker.join();
+}
+
+int WorkerPool::size() const { return static_cast<int>(state_->workers.size()) + 1; }
+
+void WorkerPool::run(std::int64_t items, std::int64_t grain, Invoke invoke, void* context) {
+  if (items <= 0) return;
+  State& state = *state_;
+  grain = std::max<std::int64_t>(grain, 1);
+  if (items <= grain || state.workers.empty()) {
+    for (std::int64_t begin = 0; begin < items; begin += grain) {
+      invoke(context, begin, std::min(begin + grain, items), 0);
+    }
+    return;
+  }
+  state.invoke = invoke;
+  state.context = context;
+  state.items = items;
+  state.grain = grain;
+  state.next.store(0, std::memory_order_relaxed);
+  state.publish(kOpen);
+  state.take_pieces(0);
+  // The last piece is handed out: nobody else need join.
+  std::uint32_t now = state.control.fetch_and(~kOpen, std::memory_order_acquire) & ~kOpen;
+  for (int spins = 0; (now & kInside) != 0; ++spins) {
+    if (spins < kSpinsBeforeYield) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+    now = state.control.load(std::memory_order_acquire);
+  }
+}
+
+namespace {
+
+/// Processors' worth of time that a cgroup v2 directory grants, rounded up; 0 if it sets no limit.
+int quota_v2(const std::string& directory) {
+  std::ifstream file(directory + "/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (!(file >> quota >> period) || quota == "max" || period <= 0) return 0;
+  return static_cast<int>((std::atof(quota.c_str()) + period - 1) / period);
+}
+
+/// The same for cgroup v1.
+int quota_v1() {
+  std::ifstream quota_file("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
+  std::ifstream period_file("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  double quota = 0;
+  double period = 0;
+  if (!(quota_file >> quota) || !(period_file >> period) || quota <= 0 || period <= 0) return 0;
+  return static_cast<int>((quota + period - 1) / period);
+}
+
+/// The tightest limit of the process's cgroup and of those above it; 0 if there is none.
+int cgroup_quota() {
+  std::string path;
+  std::ifstream file("/proc/self/cgroup");
+  for (std::string line; std::getline(file, line);) {
+    if (line.rfind("0::", 0) == 0) path = line.substr(3);
+  }
+  int limit = quota_v1();
+  while (true) {
+    const int quota = quota_v2("/sys/fs/cgroup" + path);
+    if (quota > 0 && (limit == 0 || quota < limit)) limit = quota;
+    const std::size_t slash = path.rfind('/');
+    if (slash == std::string::npos) return limit;
+    path.resize(slash);
+  }
+}
+
+}  // namespace
+
+int default_threads() {
+  int processors = static_cast<int>(std::thread::hardware_concurrency());
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) processors = CPU_COUNT(&allowed);
+  const int quota = cgroup_quota();
+  if (quota > 0) processors = std::min(processors, quota);
+  return std::max(processors, 1);
+}
+
+}  // namespace draftwerk::cpu

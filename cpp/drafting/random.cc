@@ -1,0 +1,53 @@
+#include "drafting/random.h"
+
+namespace draftwerk {
+namespace {
+
+/// Sets these draws apart from the sampling noise, whose counters end in 0.
+constexpr std::uint32_t kStream = 1;
+
+/// Maps a random word to 0 .. range - 1 (multiply-shift; the bias is below range / 2^32).
+std::uint32_t scale_to(std::uint32_t word, std::uint32_t range) {
+  return static_cast<std::uint32_t>((static_cast<std::uint64_t>(word) * range) >> 32);
+}
+
+class RandomDrafter final : public Drafter {
+ public:
+  explicit RandomDrafter(int vocabulary) : vocabulary_(static_cast<std::uint32_t>(vocabulary)) {}
+
+  [[nodiscard]] const char* name() const override { return "random"; }
+  std::unique_ptr<DraftState> open() override { return std::make_unique<State>(); }
+  DraftOutlook outlook(DraftState& /*state*/, std::span<const TokenId> /*tokens*/, int limit) override {
+    return {.available = limit, .confidence = 0};
+  }
+
+  void propose(std::span<DraftJob> jobs) override {
+    for (DraftJob& job : jobs) {
+      for (int i = 0; i < job.count; ++i) {
+        job.drafts[i] = draw(job.tokens, job.sequence_seed, job.tokens.size() + static_cast<std::size_t>(i));
+      }
+      job.produced = job.count;
+    }
+  }
+
+ private:
+  class State final : public DraftState {};
+
+  [[nodiscard]] TokenId draw(std::span<const TokenId> tokens, std::uint64_t seed, std::uint64_t position) const {
+    const PhiloxWords random =
+        philox4x32(static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32), 0, kStream,
+                   static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32));
+    if (tokens.empty() || random.word[0] % 2 == 0) {
+      return static_cast<TokenId>(scale_to(random.word[1], vocabulary_));
+    }
+    return tokens[scale_to(random.word[2], static_cast<std::uint32_t>(tokens.size()))];
+  }
+
+  std::uint32_t vocabulary_;
+};
+
+}  // namespace
+
+std::unique_ptr<Drafter> make_random_drafter(int vocabulary) { return std::make_unique<RandomDrafter>(vocabulary); }
+
+}  // namespace draftwerk

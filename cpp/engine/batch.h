@@ -1,0 +1,31 @@
+// One step laid out as rows: known tokens and drafts of every planned sequence, one after the other.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "engine/scheduler.h"
+
+namespace draftwerk {
+
+class StepBatch {
+ public:
+  /// Lays out `plan`; drafts[i] follow the last known token of plan.sequences[i] (empty where it does not decide).
+  void assemble(const StepPlan& plan, std::span<const std::span<const TokenId>> drafts);
+
+  [[nodiscard]] StepRows rows() const { return {tokens_, positions_, segments_, output_rows_}; }
+  [[nodiscard]] std::span<const VerifyGroup> groups() const { return groups_; }
+  /// Index in the plan of each group's sequence.
+  [[nodiscard]] std::span<const std::size_t> group_sequences() const { return group_sequences_; }
+
+ private:
+  std::vector<TokenId> tokens_;
+  std::vector<std::int64_t> positions_;
+  std::vector<Segment> segments_;
+  std::vector<int> output_rows_;
+  std::vector<VerifyGroup> groups_;
+  std::vector<std::size_t> group_sequences_;
+};
+
+}  // namespace draftwerk

@@ -1,0 +1,442 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <exception>
+#include <utility>
+
+namespace draftwerk {
+namespace {
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+/// Adds the time between its construction and destruction to a total.
+class PhaseTimer {
+ public:
+  explicit PhaseTimer(double& total) : total_(total), start_(Clock::now()) {}
+  PhaseTimer(const PhaseTimer&) = delete;
+  PhaseTimer& operator=(const PhaseTimer&) = delete;
+  PhaseTimer(PhaseTimer&&) = delete;
+  PhaseTimer& operator=(PhaseTimer&&) = delete;
+  ~PhaseTimer() { total_ += seconds_since(start_); }
+
+ private:
+  double& total_;
+  Clock::time_point start_;
+};
+
+KvShape kv_shape(const Gemma& model) {
+  KvShape shape{};
+  const KvPageShape pages = model.kv_page_shape();
+  std::copy(std::begin(pages.page_bytes), std::end(pages.page_bytes), std::begin(shape.page_bytes));
+  shape.window = model.config().window;
+  return shape;
+}
+
+EngineOptions checked(EngineOptions options, const Gemma& model) {
+  const auto require = [](bool condition, const std::string& what) {
+    if (!condition) throw std::invalid_argument("engine options: " + what);
+  };
+  const std::int64_t longest = model.config().max_positions;
+  if (options.max_context == 0) options.max_context = longest;
+  require(options.max_context >= 2 && options.max_context <= longest,
+          "max_context is " + std::to_string(options.max_context) + ", must be 2 to " + std::to_string(longest));
+  require(options.max_sequences >= 1 && options.max_sequences <= model.max_outputs() &&
+              options.max_sequences < model.max_rows(),
+          "max_sequences is " + std::to_string(options.max_sequences) + ", must be 1 to " +
+              std::to_string(std::min(model.max_outputs(), model.max_rows() - 1)));
+  require(options.prefill_chunk >= 1,
+          "prefill_chunk is " + std::to_string(options.prefill_chunk) + ", must be at least 1");
+  options.prefill_chunk = std::min(options.prefill_chunk, model.max_rows());
+  require(options.max_draft_length >= 0 && options.max_draft_length <= 64,
+          "max_draft_length is " + std::to_string(options.max_draft_length) + ", must be 0 to 64");
+  require(options.draft_length >= -1 && options.draft_length <= options.max_draft_length,
+          "draft_length is " + std::to_string(options.draft_length) + ", must be -1 to max_draft_length (" +
+              std::to_string(options.max_draft_length) + ")");
+  require(options.max_queued_tokens >= 1, "max_queued_tokens must be at least 1");
+  return options;
+}
+
+std::vector<TokenId> sorted_stop_tokens(const Request& request, const std::vector<TokenId>& eos) {
+  std::vector<TokenId> tokens = request.stop_token_ids;
+  if (!request.ignore_eos) tokens.insert(tokens.end(), eos.begin(), eos.end());
+  std::sort(tokens.begin(), tokens.end());
+  tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
+  return tokens;
+}
+
+// `Statistics` is RequestStatistics or EngineStatistics.
+template <typename Statistics>
+void count_drafts(Statistics& statistics, int drafted, int accepted) {
+  statistics.drafted += drafted;
+  statistics.accepted += accepted;
+  const auto positions = std::max(statistics.drafted_by_position.size(), static_cast<std::size_t>(drafted));
+  statistics.drafted_by_position.resize(positions);
+  statistics.accepted_by_position.resize(positions);
+  for (int i = 0; i < drafted; ++i) ++statistics.drafted_by_position[static_cast<std::size_t>(i)];
+  for (int i = 0; i < accepted; ++i) ++statistics.accepted_by_position[static_cast<std::size_t>(i)];
+}
+
+}  // namespace
+
+RequestError::RequestError(FieldError error)
+    : std::invalid_argument(error.field + " is " + error.value + "; allowed: " + error.allowed),
+      field_(std::move(error)) {}
+
+const char* finish_reason_name(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::none:
+      return "";
+    case FinishReason::stop:
+      return "stop";
+    case FinishReason::length:
+      return "length";
+    case FinishReason::cancelled:
+      return "cancelled";
+    case FinishReason::error:
+      return "error";
+  }
+  return "";
+}
+
+Engine::Engine(Gemma& model, EngineOptions options, std::unique_ptr<Drafter> drafter, TokenBytes token_bytes)
+    : model_(model),
+      options_(checked(std::move(options), model)),
+      drafter_(std::move(drafter)),
+      token_bytes_(std::move(token_bytes)),
+      limits_{model.config().vocabulary, options_.max_context, options_.max_draft_length, !token_bytes_.empty()},
+      kv_(kv_shape(model), options_.kv_memory_bytes, options_.prefix_cache),
+      arena_(model.backend().allocate(kv_.arena_bytes())),
+      scheduler_({options_.max_sequences, model.max_rows(), model.max_outputs(), options_.prefill_chunk}, kv_) {
+  thread_ = std::thread(&Engine::run, this);
+}
+
+Engine::~Engine() { close(); }
+
+// --- from any thread ---------------------------------------------------------------------------------------------
+
+RequestId Engine::submit(Request request) {
+  if (auto error = validate(request, limits_)) throw RequestError(*std::move(error));
+  const auto prompt_tokens = static_cast<std::int64_t>(request.prompt.size());
+  if (!kv_.fits(prompt_tokens + request.max_tokens, model_.max_rows())) {
+    throw QueueFull("prompt and output of " + std::to_string(prompt_tokens + request.max_tokens) +
+                    " tokens never fit into the KV memory of " + std::to_string(options_.kv_memory_bytes >> 20) +
+                    " MiB: ask for fewer tokens or give the engine more KV memory");
+  }
+  auto sequence = std::make_unique<Sequence>();
+  sequence->tokens = request.prompt;
+  sequence->tokens.reserve(static_cast<std::size_t>(prompt_tokens + request.max_tokens));
+  sequence->stop_tokens = sorted_stop_tokens(request, options_.eos_token_ids);
+  if (request.min_tokens > 0) sequence->banned = sequence->stop_tokens;
+  sequence->stop_strings = StopStringMatcher(request.stop_strings);
+  if (request.sampling.needs_history()) {
+    for (const TokenId token : request.prompt) sequence->history[token].in_prompt = true;
+  }
+  if (drafter_ && request.drafting) sequence->draft_state = drafter_->open();
+  sequence->statistics.prompt_tokens = prompt_tokens;
+  sequence->submitted = Clock::now();
+  sequence->request = std::move(request);
+
+  RequestId id = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    if (closing_) throw EngineClosed("the engine is closed");
+    if (queued_tokens_ > 0 && queued_tokens_ + prompt_tokens > options_.max_queued_tokens) {
+      throw QueueFull("the queue holds " + std::to_string(queued_tokens_) + " prompt tokens and takes at most " +
+                      std::to_string(options_.max_queued_tokens) + ": try again when requests have finished");
+    }
+    queued_tokens_ += prompt_tokens;
+    id = sequence->id = next_id_++;
+    submitted_.push_back(std::move(sequence));
+  }
+  wake_.notify_one();
+  return id;
+}
+
+void Engine::cancel(RequestId id) {
+  {
+    const std::lock_guard lock(mutex_);
+    cancelled_.push_back(id);
+  }
+  wake_.notify_one();
+}
+
+EngineStatistics Engine::statistics() const {
+  const std::lock_guard lock(mutex_);
+  EngineStatistics statistics = published_;
+  statistics.queued_tokens = queued_tokens_;
+  statistics.waiting += static_cast<int>(submitted_.size());
+  return statistics;
+}
+
+void Engine::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    closing_ = true;
+  }
+  wake_.notify_one();
+  if (thread_.joinable()) thread_.join();
+  events_.close();
+}
+
+// --- the engine thread -------------------------------------------------------------------------------------------
+
+void Engine::run() {
+  while (take_commands()) {
+    try {
+      step();
+    } catch (const std::exception& error) {
+      // Only memory can run out here. The callers hear of it and the engine goes on with what comes next.
+      for (const RequestId id : scheduler_.ids()) abort(id, FinishReason::error, error.what());
+    }
+    publish_statistics();
+    events_.publish(step_events_);
+  }
+}
+
+// Waits while there is nothing to do; false when the engine closes.
+bool Engine::take_commands() {
+  std::vector<std::unique_ptr<Sequence>> submitted;
+  std::vector<RequestId> cancelled;
+  bool closing = false;
+  {
+    std::unique_lock lock(mutex_);
+    wake_.wait(lock, [this] { return closing_ || !submitted_.empty() || !cancelled_.empty() || !scheduler_.empty(); });
+    submitted.swap(submitted_);
+    cancelled.swap(cancelled_);
+    closing = closing_;
+  }
+  for (auto& sequence : submitted) {
+    ++totals_.requests;
+    scheduler_.add(std::move(sequence));
+  }
+  for (const RequestId id : cancelled) abort(id, FinishReason::cancelled, "");
+  if (closing) {
+    for (const RequestId id : scheduler_.ids()) abort(id, FinishReason::cancelled, "");
+    publish_statistics();
+    events_.publish(step_events_);
+  }
+  return !closing;
+}
+
+// The loop of speculative decoding: plan, draft, verify in one pass of the target, accept.
+void Engine::step() {
+  const StepPlan* plan = nullptr;
+  {
+    const PhaseTimer timer(totals_.schedule_seconds);
+    plan = &scheduler_.plan();
+  }
+  if (plan->sequences.empty()) {
+    // Submit has made sure that each request fits alone, so a step can always be made while any is left.
+    if (!scheduler_.empty()) abort(scheduler_.ids().front(), FinishReason::error, "no KV memory for this request");
+    return;
+  }
+  propose_drafts(*plan);
+  {
+    const PhaseTimer timer(totals_.schedule_seconds);
+    batch_.assemble(*plan, drafts_);
+  }
+  const StepRows rows = batch_.rows();
+  const Clock::time_point start = Clock::now();
+  model_.forward(rows, {static_cast<std::byte*>(arena_->data())});
+  if (results_.size() < batch_.groups().size()) results_.resize(batch_.groups().size());
+  model_.backend().verify(batch_.groups(), std::span(results_).first(batch_.groups().size()));
+  const double seconds = seconds_since(start);
+
+  totals_.target_seconds += seconds;
+  ++totals_.steps;
+  totals_.rows += static_cast<std::int64_t>(rows.tokens.size());
+  totals_.prefill_rows += plan->prefill_rows;
+  if (plan->prefill_rows == 0) budget_.observe_step(static_cast<int>(rows.tokens.size()), seconds);
+  const PhaseTimer timer(totals_.commit_seconds);
+  commit(*plan);
+}
+
+// Fills drafts_ with what the drafter proposes for the sequences that decode.
+void Engine::propose_drafts(const StepPlan& plan) {
+  drafts_.assign(plan.sequences.size(), {});
+  if (!drafter_) return;
+  const PhaseTimer timer(totals_.draft_seconds);
+  const Clock::time_point start = Clock::now();
+  grant_drafts(plan);
+
+  const auto stride = static_cast<std::size_t>(options_.max_draft_length);
+  draft_tokens_.resize(plan.sequences.size() * stride);
+  jobs_.clear();
+  job_sequences_.clear();
+  int wanted = 0;
+  for (std::size_t c = 0; c < candidates_.size(); ++c) {
+    const std::size_t planned = candidate_sequences_[c];
+    Sequence& sequence = *plan.sequences[planned].sequence;
+    const int granted = candidates_[c].granted;
+    // Drafts are worth evicting cached prefixes for, but never another sequence.
+    if (granted == 0 || !kv_.reserve(sequence.kv, sequence.length() + granted)) continue;
+    jobs_.push_back({sequence.draft_state.get(), sequence.tokens, granted, &draft_tokens_[planned * stride], 0,
+                     sequence.request.sampling.seed});
+    job_sequences_.push_back(planned);
+    confidences_[planned] = candidates_[c].outlook.confidence;
+    wanted += granted;
+  }
+  if (jobs_.empty()) return;
+  drafter_->propose(jobs_);
+  for (std::size_t j = 0; j < jobs_.size(); ++j) {
+    drafts_[job_sequences_[j]] = {jobs_[j].drafts, static_cast<std::size_t>(jobs_[j].produced)};
+  }
+  budget_.observe_drafting(wanted, seconds_since(start));
+}
+
+// Decides how many drafts each decoding sequence gets.
+void Engine::grant_drafts(const StepPlan& plan) {
+  candidates_.clear();
+  candidate_sequences_.clear();
+  confidences_.assign(plan.sequences.size(), 0);
+  const int room =
+      std::min(scheduler_.limits().max_step_rows - plan.rows, scheduler_.limits().max_outputs - plan.outputs);
+  int left = room;
+  for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
+    const PlannedSequence& planned = plan.sequences[i];
+    if (!planned.decides || planned.rows != 1) continue;
+    Sequence& sequence = *planned.sequence;
+    DraftCandidate candidate;
+    candidate.acceptance = &sequence.acceptance;
+    if (sequence.draft_state) {
+      const int own = sequence.request.max_draft_length;
+      // The step yields one token beside the accepted drafts, so a draft for the last token would be in vain.
+      const std::int64_t useful = sequence.request.max_tokens - sequence.generated() - 1;
+      candidate.limit = static_cast<int>(
+          std::min<std::int64_t>({options_.max_draft_length, own < 0 ? options_.max_draft_length : own, useful}));
+      candidate.outlook = drafter_->outlook(*sequence.draft_state, sequence.tokens, candidate.limit);
+    }
+    if (options_.draft_length >= 0) {
+      candidate.granted = std::min({options_.draft_length, candidate.limit, candidate.outlook.available, left});
+      left -= candidate.granted;
+    }
+    candidates_.push_back(candidate);
+    candidate_sequences_.push_back(i);
+  }
+  if (options_.draft_length < 0) {
+    budget_.plan(candidates_, plan.rows - static_cast<int>(candidates_.size()), plan.rows + room);
+  }
+}
+
+// Accepts what was verified, advances the prompts, hands out events, frees what has ended.
+void Engine::commit(const StepPlan& plan) {
+  for (const PlannedSequence& planned : plan.sequences) {
+    if (!planned.decides) planned.sequence->computed += planned.rows;
+  }
+  for (std::size_t g = 0; g < batch_.groups().size(); ++g) {
+    const std::size_t index = batch_.group_sequences()[g];
+    Sequence& sequence = *plan.sequences[index].sequence;
+    const auto drafted = static_cast<int>(drafts_[index].size());
+    const auto accepted = static_cast<int>(results_[g].tokens.size()) - 1;
+    if (drafted > 0) {
+      budget_.observe_acceptance(sequence.acceptance, confidences_[index], drafted, accepted);
+      count_drafts(sequence.statistics, drafted, accepted);
+      count_drafts(totals_, drafted, accepted);
+    }
+    accept(sequence, results_[g]);
+  }
+  ended_.clear();
+  for (const PlannedSequence& planned : plan.sequences) {
+    Sequence& sequence = *planned.sequence;
+    kv_.commit(sequence.kv, std::span(sequence.tokens).first(static_cast<std::size_t>(sequence.computed)));
+    if (sequence.finish_reason != FinishReason::none) ended_.push_back(sequence.id);
+  }
+  for (const RequestId id : ended_) retire(id);
+}
+
+// Appends the chosen tokens up to the sequence's end and writes their event.
+void Engine::accept(Sequence& sequence, const VerifyResult& result) {
+  Event event;
+  event.request_id = sequence.id;
+  event.position = sequence.length();
+  std::size_t kept = 0;
+  while (kept < result.tokens.size() && sequence.finish_reason == FinishReason::none) {
+    append(sequence, result.tokens[kept++]);
+  }
+  // The rows of the last known token and of the accepted drafts left valid K/V; the newest token has none yet.
+  sequence.computed = sequence.length() - 1;
+  ++sequence.statistics.steps;
+  totals_.generated_tokens += static_cast<std::int64_t>(kept);
+
+  const auto count = static_cast<std::ptrdiff_t>(kept);
+  event.token_ids.assign(result.tokens.begin(), result.tokens.begin() + count);
+  event.drafted.assign(kept, true);
+  if (kept == result.tokens.size()) event.drafted.back() = false;  // the target's own
+  if (sequence.request.sampling.logprobs >= 0) {
+    event.logprobs.assign(result.logprobs.begin(), result.logprobs.begin() + count);
+    event.top_logprobs.assign(result.top.begin(), result.top.begin() + count);
+  }
+  event.finish_reason = sequence.finish_reason;
+  event.text_bytes = sequence.text_bytes;
+  if (sequence.finish_reason != FinishReason::none) event.statistics = final_statistics(sequence);
+  step_events_.push_back(std::move(event));
+}
+
+// Adds one token to the sequence and sees whether that ends it.
+void Engine::append(Sequence& sequence, TokenId token) {
+  if (sequence.generated() == 0) {
+    sequence.first_token = Clock::now();
+    release_queue_tokens(sequence);
+  }
+  sequence.tokens.push_back(token);
+  if (sequence.request.sampling.needs_history()) ++sequence.history[token].in_output;
+
+  const bool may_end = sequence.generated() >= sequence.request.min_tokens;
+  if (may_end && std::binary_search(sequence.stop_tokens.begin(), sequence.stop_tokens.end(), token)) {
+    sequence.finish_reason = FinishReason::stop;
+  } else if (const auto text = sequence.stop_strings.push(token_bytes_[token], may_end)) {
+    sequence.finish_reason = FinishReason::stop;
+    sequence.text_bytes = *text;
+  } else if (sequence.generated() == sequence.request.max_tokens) {
+    sequence.finish_reason = FinishReason::length;
+  }
+}
+
+// --- the end of a sequence ---------------------------------------------------------------------------------------
+
+// Takes a sequence out whose last event has been written.
+void Engine::retire(RequestId id) {
+  if (scheduler_.remove(id)) ++totals_.finished;
+}
+
+// Ends a sequence before its time, with an event that says why. Ids that have ended already are ignored.
+void Engine::abort(RequestId id, FinishReason reason, const std::string& error) {
+  const std::unique_ptr<Sequence> sequence = scheduler_.remove(id);
+  if (!sequence) return;
+  ++totals_.finished;
+  if (sequence->generated() == 0) release_queue_tokens(*sequence);
+  Event event;
+  event.request_id = id;
+  event.position = sequence->length();
+  event.finish_reason = reason;
+  event.error = error;
+  event.statistics = final_statistics(*sequence);
+  step_events_.push_back(std::move(event));
+}
+
+RequestStatistics Engine::final_statistics(const Sequence& sequence) const {
+  RequestStatistics statistics = sequence.statistics;
+  statistics.generated_tokens = sequence.generated();
+  if (sequence.generated() > 0) {
+    using Seconds = std::chrono::duration<double>;
+    statistics.time_to_first_token_seconds = Seconds(sequence.first_token - sequence.submitted).count();
+    statistics.decode_seconds = seconds_since(sequence.first_token);
+  }
+  return statistics;
+}
+
+void Engine::release_queue_tokens(const Sequence& sequence) {
+  const std::lock_guard lock(mutex_);
+  queued_tokens_ -= sequence.prompt_length();
+}
+
+void Engine::publish_statistics() {
+  totals_.preemptions = scheduler_.preemptions();
+  totals_.running = scheduler_.running();
+  totals_.waiting = scheduler_.waiting();
+  totals_.kv = kv_.use();
+  const std::lock_guard lock(mutex_);
+  published_ = totals_;
+}
+
+}  // namespace draftwerk

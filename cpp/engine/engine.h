@@ -1,0 +1,155 @@
+// The engine: a thread that plans, drafts, verifies and accepts, step after step. engine.cc reads top to bottom.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "backend/backend.h"
+#include "drafting/budget.h"
+#include "drafting/drafter.h"
+#include "engine/batch.h"
+#include "engine/event_queue.h"
+#include "engine/request.h"
+#include "engine/scheduler.h"
+#include "engine/validation.h"
+#include "kvcache/kv_cache.h"
+#include "model/gemma.h"
+
+namespace draftwerk {
+
+struct EngineOptions {
+  std::size_t kv_memory_bytes = std::size_t{256} << 20;
+  int max_sequences = 64;
+  int prefill_chunk = 512;   ///< most prompt rows in one step; at most the model's max_rows
+  int draft_length = -1;     ///< drafts per sequence and step; -1: decided by the draft budget
+  int max_draft_length = 8;  ///< what the budget may grant at most
+  bool prefix_cache = true;
+  std::int64_t max_queued_tokens = std::int64_t{1} << 20;  ///< prompt tokens that may wait
+  std::vector<TokenId> eos_token_ids;
+  std::int64_t max_context = 0;  ///< prompt and output of one sequence; 0: the model's maximum
+};
+
+/// A request that cannot be served as it is; says which field, which value, and what is allowed.
+class RequestError : public std::invalid_argument {
+ public:
+  explicit RequestError(FieldError error);
+  [[nodiscard]] const FieldError& field() const { return field_; }
+
+ private:
+  FieldError field_;
+};
+
+/// No room now; trying again later may work.
+class QueueFull : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+class EngineClosed : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// Totals since the engine started, and its state now.
+struct EngineStatistics {
+  std::int64_t steps = 0;
+  std::int64_t rows = 0;  ///< of the target, all kinds
+  std::int64_t prefill_rows = 0;
+  std::int64_t drafted = 0;
+  std::int64_t accepted = 0;
+  std::int64_t generated_tokens = 0;
+  std::vector<std::int64_t> drafted_by_position;
+  std::vector<std::int64_t> accepted_by_position;
+  std::int64_t requests = 0;
+  std::int64_t finished = 0;
+  std::int64_t preemptions = 0;
+  double schedule_seconds = 0.0;  ///< planning and laying out rows
+  double draft_seconds = 0.0;
+  double target_seconds = 0.0;  ///< the target's pass, sampling and verification included
+  double commit_seconds = 0.0;  ///< accepting tokens, KV bookkeeping, events
+  int running = 0;
+  int waiting = 0;
+  std::int64_t queued_tokens = 0;
+  KvUse kv;
+};
+
+class Engine {
+ public:
+  /// Starts the engine thread. `model` must outlive the engine and belongs to it meanwhile; `drafter` may be null.
+  /// Throws std::invalid_argument if the options make no sense for the model.
+  Engine(Gemma& model, EngineOptions options, std::unique_ptr<Drafter> drafter, TokenBytes token_bytes);
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+  Engine(Engine&&) = delete;
+  Engine& operator=(Engine&&) = delete;
+  ~Engine();
+
+  /// Queues a request; its events follow. Throws RequestError, QueueFull or EngineClosed. Any thread.
+  RequestId submit(Request request);
+  /// Ends a request: its pages are free before the next step and one last event says so. Unknown ids are ignored.
+  void cancel(RequestId id);
+  /// Events of the steps since the last call; see EventQueue::take.
+  std::vector<Event> wait_events(std::chrono::duration<double> timeout) { return events_.take(timeout); }
+  [[nodiscard]] int event_descriptor() const { return events_.descriptor(); }
+  [[nodiscard]] EngineStatistics statistics() const;
+  /// Cancels what is left and ends the thread. Idempotent.
+  void close();
+
+ private:
+  void run();
+  bool take_commands();
+  void step();
+  void propose_drafts(const StepPlan& plan);
+  void grant_drafts(const StepPlan& plan);
+  void commit(const StepPlan& plan);
+  void accept(Sequence& sequence, const VerifyResult& result);
+  void append(Sequence& sequence, TokenId token);
+  void retire(RequestId id);
+  void abort(RequestId id, FinishReason reason, const std::string& error);
+  RequestStatistics final_statistics(const Sequence& sequence) const;
+  void release_queue_tokens(const Sequence& sequence);
+  void publish_statistics();
+
+  Gemma& model_;
+  const EngineOptions options_;
+  const std::unique_ptr<Drafter> drafter_;
+  const TokenBytes token_bytes_;
+  RequestLimits limits_;
+
+  // The engine thread's own.
+  KvCache kv_;
+  std::unique_ptr<Buffer> arena_;
+  Scheduler scheduler_;
+  DraftBudget budget_;
+  StepBatch batch_;
+  std::vector<DraftCandidate> candidates_;        // the sequences that decode
+  std::vector<std::size_t> candidate_sequences_;  // their indices in the plan
+  std::vector<DraftJob> jobs_;                    // those that got drafts
+  std::vector<std::size_t> job_sequences_;        // their indices in the plan
+  std::vector<TokenId> draft_tokens_;             // max_draft_length per planned sequence
+  std::vector<std::span<const TokenId>> drafts_;  // per planned sequence
+  std::vector<int> confidences_;                  // per planned sequence, of its drafts
+  std::vector<VerifyResult> results_;
+  std::vector<Event> step_events_;
+  std::vector<RequestId> ended_;
+  EngineStatistics totals_;
+
+  EventQueue events_;
+  mutable std::mutex mutex_;  // guards what follows
+  std::condition_variable wake_;
+  std::vector<std::unique_ptr<Sequence>> submitted_;
+  std::vector<RequestId> cancelled_;
+  std::int64_t queued_tokens_ = 0;
+  RequestId next_id_ = 1;
+  bool closing_ = false;
+  EngineStatistics published_;
+
+  std::thread thread_;
+};
+
+}  // namespace draftwerk

@@ -1,0 +1,117 @@
+#include "engine/evaluation.h"
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+namespace draftwerk {
+namespace {
+
+/// K/V of one sequence of known length: page i of each layer type is simply the i-th of its part of the arena.
+class SingleSequenceKv {
+ public:
+  SingleSequenceKv(Gemma& model, std::int64_t positions) {
+    const auto pages = static_cast<std::size_t>((positions + kPageSize - 1) / kPageSize);
+    const KvPageShape shape = model.kv_page_shape();
+    std::size_t offset = 0;
+    for (int t = 0; t < kPageTables; ++t) {
+      const std::size_t stride = (shape.page_bytes[t] + kPageUnit - 1) / kPageUnit * kPageUnit;
+      for (std::size_t i = 0; i < pages && stride > 0; ++i, offset += stride) {
+        tables_[t].push_back(static_cast<PageId>(offset / kPageUnit));
+      }
+    }
+    arena_ = model.backend().allocate(std::max(offset, kPageUnit));
+  }
+
+  [[nodiscard]] KvArena arena() const { return {static_cast<std::byte*>(arena_->data())}; }
+  [[nodiscard]] Segment segment(int rows, std::int64_t first_position) const {
+    return {0, rows, first_position, {tables_[0].data(), tables_[1].data()}};
+  }
+
+ private:
+  std::vector<PageId> tables_[kPageTables];
+  std::unique_ptr<Buffer> arena_;
+};
+
+void require(bool condition, const std::string& what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+/// One pass over tokens[first, first + rows); logits of the last `outputs` rows.
+void pass(Gemma& model, const SingleSequenceKv& kv, std::span<const TokenId> tokens, std::int64_t first, int rows,
+          int outputs) {
+  std::vector<std::int64_t> positions(static_cast<std::size_t>(rows));
+  std::iota(positions.begin(), positions.end(), first);
+  std::vector<int> output_rows(static_cast<std::size_t>(outputs));
+  std::iota(output_rows.begin(), output_rows.end(), rows - outputs);
+  const Segment segment = kv.segment(rows, first);
+  const auto chunk = tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows));
+  model.forward({chunk, positions, std::span(&segment, 1), output_rows}, kv.arena());
+
+  // Greedy verification against the text itself: what a step of the engine does with these rows.
+  const SamplingParams greedy;
+  VerifyGroup group;
+  const std::size_t last = chunk.size() - 1;
+  group.drafts = chunk.subspan(last + 1 - (static_cast<std::size_t>(outputs) - 1));
+  group.position = first + rows - outputs + 1;
+  group.sampling = &greedy;
+  VerifyResult result;
+  model.backend().verify(std::span(&group, 1), std::span(&result, 1));
+}
+
+}  // namespace
+
+void score(Gemma& model, std::span<const TokenId> tokens, int chunk, std::span<float> out) {
+  const int vocabulary = model.config().vocabulary;
+  const auto length = static_cast<std::int64_t>(tokens.size());
+  require(length >= 1 && length <= model.config().max_positions, "token_ids has " + std::to_string(length) +
+                                                                     " tokens, allowed: 1 to " +
+                                                                     std::to_string(model.config().max_positions));
+  for (const TokenId token : tokens) {
+    require(token >= 0 && token < vocabulary,
+            "token id " + std::to_string(token) + " is out of range, allowed: 0 to " + std::to_string(vocabulary - 1));
+  }
+  require(out.size() == tokens.size() * static_cast<std::size_t>(vocabulary), "logits: wrong size of the output");
+  const int largest = std::min(model.max_rows(), model.max_outputs());
+  require(chunk >= 0, "chunk is " + std::to_string(chunk) + ", must not be negative");
+  chunk = chunk == 0 ? largest : std::min(chunk, largest);
+
+  const SingleSequenceKv kv(model, length);
+  for (std::int64_t first = 0; first < length; first += chunk) {
+    const auto rows = static_cast<int>(std::min<std::int64_t>(chunk, length - first));
+    pass(model, kv, tokens, first, rows, rows);
+    model.backend().read_logits(out.subspan(static_cast<std::size_t>(first * vocabulary),
+                                            static_cast<std::size_t>(rows) * static_cast<std::size_t>(vocabulary)));
+  }
+}
+
+std::vector<double> time_passes(Gemma& model, int rows, int repeats, int context) {
+  require(rows >= 1 && rows <= model.max_rows(),
+          "rows is " + std::to_string(rows) + ", allowed: 1 to " + std::to_string(model.max_rows()));
+  require(repeats >= 1 && repeats <= 100000, "repeats is " + std::to_string(repeats) + ", allowed: 1 to 100000");
+  require(context >= 0 && context + rows <= model.config().max_positions,
+          "context is " + std::to_string(context) + ", allowed: 0 to " +
+              std::to_string(model.config().max_positions - rows));
+  // Any tokens do; the model's time does not depend on them. Spread over the table so that lookups miss the cache.
+  std::vector<TokenId> tokens(static_cast<std::size_t>(context + rows));
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    tokens[i] = static_cast<TokenId>((i * 7919 + 2) % static_cast<std::size_t>(model.config().vocabulary));
+  }
+  const SingleSequenceKv kv(model, context + rows);
+  for (int first = 0; first < context; first += model.max_rows()) {
+    pass(model, kv, tokens, first, std::min(model.max_rows(), context - first), 1);
+  }
+  const int outputs = rows <= model.max_outputs() ? rows : 1;
+  std::vector<double> seconds;
+  for (int i = 0; i < repeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    pass(model, kv, tokens, context, rows, outputs);
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return seconds;
+}
+
+}  // namespace draftwerk

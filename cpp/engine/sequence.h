@@ -1,0 +1,45 @@
+// One request on its way through the engine.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "drafting/budget.h"
+#include "drafting/drafter.h"
+#include "engine/request.h"
+#include "engine/stop.h"
+#include "kvcache/kv_cache.h"
+
+namespace draftwerk {
+
+using Clock = std::chrono::steady_clock;
+
+struct Sequence {
+  RequestId id = 0;
+  Request request;
+  std::vector<TokenId> tokens;  ///< the prompt, then what was accepted
+  std::int64_t computed = 0;    ///< positions whose K/V is valid; the last token's never is before its step
+  SequenceKv kv;                ///< open while running
+  std::unique_ptr<DraftState> draft_state;
+  SequenceAcceptance acceptance;
+  std::vector<TokenId> banned;       ///< tokens that cannot be chosen before min_tokens
+  std::vector<TokenId> stop_tokens;  ///< the request's and, unless ignored, the model's, ascending
+  StopStringMatcher stop_strings;
+  TokenHistory history;  ///< kept only if a penalty reads it
+  FinishReason finish_reason = FinishReason::none;
+  std::int64_t text_bytes = -1;  ///< see Event::text_bytes
+
+  RequestStatistics statistics;
+  Clock::time_point submitted;
+  Clock::time_point first_token;
+  bool was_scheduled = false;
+
+  [[nodiscard]] std::int64_t length() const { return static_cast<std::int64_t>(tokens.size()); }
+  [[nodiscard]] std::int64_t prompt_length() const { return static_cast<std::int64_t>(request.prompt.size()); }
+  [[nodiscard]] std::int64_t generated() const { return length() - prompt_length(); }
+  [[nodiscard]] std::int64_t uncomputed() const { return length() - computed; }
+};
+
+}  // namespace draftwerk

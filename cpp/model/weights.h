@@ -1,0 +1,51 @@
+// The tensors of a checkpoint on the device, by the names that Hugging Face gives them.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "backend/backend.h"
+
+namespace draftwerk {
+
+class Weights {
+ public:
+  explicit Weights(Backend& backend) : backend_(backend) {}
+
+  /// An empty matrix, to be filled by upload_rows. Throws std::invalid_argument if the name is taken or the shape
+  /// is impossible for the type.
+  void create(const std::string& name, WeightType type, std::int64_t rows, std::int64_t columns);
+  /// See Backend::upload_rows; `bytes` must be exactly the size of `count` rows in `source_type`.
+  void upload_rows(const std::string& name, std::int64_t first_row, std::int64_t count, WeightType source_type,
+                   std::span<const std::byte> bytes);
+  /// A vector in float32 (norm scales).
+  void set_vector(const std::string& name, std::span<const float> values);
+
+  /// The matrix of that name; throws std::invalid_argument if it is missing, has another shape or misses rows.
+  [[nodiscard]] const Weight& matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const;
+  [[nodiscard]] bool contains(const std::string& name) const { return matrices_.contains(name); }
+  /// The vector of that name on the device; throws std::invalid_argument if it is missing or has another length.
+  [[nodiscard]] const float* vector(const std::string& name, std::int64_t length) const;
+  /// Bytes that all of it occupies on the device.
+  [[nodiscard]] std::size_t bytes() const;
+
+ private:
+  struct Matrix {
+    std::unique_ptr<Weight> weight;
+    std::int64_t uploaded = 0;  // rows so far
+  };
+  Backend& backend_;
+  std::map<std::string, Matrix> matrices_;
+  std::map<std::string, std::unique_ptr<Buffer>> vectors_;
+};
+
+/// Bytes of one row of `columns` values stored in `type`; throws std::invalid_argument if they do not fill whole
+/// blocks.
+std::size_t stored_row_bytes(WeightType type, std::int64_t columns);
+/// The GGUF name in lower case ("q5_0"); throws std::invalid_argument for an unknown name.
+WeightType parse_weight_type(const std::string& name);
+const char* weight_type_name(WeightType type);
+
+}  // namespace draftwerk

@@ -1,0 +1,78 @@
+#include "backend/cpu/isa.h"
+
+#include <cstdlib>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "gtest/gtest.h"
+
+namespace draftwerk::cpu {
+namespace {
+
+// Sets DRAFTWERK_CPU_ISA for one test and puts back what was there.
+class IsaVariable {
+ public:
+  explicit IsaVariable(const char* value) {
+    if (const char* old = std::getenv("DRAFTWERK_CPU_ISA")) old_.emplace(old);
+    if (value != nullptr) {
+      setenv("DRAFTWERK_CPU_ISA", value, 1);
+    } else {
+      unsetenv("DRAFTWERK_CPU_ISA");
+    }
+  }
+  IsaVariable(const IsaVariable&) = delete;
+  IsaVariable& operator=(const IsaVariable&) = delete;
+  ~IsaVariable() {
+    if (old_) {
+      setenv("DRAFTWERK_CPU_ISA", old_->c_str(), 1);
+    } else {
+      unsetenv("DRAFTWERK_CPU_ISA");
+    }
+  }
+
+ private:
+  std::optional<std::string> old_;
+};
+
+std::string error_for(const char* value) {
+  const IsaVariable variable(value);
+  std::string message;
+  try {
+    static_cast<void>(choose_isa());
+  } catch (const std::runtime_error& error) {
+    message = error.what();
+  }
+  return message;
+}
+
+TEST(Isa, PortableIsAlwaysThereAndFirst) {
+  ASSERT_FALSE(available_isas().empty());
+  EXPECT_EQ(available_isas().front(), Isa::portable);
+}
+
+TEST(Isa, BestIsTheDefault) {
+  for (const char* unset : {static_cast<const char*>(nullptr), ""}) {
+    const IsaVariable variable(unset);
+    EXPECT_EQ(choose_isa(), available_isas().back());
+  }
+}
+
+TEST(Isa, TheVariableChoosesEachAvailableOne) {
+  for (const Isa isa : available_isas()) {
+    const IsaVariable variable(isa_name(isa));
+    EXPECT_EQ(choose_isa(), isa);
+  }
+}
+
+TEST(Isa, UnknownNameIsRefusedWithTheValidOnes) {
+  EXPECT_EQ(error_for("sse9"), "DRAFTWERK_CPU_ISA=sse9: expected portable, avx2 or avx512");
+}
+
+TEST(Isa, AMissingOneIsRefused) {
+  if (available_isas().back() == Isa::avx512) GTEST_SKIP() << "this machine has them all";
+  EXPECT_NE(error_for("avx512").find("this machine lacks avx512"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace draftwerk::cpu

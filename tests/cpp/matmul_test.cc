@@ -1,0 +1,312 @@
+#include "backend/cpu/matmul.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <tuple>
+
+#include "gtest/gtest.h"
+#include "random_blocks.h"
+
+namespace draftwerk::cpu {
+namespace {
+
+// A random matrix in checkpoint form, decoded, and packed.
+struct Matrix {
+  Matrix(WeightType type, std::int64_t rows, std::int64_t columns, std::mt19937& random)
+      : values(rows * columns), panels(cpu::panel_bytes(type, columns) * panel_count(rows)) {
+    const auto blocks = random_blocks(type, rows * columns, random);
+    dequantize(type, blocks.data(), rows * columns, values.data());
+    pack_rows(type, columns, rows, type, blocks.data(), panels.data());
+    packed = {type, rows, columns, cpu::panel_bytes(type, columns), panels.data()};
+  }
+  std::vector<float> values;
+  std::vector<std::byte> panels;
+  PackedMatrix packed;
+};
+
+// Random activations, quantised by the kernels under test, with gaps between rows.
+struct Rows {
+  Rows(const MatmulKernels& kernels, int rows, int columns, std::mt19937& random)
+      : stride(columns + 3),
+        quant_stride(columns + 32),
+        block_stride(columns / 32 + 2),
+        values(random_values(rows * stride, random)),
+        quants(rows * quant_stride),
+        scales(rows * block_stride),
+        sums(rows * block_stride) {
+    for (int r = 0; r < rows; ++r) {
+      for (std::int64_t c = 0; c < columns; c += 40) values[r * stride + c] *= 8;  // outliers, as real ones have
+      if (columns % kBlock == 0) {
+        kernels.quantize_row(&values[r * stride], columns, &quants[r * quant_stride], &scales[r * block_stride],
+                             &sums[r * block_stride]);
+      }
+    }
+  }
+  [[nodiscard]] Activations view(int first = 0) const {
+    return {values.data() + first * stride,
+            stride,
+            quants.data() + first * quant_stride,
+            scales.data() + first * block_stride,
+            sums.data() + first * block_stride,
+            quant_stride,
+            block_stride};
+  }
+  // What the matmul multiplies with.
+  [[nodiscard]] std::vector<float> effective(bool quantized, int rows, int columns) const {
+    std::vector<float> x(static_cast<std::size_t>(rows) * columns);
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < columns; ++c) {
+        x[r * columns + c] =
+            quantized ? scales[r * block_stride + c / kBlock] * quants[r * quant_stride + c] : values[r * stride + c];
+      }
+    }
+    return x;
+  }
+  std::int64_t stride;
+  std::int64_t quant_stride;
+  std::int64_t block_stride;
+  std::vector<float> values;
+  std::vector<std::int8_t> quants;
+  std::vector<float> scales;
+  std::vector<std::int32_t> sums;
+};
+
+constexpr float kUntouched = -12345.0F;
+
+class Matmul : public testing::TestWithParam<std::tuple<Isa, WeightType>> {
+ protected:
+  const MatmulKernels& kernels = matmul_kernels(std::get<0>(GetParam()));
+  const WeightType type = std::get<1>(GetParam());
+  std::mt19937 random{static_cast<unsigned>(type) + 1};
+
+  std::int64_t random_columns(int most_blocks) {
+    return std::max(block_columns(type), type == WeightType::f32 ? 7 : 1) * (1 + random() % most_blocks);
+  }
+};
+
+TEST_P(Matmul, AgreesWithTheNaiveProduct) {
+  for (int round = 0; round < 16; ++round) {
+    const std::int64_t columns = random_columns(6);
+    const std::int64_t outputs = 1 + random() % 70;
+    const int rows = 1 + static_cast<int>(random() % 20);
+    const Matrix matrix(type, outputs, columns, random);
+    const Rows x(kernels, rows, static_cast<int>(columns), random);
+    const auto effective = x.effective(takes_quantized(type), rows, static_cast<int>(columns));
+    std::vector<float> expected(rows * outputs);
+    naive_matmul(matrix.values.data(), outputs, columns, effective.data(), rows, expected.data());
+    std::vector<float> y(rows * outputs);
+    kernels.matmul(matrix.packed, 0, panel_count(outputs), x.view(), rows, y.data(), outputs);
+    for (int r = 0; r < rows; ++r) {
+      for (std::int64_t n = 0; n < outputs; ++n) {
+        double size = 0;
+        for (std::int64_t k = 0; k < columns; ++k) {
+          size += std::fabs(static_cast<double>(matrix.values[n * columns + k]) * effective[r * columns + k]);
+        }
+        // Each f32 addition, and each product of scales, is off by at most 2^-24 of what it made: fewer than
+        // columns + 8 of them act on any term. q4_k subtracts products larger than the weights themselves, hence 8.
+        const double bound = 8 * size * static_cast<double>(columns + 8) * 0x1p-24;
+        ASSERT_NEAR(y[r * outputs + n], expected[r * outputs + n], bound)
+            << "row " << r << " of " << rows << ", output " << n << " of " << outputs << ", columns " << columns;
+      }
+    }
+  }
+}
+
+// The promise: bits for a row depend neither on the other rows nor on the panel range.
+TEST_P(Matmul, RowsAreInvariant) {
+  const std::int64_t outputs = 75;
+  const std::int64_t panels = panel_count(outputs);
+  for (const std::int64_t columns : {random_columns(2), random_columns(5)}) {
+    const Matrix matrix(type, outputs, columns, random);
+    const Rows x(kernels, 20, static_cast<int>(columns), random);
+    std::vector<float> alone(20 * outputs);
+    for (int r = 0; r < 20; ++r) {
+      for (std::int64_t p = 0; p < panels; ++p) {
+        kernels.matmul(matrix.packed, p, p + 1, x.view(r), 1, &alone[r * outputs], outputs);
+      }
+    }
+    for (int rows = 1; rows <= 20; ++rows) {
+      const int first = static_cast<int>(random() % (21 - rows));
+      std::vector<float> y(rows * outputs);
+      const std::int64_t cut = random() % (panels + 1);
+      kernels.matmul(matrix.packed, 0, cut, x.view(first), rows, y.data(), outputs);
+      kernels.matmul(matrix.packed, cut, panels, x.view(first), rows, y.data(), outputs);
+      for (int i = 0; i < rows * outputs; ++i) ASSERT_EQ(y[i], alone[first * outputs + i]) << rows << " rows, " << i;
+    }
+  }
+}
+
+// Enough rows that they are taken in several chunks.
+TEST_P(Matmul, ManyRowsAreInvariant) {
+  const std::int64_t columns = 2048;
+  const std::int64_t outputs = 20;
+  const int rows = 133;
+  const Matrix matrix(type, outputs, columns, random);
+  const Rows x(kernels, rows, static_cast<int>(columns), random);
+  std::vector<float> y(rows * outputs);
+  kernels.matmul(matrix.packed, 0, 2, x.view(), rows, y.data(), outputs);
+  for (int r = 0; r < rows; ++r) {
+    std::vector<float> alone(outputs);
+    kernels.matmul(matrix.packed, 0, 2, x.view(r), 1, alone.data(), outputs);
+    for (std::int64_t n = 0; n < outputs; ++n) ASSERT_EQ(y[r * outputs + n], alone[n]);
+  }
+}
+
+TEST_P(Matmul, WritesNothingButItsOutputs) {
+  const std::int64_t columns = random_columns(2);
+  const std::int64_t outputs = 37;
+  const std::int64_t stride = 53;
+  const Matrix matrix(type, outputs, columns, random);
+  const Rows x(kernels, 11, static_cast<int>(columns), random);
+  std::vector<float> y(11 * stride, kUntouched);
+  kernels.matmul(matrix.packed, 1, 3, x.view(), 11, y.data(), stride);
+  for (int i = 0; i < 11 * stride; ++i) {
+    const bool output = i % stride >= 16 && i % stride < outputs;
+    EXPECT_EQ(y[i] != kUntouched, output) << i;
+  }
+}
+
+TEST_P(Matmul, ExtremesStayExact) {
+  if (!takes_quantized(type)) GTEST_SKIP() << "int8 only";
+  // All weights at their largest, all quants at 127 or -127: the sums that could saturate or overflow.
+  const std::int64_t columns = 256;
+  for (const int fill : {0xFF, 0x00, 0x80}) {
+    std::vector<std::byte> blocks(16 * columns / block_columns(type) * block_bytes(type), static_cast<std::byte>(fill));
+    const std::uint16_t one = float_to_half(1.0F);
+    for (std::size_t at = 0; at < blocks.size(); at += block_bytes(type)) {
+      std::memcpy(&blocks[at + (type == WeightType::q6_k ? 208 : 0)], &one, sizeof one);
+      if (type == WeightType::q4_k) std::memcpy(&blocks[at + 2], &one, sizeof one);
+    }
+    std::vector<float> values(16 * columns);
+    dequantize(type, blocks.data(), 16 * columns, values.data());
+    std::vector<std::byte> panels(panel_bytes(type, columns));
+    pack_rows(type, columns, 16, type, blocks.data(), panels.data());
+    for (const float sign : {1.0F, -1.0F}) {
+      std::vector<float> x(columns, sign * 127);
+      std::vector<std::int8_t> quants(columns);
+      std::vector<float> scales(columns / kBlock);
+      std::vector<std::int32_t> sums(columns / kBlock);
+      kernels.quantize_row(x.data(), static_cast<int>(columns), quants.data(), scales.data(), sums.data());
+      const Activations view = {x.data(), columns, quants.data(), scales.data(), sums.data(), columns, 8};
+      std::vector<float> y(16);
+      std::vector<float> expected(16);
+      kernels.matmul({type, 16, columns, panels.size(), panels.data()}, 0, 1, view, 1, y.data(), 16);
+      naive_matmul(values.data(), 16, columns, x.data(), 1, expected.data());
+      // Whole numbers below 2^24 times 63 (q4_k, q6_k scales up to 8 bits): exact but for the last additions.
+      for (int n = 0; n < 16; ++n) EXPECT_NEAR(y[n], expected[n], std::fabs(expected[n]) * 0x1p-21);
+    }
+  }
+}
+
+TEST_P(Matmul, EmbeddingLookupIsTheDecodedRow) {
+  const std::int64_t columns = random_columns(3);
+  const Matrix matrix(type, 40, columns, random);
+  std::vector<float> row(columns);
+  for (const std::int64_t n : {0, 15, 16, 39}) {
+    kernels.unpack_row(matrix.packed, n, 2.5F, row.data());
+    for (std::int64_t c = 0; c < columns; ++c) ASSERT_EQ(row[c], matrix.values[n * columns + c] * 2.5F);
+  }
+}
+
+std::string test_name(const testing::TestParamInfo<std::tuple<Isa, WeightType>>& info) {
+  return std::string(isa_name(std::get<0>(info.param))) + "_" + weight_type_name(std::get<1>(info.param));
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, Matmul,
+                         testing::Combine(testing::ValuesIn(available_isas()), testing::ValuesIn(kWeightTypes)),
+                         test_name);
+
+class QuantizeRow : public testing::TestWithParam<Isa> {
+ protected:
+  const MatmulKernels& kernels = matmul_kernels(GetParam());
+};
+
+TEST_P(QuantizeRow, IsWithinHalfAStepAndItsSumsAreExact) {
+  std::mt19937 random(9);
+  for (const float size : {1.0F, 1e-20F, 1e20F, 3e-29F}) {
+    const int columns = 32 * 7;
+    auto x = random_values(columns, random);
+    for (float& value : x) value *= size;
+    std::fill_n(x.begin() + 32, 32, 0.0F);
+    std::vector<std::int8_t> quants(columns);
+    std::vector<float> scales(7);
+    std::vector<std::int32_t> sums(7);
+    kernels.quantize_row(x.data(), columns, quants.data(), scales.data(), sums.data());
+    for (int block = 0; block < 7; ++block) {
+      int halves[2] = {0, 0};
+      float largest = 0;
+      for (int i = 0; i < kBlock; ++i) {
+        const int at = block * kBlock + i;
+        largest = std::max(largest, std::fabs(x[at]));
+        halves[i / 16] += quants[at];
+        EXPECT_NEAR(scales[block] * quants[at], x[at], scales[block] * 0.5001F);
+        EXPECT_GE(quants[at], -127);
+      }
+      EXPECT_EQ(scales[block], largest / 127.0F);
+      EXPECT_EQ(static_cast<std::int16_t>(sums[block] & 0xFFFF), halves[0]);
+      EXPECT_EQ(sums[block] >> 16, halves[1]);
+    }
+  }
+}
+
+TEST_P(QuantizeRow, TiesGoToEven) {
+  std::vector<float> x(kBlock, 0.0F);
+  x[0] = 127.0F;
+  x[1] = 0.5F;
+  x[2] = 1.5F;
+  x[3] = -2.5F;
+  x[17] = -126.5F;
+  std::vector<std::int8_t> quants(kBlock);
+  float scale;
+  std::int32_t sum;
+  kernels.quantize_row(x.data(), kBlock, quants.data(), &scale, &sum);
+  EXPECT_EQ(quants[1], 0);
+  EXPECT_EQ(quants[2], 2);
+  EXPECT_EQ(quants[3], -2);
+  EXPECT_EQ(quants[17], -126);
+}
+
+TEST_P(QuantizeRow, NonFiniteInputsBecomeNanProducts) {
+  std::mt19937 random(2);
+  const Matrix matrix(WeightType::q8_0, 16, 64, random);
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    Rows x(kernels, 1, 64, random);
+    x.values[40] = bad;
+    kernels.quantize_row(x.values.data(), 64, x.quants.data(), x.scales.data(), x.sums.data());
+    std::vector<float> y(16);
+    kernels.matmul(matrix.packed, 0, 1, x.view(), 1, y.data(), 16);
+    for (const float value : y) EXPECT_TRUE(std::isnan(value));
+  }
+}
+
+TEST_P(QuantizeRow, GivesTheSameBitsOnEveryInstructionSet) {
+  std::mt19937 random(8);
+  const Rows portable(matmul_kernels(Isa::portable), 3, 320, random);
+  random.seed(8);
+  const Rows other(kernels, 3, 320, random);
+  EXPECT_EQ(portable.quants, other.quants);
+  EXPECT_EQ(portable.scales, other.scales);
+  EXPECT_EQ(portable.sums, other.sums);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kernels, QuantizeRow, testing::ValuesIn(available_isas()),
+                         [](const auto& info) { return isa_name(info.param); });
+
+TEST(MatmulAcrossInstructionSets, Avx2AndAvx512GiveTheSameBits) {
+  if (available_isas().back() != Isa::avx512) GTEST_SKIP() << "needs AVX-512";
+  std::mt19937 random(6);
+  for (const WeightType type : kWeightTypes) {
+    const Matrix matrix(type, 50, 512, random);
+    const Rows x(matmul_kernels(Isa::avx512), 9, 512, random);
+    std::vector<float> y(9 * 50);
+    std::vector<float> z(9 * 50);
+    matmul_kernels(Isa::avx512).matmul(matrix.packed, 0, 4, x.view(), 9, y.data(), 50);
+    matmul_kernels(Isa::avx2).matmul(matrix.packed, 0, 4, x.view(), 9, z.data(), 50);
+    EXPECT_EQ(y, z) << weight_type_name(type);
+  }
+}
+
+}  // namespace
+}  // namespace draftwerk::cpu
