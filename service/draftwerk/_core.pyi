@@ -1,0 +1,101 @@
+"""The native module: the model on its backend and the engine loop. Thin; `draftwerk.Engine` is what people use."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+class RequestError(ValueError):
+    """A request that cannot be served; args are (field, value, allowed), all strings."""
+
+class QueueFull(RuntimeError):
+    """Too many tokens are queued already."""
+
+class Model:
+    @property
+    def description(self) -> str: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    def __init__(
+        self, config: Mapping[str, object], *, threads: int = 0, max_step_rows: int = 512, max_outputs: int = 128
+    ) -> None: ...
+    def create_weight(self, name: str, type: str, rows: int, columns: int) -> None: ...
+    def upload_rows(
+        self, name: str, first_row: int, source_type: str, rows: int, data: npt.NDArray[np.uint8]
+    ) -> None: ...
+    def set_vector(self, name: str, values: npt.NDArray[np.float32]) -> None: ...
+    def finish(self) -> None: ...
+    def logits(self, token_ids: Sequence[int], chunk: int = 0) -> npt.NDArray[np.float32]: ...
+    def time_rows(self, rows: int, repeats: int, context: int) -> list[float]: ...
+
+class EngineOptions:
+    kv_memory_bytes: int
+    max_sequences: int
+    prefill_chunk: int
+    drafter: str
+    draft_length: int
+    max_draft_length: int
+    prefix_cache: bool
+    max_queued_tokens: int
+    eos_token_ids: list[int]
+    max_context: int
+    def __init__(self) -> None: ...
+
+class Request:
+    prompt: list[int]
+    max_tokens: int
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
+    seed: int
+    logprobs: int
+    stop_token_ids: list[int]
+    stop_strings: list[bytes]
+    ignore_eos: bool
+    drafting: bool
+    max_draft_length: int
+    salt: str
+    def __init__(self) -> None: ...
+
+class Event:
+    @property
+    def request_id(self) -> int: ...
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def drafted(self) -> list[bool]: ...
+    @property
+    def logprobs(self) -> list[float]: ...
+    @property
+    def top_logprobs(self) -> list[list[tuple[int, float]]]: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def finish_reason(self) -> str: ...
+    @property
+    def error(self) -> str: ...
+    @property
+    def text_bytes(self) -> int: ...
+    @property
+    def stats(self) -> dict[str, Any]: ...
+
+class Engine:
+    def __init__(
+        self, model: Model, options: EngineOptions, token_bytes: tuple[npt.NDArray[np.uint32], bytes] | None
+    ) -> None: ...
+    def submit(self, request: Request) -> int: ...
+    def cancel(self, request_id: int) -> None: ...
+    def wait_events(self, timeout: float) -> list[Event]: ...
+    def event_fd(self) -> int: ...
+    def stats(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+def dequantize(type: str, data: Buffer, elements: int) -> npt.NDArray[np.float32]: ...

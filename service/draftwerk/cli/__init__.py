@@ -1,0 +1,1 @@
+"""The command line: `draftwerk generate | bench | models | tokenize | demo`."""

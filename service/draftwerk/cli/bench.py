@@ -1,0 +1,243 @@
+"""`draftwerk bench`: speed on a file of prompts; `draftwerk bench rows`: the time of one pass by its rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from draftwerk.cli import options
+from draftwerk.cli.failures import reports_failures, usage_error
+
+if TYPE_CHECKING:
+    from draftwerk.cli.measurement import BenchPrompt, StreamRecord
+    from draftwerk.engine import Engine
+    from draftwerk.requests import Prompt, SamplingParams
+
+EPILOG = """
+[bold]Examples[/]
+
+  draftwerk bench --prompts prompts.jsonl --limit 20 --drafter lookup
+
+  draftwerk bench --prompts prompts.jsonl --drafter none --concurrency 16 --json none.json
+
+  draftwerk bench rows --model gemma-3-270m
+"""
+
+ROWS_EPILOG = """
+[bold]Examples[/]
+
+  draftwerk bench rows --threads 2 --json rows.json
+"""
+
+app = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode="rich",
+    epilog=EPILOG,
+    help="Measure speed on a file of prompts, or (with [bold]rows[/]) the time of one pass of the model.",
+)
+
+JsonFile = Annotated[
+    Optional[Path], typer.Option("--json", help="Write the figures to this file; - is stdout.", metavar="OUT")
+]
+
+
+@app.callback()
+@reports_failures
+def bench(
+    context: typer.Context,
+    model: options.Model = options.DEFAULT_MODEL,
+    drafter: options.Drafter = "auto",
+    prompts: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--prompts",
+            help='JSON lines: {"question_id", "category", "turns": ["..."]}; first turns are used.',
+            metavar="FILE",
+        ),
+    ] = None,
+    limit: Annotated[
+        Optional[int], typer.Option("--limit", min=1, help="Only the first N prompts.", metavar="N")
+    ] = None,
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 0,
+    concurrency: Annotated[
+        int, typer.Option("--concurrency", "-c", min=1, help="Requests in flight.", metavar="C")
+    ] = 1,
+    ignore_eos: options.IgnoreEos = False,
+    chat: options.Chat = False,
+    draft_length: options.DraftLength = None,
+    weights: options.Weights = "auto",
+    threads: options.Threads = 0,
+    kv_memory: options.KvMemory = None,
+    no_prefix_cache: options.NoPrefixCache = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure speed on a file of prompts."""
+    if context.invoked_subcommand is not None:
+        return
+    from draftwerk.cli.measurement import figures, read_prompts, run_prompts
+    from draftwerk.requests import SamplingParams
+
+    if prompts is None:
+        raise usage_error("--prompts FILE is missing (draftwerk bench --help)")
+    try:
+        bench_prompts = read_prompts(prompts, limit)
+    except OSError as error:
+        raise usage_error(f"--prompts: {error}") from None
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, ignore_eos=ignore_eos
+    )
+    with options.open_engine(
+        model,
+        drafter=drafter,
+        draft_length=draft_length,
+        threads=threads,
+        kv_memory=kv_memory,
+        weights=weights,
+        prefix_cache=not no_prefix_cache,
+    ) as engine:
+        requests = [(prompt, _request(engine, prompt, chat)) for prompt in bench_prompts]
+        _warm_up(engine, requests[0][1])
+        with _progress() as bar:
+            task = bar.add_task("prompts", total=len(requests))
+
+            def on_done(_: StreamRecord) -> None:
+                bar.advance(task)
+
+            records, seconds = run_prompts(engine, requests, params, concurrency, on_done)
+        report = {
+            **figures(records, seconds),
+            "settings": _settings(engine, params, concurrency, draft_length),
+            "engine": engine.stats(),
+        }
+    _print_report(report, json_file)
+    _write_json(report, json_file)
+
+
+@app.command("rows", epilog=ROWS_EPILOG)
+@reports_failures
+def rows(
+    model: options.Model = options.DEFAULT_MODEL,
+    most_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Time 1 to N rows.", metavar="N")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes for each count; the median counts.")] = 30,
+    context: Annotated[int, typer.Option("--context", min=0, help="Positions before the rows.", metavar="N")] = 64,
+    weights: options.Weights = "auto",
+    threads: options.Threads = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Time one pass of the model at 1 to 16 rows: what verifying drafts costs."""
+    from draftwerk.cli.measurement import time_rows
+    from draftwerk.weights import load_model, open_model
+
+    with options.loading_progress(model) as progress:
+        core_model = load_model(open_model(model, progress), weights=weights, threads=threads, progress=progress)
+    time_rows(core_model, most_rows, 2, context)  # warms caches and clocks
+    with options.messages.status("timing passes"):
+        measured = time_rows(core_model, most_rows, repeats, context)
+    table = Table("rows", "ms", "relative to 1 row", "tokens/s if all accepted")
+    for count, ms in measured.items():
+        table.add_row(str(count), f"{ms:.2f}", f"{ms / measured[1]:.2f}", f"{count / ms * 1e3:.0f}")
+    _result_console(json_file).print(table)
+    _write_json({"rows": {str(count): ms for count, ms in measured.items()}}, json_file)
+
+
+def _request(engine: Engine, prompt: BenchPrompt, chat: bool) -> Prompt:
+    # Tokenised beforehand: the engine is measured, not the tokenizer.
+    return engine.encode_prompt([{"role": "user", "content": prompt.text}] if chat else prompt.text)
+
+
+def _warm_up(engine: Engine, prompt: Prompt) -> None:
+    """Touches weights and clocks; under another salt, so that no prompt starts from a warm prefix cache."""
+    from draftwerk.requests import SamplingParams
+
+    engine.generate(prompt, SamplingParams(max_tokens=8, ignore_eos=True, salt="warm-up"))
+
+
+def _settings(engine: Engine, params: SamplingParams, concurrency: int, draft_length: int | None) -> dict[str, Any]:
+    return {
+        "model": engine.info.model,
+        "backend": engine.info.backend,
+        "weight_bytes": engine.info.weight_bytes,
+        "kv_memory_bytes": engine.info.kv_memory_bytes,
+        "drafter": engine.info.drafter,
+        "draft_length": draft_length,
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "seed": params.seed,
+        "ignore_eos": params.ignore_eos,
+        "concurrency": concurrency,
+    }
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=options.messages,
+        transient=True,
+        disable=not options.messages.is_terminal,
+    )
+
+
+def _result_console(json_file: Path | None) -> Console:
+    """Tables go to stdout, unless the JSON goes there."""
+    return options.messages if json_file is not None and str(json_file) == "-" else Console()
+
+
+def _print_report(report: dict[str, Any], json_file: Path | None) -> None:
+    console = _result_console(json_file)
+    settings = report["settings"]
+    title = f"{settings['model']}, {settings['backend']}, drafter {settings['drafter']}"
+    table = Table("category", "tokens", "steps", "tokens/step", "accepted", "tokens/s", title=Text(title))
+    for category, values in report["per_category"].items():
+        table.add_row(Text(category or "-"), *_speculation_cells(values))
+    table.add_section()
+    table.add_row("all", *_speculation_cells(report), style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    ttft, gap = report["time_to_first_token_ms"], report["inter_token_latency_ms"]
+    console.print(
+        f"aggregate {report['aggregate_tokens_per_second']:.1f} tokens/s, "
+        f"prefill {report['prefill_tokens_per_second']:.0f} tokens/s, "
+        f"first token p50 {ttft['p50']:.0f} ms p99 {ttft['p99']:.0f} ms, "
+        f"between tokens p50 {gap['p50']:.1f} ms p99 {gap['p99']:.1f} ms, "
+        f"peak memory {report['peak_rss_mb']:.0f} MiB",
+        highlight=False,
+    )
+    console.print(f"output sha256 {report['output_sha256']}", style="dim", highlight=False)
+
+
+def _speculation_cells(values: dict[str, Any]) -> list[str]:
+    return [
+        str(values["tokens"]),
+        str(values["steps"]),
+        f"{values['tokens_per_step']:.2f}",
+        f"{values['acceptance_rate']:.0%}" if values["drafted"] else "-",
+        f"{values['decode_tokens_per_second']:.1f}",
+    ]
+
+
+def _write_json(values: dict[str, Any], json_file: Path | None) -> None:
+    if json_file is None:
+        return
+    text = json.dumps(values, indent=2) + "\n"
+    if str(json_file) == "-":
+        print(text, end="")
+    else:
+        json_file.write_text(text, encoding="utf-8")

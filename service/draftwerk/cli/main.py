@@ -1,0 +1,46 @@
+"""The `draftwerk` command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from draftwerk import __version__
+from draftwerk.cli import bench, demo, generate, models, tokenize
+
+app = typer.Typer(
+    name="draftwerk",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fast, reproducible generation with Gemma models. Drafts tokens ahead and verifies them in one pass; "
+    "the text is the same with and without.",
+    epilog="Start with: [bold]draftwerk demo[/]",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"draftwerk {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """The options of `draftwerk` itself."""
+
+
+app.command("generate", epilog=generate.EPILOG)(generate.generate)
+app.add_typer(bench.app, name="bench")
+app.command("models", epilog=models.EPILOG)(models.models)
+app.command("tokenize", epilog=tokenize.EPILOG)(tokenize.tokenize)
+app.command("demo", epilog=demo.EPILOG)(demo.demo)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,101 @@
+"""Options that several commands share, and the engine that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from draftwerk.engine import Engine
+
+DEFAULT_MODEL = "gemma-3-270m"
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A Hugging Face directory, a GGUF file, or a built-in name.", metavar="M")
+]
+Drafter = Annotated[
+    str, typer.Option("--drafter", "-d", help="auto, lookup or none. Changes the speed, never the text.", metavar="D")
+]
+DraftLength = Annotated[
+    Optional[int], typer.Option("--draft-length", help="Drafts per step. Default: decided by measured costs.")
+]
+Threads = Annotated[int, typer.Option("--threads", "-t", min=0, help="Kernel threads; 0 uses all cores.")]
+KvMemory = Annotated[
+    Optional[str],
+    typer.Option(
+        "--kv-memory", help="Size of the KV cache, e.g. 512MiB. Default: 1GiB, or 25% of free memory.", metavar="SIZE"
+    ),
+]
+Weights = Annotated[
+    str,
+    typer.Option("--weights", help="auto, int8, f32, f16 or bf16: the type to hold float weights in.", metavar="TYPE"),
+]
+NoPrefixCache = Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt from its first token.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.", metavar="N")]
+Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.", metavar="T")]
+TopK = Annotated[int, typer.Option("--top-k", help="Keep the K most probable tokens; 0 keeps all.", metavar="K")]
+TopP = Annotated[float, typer.Option("--top-p", help="Keep this probability mass; 1 keeps all.", metavar="P")]
+Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same text.", metavar="S")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Put the prompt through the model's chat template, as a user's message.")
+]
+
+messages = Console(stderr=True)
+"""Where everything goes that is not the command's result."""
+
+
+@contextmanager
+def loading_progress(model: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, as the function that reports to it."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+        console=messages,
+        transient=True,
+        disable=not messages.is_terminal,
+    ) as bar:
+        task = bar.add_task(escape(f"opening {model}"), total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def open_engine(
+    model: str,
+    *,
+    drafter: str,
+    draft_length: int | None,
+    threads: int,
+    kv_memory: str | None,
+    weights: str,
+    prefix_cache: bool,
+) -> Iterator[Engine]:
+    """An engine for these options, with a progress bar on stderr while it loads."""
+    from draftwerk.engine import Engine
+
+    with loading_progress(model) as progress:
+        engine = Engine(
+            model,
+            drafter=drafter,
+            draft_length=draft_length,
+            max_draft_length=max(8, draft_length or 0),
+            threads=threads,
+            kv_memory=kv_memory,
+            weights=weights,
+            prefix_cache=prefix_cache,
+            progress=progress,
+        )
+    with engine:
+        yield engine

@@ -1,0 +1,282 @@
+"""The engine as Python sees it: load a model, generate from many prompts at once, stream, cancel."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, overload
+
+from draftwerk import _core
+from draftwerk.generation import Dispatcher, Generation
+from draftwerk.loading import ChatTemplateError, Checkpoint
+from draftwerk.memory import available_memory, parse_size
+from draftwerk.output_text import OutputText
+from draftwerk.requests import Message, Prompt, RequestError, SamplingParams, native_request, stop_bytes
+from draftwerk.results import Chunk, Completion
+from draftwerk.weights import Progress, load_model, open_model
+
+DRAFTERS = ("auto", "lookup", "none", "random")
+
+_GREEDY = SamplingParams()
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What was loaded, and onto what."""
+
+    model: str
+    architecture: str
+    backend: str
+    """Such as "cpu avx512, 2 threads"."""
+    drafter: str
+    weight_bytes: int
+    kv_memory_bytes: int
+    max_context: int
+    vocab_size: int
+
+
+class Engine:
+    """Generates text with one model. Safe to use from many threads and tasks at once.
+
+    Args:
+        model: a directory in Hugging Face form, a GGUF file, a built-in name, or an opened checkpoint.
+        drafter: "auto" (the best that fits the model), "lookup", "none", or "random" (for tests: drafts are noise).
+            Never changes the output, only the speed.
+        threads: kernel threads; 0 uses every core this process may run on.
+        kv_memory: bytes for the KV cache, or a size such as "512MiB". Default: 1 GiB, or a quarter of the free memory
+            if that is less.
+        weights: "auto" keeps the checkpoint's types; "int8", "f32", "f16", "bf16" convert float matrices on loading.
+        draft_length: drafts per step; None lets the measured costs decide.
+        max_draft_length: at most this many drafts per step and sequence.
+        max_sequences: sequences that run at the same time; more wait in the queue.
+        max_step_rows: most rows (prompt tokens, last tokens and drafts) of one pass of the model.
+        prefill_chunk: most prompt tokens of one pass; default: max_step_rows.
+        max_queued_tokens: prompt tokens that may wait; beyond that submit() raises QueueFull.
+        max_context: longest sequence; default: the model's.
+        prefix_cache: keep the keys and values of finished prompts for requests that begin alike.
+        progress: called while loading with (what, bytes done, bytes in all).
+
+    Raises:
+        CheckpointError: the model cannot be loaded; says which file, which tensor and why.
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Checkpoint,
+        *,
+        drafter: str = "auto",
+        threads: int = 0,
+        kv_memory: int | str | None = None,
+        weights: str = "auto",
+        draft_length: int | None = None,
+        max_draft_length: int = 8,
+        max_sequences: int = 64,
+        max_step_rows: int = 512,
+        prefill_chunk: int | None = None,
+        max_queued_tokens: int = 1 << 20,
+        max_context: int | None = None,
+        prefix_cache: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        if drafter not in DRAFTERS:
+            raise ValueError(f"drafter = {drafter!r}: must be one of {', '.join(DRAFTERS)}")
+        if draft_length is not None and not 0 <= draft_length <= max_draft_length:
+            raise ValueError(f"draft_length = {draft_length}: must be 0 to max_draft_length = {max_draft_length}")
+        checkpoint = model if isinstance(model, Checkpoint) else open_model(model, progress)
+        self._tokenizer = checkpoint.tokenizer
+        self._chat_template = checkpoint.chat_template
+        core_model = load_model(
+            checkpoint, weights=weights, threads=threads, max_step_rows=max_step_rows, progress=progress
+        )
+
+        options = _core.EngineOptions()
+        options.drafter = "lookup" if drafter == "auto" else drafter
+        options.draft_length = -1 if draft_length is None else draft_length
+        options.max_draft_length = max_draft_length
+        options.kv_memory_bytes = _kv_memory_bytes(kv_memory)
+        options.max_sequences = max_sequences
+        options.prefill_chunk = prefill_chunk or max_step_rows
+        options.max_queued_tokens = max_queued_tokens
+        options.max_context = max_context or checkpoint.config.max_position_embeddings
+        options.prefix_cache = prefix_cache
+        options.eos_token_ids = list(checkpoint.eos_token_ids)
+
+        token_bytes = None if self._tokenizer is None else self._tokenizer.token_bytes_table()
+        self._dispatcher = Dispatcher(_core.Engine(core_model, options, token_bytes))
+        # Runs at garbage collection or at exit: the native threads must not outlive the interpreter.
+        self._finalizer = weakref.finalize(self, self._dispatcher.close)
+        self.info = EngineInfo(
+            model=checkpoint.name,
+            architecture=checkpoint.config.architecture,
+            backend=core_model.description,
+            drafter=options.drafter,
+            weight_bytes=core_model.weight_bytes,
+            kv_memory_bytes=options.kv_memory_bytes,
+            max_context=options.max_context,
+            vocab_size=checkpoint.config.vocab_size,
+        )
+
+    # --- generating --------------------------------------------------------------------------------------------
+
+    def submit(self, prompt: Prompt, params: SamplingParams = _GREEDY) -> Generation:
+        """Starts one request and returns at once.
+
+        Raises:
+            RequestError: the request names something out of range.
+            QueueFull: too much is waiting already.
+            EngineClosed: the engine was closed.
+        """
+        prompt_ids = self.encode_prompt(prompt)
+        request = native_request(prompt_ids, params)
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop", list(params.stop), "empty: this checkpoint has no tokenizer")
+        text = None if self._tokenizer is None else OutputText(self._tokenizer, stop_bytes(params.stop))
+        generation = Generation(self._dispatcher, tuple(request.prompt), text)
+        self._dispatcher.submit(request, generation)
+        return generation
+
+    @overload
+    def generate(self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams = ...) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[int]] | list[list[Message]] | list[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] = ...,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self, prompt: Any, params: SamplingParams | Sequence[SamplingParams] = _GREEDY
+    ) -> Completion | list[Completion]:
+        """Generates from one prompt, or from a list of prompts at the same time.
+
+        Args:
+            prompt: text, token ids or chat messages; or a list of these.
+            params: for all prompts, or one for each.
+        """
+        if not _is_batch(prompt):
+            return self._wait([self.submit(prompt, cast(SamplingParams, params))])[0]
+        return self._wait(self._submit_all(prompt, params))
+
+    def stream(self, prompt: Prompt, params: SamplingParams = _GREEDY) -> Iterator[Chunk]:
+        """Generates from one prompt, step by step. Leaving the loop early cancels the request."""
+        generation = self.submit(prompt, params)
+
+        def chunks() -> Iterator[Chunk]:
+            try:
+                yield from generation
+            finally:
+                generation.cancel()
+
+        return chunks()
+
+    async def agenerate(self, prompt: Prompt, params: SamplingParams = _GREEDY) -> Completion:
+        """generate() of one prompt, for asyncio. Cancelling the task cancels the request."""
+        return await self.submit(prompt, params).aresult()
+
+    async def astream(self, prompt: Prompt, params: SamplingParams = _GREEDY) -> AsyncIterator[Chunk]:
+        """stream() for asyncio. Cancelling the task or leaving the loop cancels the request."""
+        generation = self.submit(prompt, params)
+        try:
+            async for chunk in generation:
+                yield chunk
+        finally:
+            generation.cancel()
+
+    # --- tokens ------------------------------------------------------------------------------------------------
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the checkpoint came with one; without it prompts are token ids and completions have no text."""
+        return self._tokenizer is not None
+
+    def tokenize(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Token ids of a text, <bos> first unless `add_bos` is False."""
+        if self._tokenizer is None:
+            raise RequestError("prompt", repr(text[:40]), "token ids: this checkpoint has no tokenizer")
+        try:
+            return self._tokenizer.encode(text, add_bos=add_bos)
+        except ValueError as error:
+            raise RequestError("prompt", repr(text[:40]), f"valid Unicode text: {error}") from None
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids; control tokens have none."""
+        if self._tokenizer is None:
+            raise RequestError("token_ids", "given", "absent: this checkpoint has no tokenizer")
+        return self._tokenizer.decode(token_ids)
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """The token ids that a prompt stands for."""
+        if isinstance(prompt, str):
+            return self.tokenize(prompt)
+        if len(prompt) > 0 and isinstance(prompt[0], Mapping):
+            if self._chat_template is None:
+                raise RequestError("prompt", "chat messages", "text or token ids: this checkpoint has no chat template")
+            try:
+                text = self._chat_template.render([dict(cast(Message, message)) for message in prompt])
+            except ChatTemplateError as error:
+                raise RequestError("prompt", "chat messages", f"as the chat template wants it: {error}") from None
+            return self.tokenize(text, add_bos=False)  # the template writes <bos> itself
+        return list(cast("Sequence[int]", prompt))
+
+    # --- the engine itself -------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """Figures of the engine since it was started: steps, rows, drafts, pages, prefix hits, time per phase."""
+        return self._dispatcher.core.stats()
+
+    def close(self) -> None:
+        """Stops the engine and frees its memory. Requests that still run end with EngineClosed."""
+        self._finalizer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit_all(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[Generation]:
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError("params", f"{len(each)} values", f"one value, or one for each of {len(prompts)} prompts")
+        generations: list[Generation] = []
+        try:
+            for prompt, its_params in zip(prompts, each, strict=True):
+                generations.append(self.submit(prompt, its_params))
+        except BaseException:
+            _cancel_all(generations)
+            raise
+        return generations
+
+    def _wait(self, generations: list[Generation]) -> list[Completion]:
+        try:
+            return [generation.result() for generation in generations]
+        except BaseException:  # also Ctrl-C: nobody will read the others
+            _cancel_all(generations)
+            raise
+
+
+def _cancel_all(generations: list[Generation]) -> None:
+    for generation in generations:
+        generation.cancel()
+
+
+def _is_batch(prompt: object) -> bool:
+    """Whether this is a list of prompts: its first element is a prompt, not a token id or a message."""
+    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
+        return False
+    return len(prompt) == 0 or isinstance(prompt[0], (str, Sequence))
+
+
+def _kv_memory_bytes(kv_memory: int | str | None) -> int:
+    if kv_memory is None:
+        return min(1 << 30, available_memory() // 4)
+    size = parse_size(kv_memory) if isinstance(kv_memory, str) else int(kv_memory)
+    if size <= 0:
+        raise ValueError(f"kv_memory = {kv_memory}: must be more than 0 bytes")
+    return size

@@ -1,0 +1,368 @@
+"""Tokenizers of Gemma checkpoints, and turning a stream of tokens back into text.
+
+Three sources, one behaviour: the SentencePiece data in a GGUF file and ``tokenizer.model`` (both through
+``sentencepiece``), and ``tokenizer.json`` (through ``tokenizers``). All are BPE with byte fallback over text whose
+spaces are written U+2581.
+
+Any Unicode text survives ``decode(encode(text, add_bos=False), skip_special_tokens=False)`` unchanged. Two decisions:
+
+* The name of a special token in a text (``<bos>``, ``<start_of_turn>``) becomes that token, as transformers and
+  llama.cpp have it for prompts; chat templates depend on it.
+* U+2581 itself becomes its three byte tokens. The libraries take it for a space, and the text would come back changed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from draftwerk.loading import sentencepiece_model as proto
+from draftwerk.loading.errors import CheckpointError, printable
+from draftwerk.loading.gguf import GgufFile
+
+_SPACE = "\u2581"
+_SPACE_BYTES = _SPACE.encode()
+_BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
+# Gemma's `tokenizer.model` holds these as user-defined text; transformers' converter makes them special, as we do.
+_TURN_MARKERS = (b"<start_of_turn>", b"<end_of_turn>")
+_MAX_TOKENS = 1 << 22
+
+
+class TokenTexts:
+    """Collects what each token adds to the text, in the order of the ids."""
+
+    def __init__(self) -> None:
+        self.blob = bytearray()
+        self.offsets = array("I", [0])
+        self.special_ids: list[int] = []
+
+    def add_text(self, text: bytes) -> None:
+        """A token of ordinary text."""
+        self.blob += text
+        self.offsets.append(len(self.blob))
+
+    def add_special(self) -> None:
+        """A control token, which stands for no text."""
+        self.special_ids.append(len(self.offsets) - 1)
+        self.offsets.append(len(self.blob))
+
+    def add_piece(self, piece: bytes) -> None:
+        """A token of the vocabulary as it is written there: U+2581 for a space, ``<0x0A>`` for a byte."""
+        byte = _BYTE_PIECE.fullmatch(piece)
+        self.add_text(bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE_BYTES, b" "))
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Attributes:
+        vocab_size: number of ids; may differ from the model's number of embedding rows.
+        bos_token_id: what ``add_bos`` prepends; ``None`` if the checkpoint names none.
+        special_ids: control tokens (``<bos>``, ``<end_of_turn>``): they stand for no text.
+    """
+
+    def __init__(self, path: str, texts: TokenTexts, bos_token_id: int | None) -> None:
+        self.vocab_size = len(texts.offsets) - 1
+        self.special_ids = frozenset(texts.special_ids)
+        self.bos_token_id = bos_token_id
+        self._offsets: npt.NDArray[np.uint32] = np.frombuffer(texts.offsets, dtype=np.uint32)
+        self._blob = bytes(texts.blob)
+        if bos_token_id is not None and not 0 <= bos_token_id < self.vocab_size:
+            raise CheckpointError(path, f"bos token {bos_token_id} is outside the vocabulary of {self.vocab_size}")
+        byte_ids = [self.id_of(f"<0x{byte:02X}>") for byte in range(256)]
+        if None in byte_ids:
+            missing = byte_ids.index(None)
+            raise CheckpointError(
+                path, f"the vocabulary has no byte token <0x{missing:02X}>: only BPE with byte fallback is supported"
+            )
+        self._space_ids = [cast(int, byte_ids[byte]) for byte in _SPACE_BYTES]
+
+    @abstractmethod
+    def _encode_segment(self, text: str) -> list[int]:
+        """The ids of a text without U+2581."""
+
+    @abstractmethod
+    def id_of(self, piece: str) -> int | None:
+        """The id of the token whose piece is ``piece`` (``"<end_of_turn>"``, ``"▁the"``); ``None`` if there is none."""
+
+    @abstractmethod
+    def piece_of(self, token_id: int) -> str:
+        """The token as the vocabulary writes it, ``"▁the"`` or ``"<bos>"``; ``""`` for an id beyond the vocabulary."""
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """The token ids of ``text``.
+
+        Args:
+            text: any Unicode text; names of special tokens in it become those tokens.
+            add_bos: put the beginning-of-sequence token in front, unless the text already begins with it.
+
+        Raises:
+            ValueError: ``text`` holds a lone surrogate, which no UTF-8 text can.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from None
+        ids: list[int] = []
+        for index, segment in enumerate(text.split(_SPACE)):
+            if index:
+                ids += self._space_ids
+            if segment:
+                ids += self._encode_segment(segment)
+        if add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ``ids``. Bytes that are no UTF-8 become U+FFFD; ids beyond the vocabulary have no text."""
+        if skip_special_tokens:
+            parts = (self.token_bytes(token_id) for token_id in ids)
+        else:
+            parts = (
+                self.piece_of(token_id).encode() if token_id in self.special_ids else self.token_bytes(token_id)
+                for token_id in ids
+            )
+        return b"".join(parts).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token adds to the text: ``b""`` for special tokens and ids beyond the vocabulary.
+
+        Raises:
+            ValueError: ``token_id`` is negative.
+        """
+        if token_id < 0:
+            raise ValueError(f"token id {token_id} is negative")
+        if token_id >= self.vocab_size:
+            return b""
+        return self._blob[self._offsets[token_id] : self._offsets[token_id + 1]]
+
+    def token_bytes_table(self) -> tuple[npt.NDArray[np.uint32], bytes]:
+        """(offsets [vocab_size + 1], blob): token ``i`` adds ``blob[offsets[i] : offsets[i + 1]]`` to the text."""
+        return self._offsets, self._blob
+
+
+class StreamDecoder:
+    """Text of a growing sequence of tokens, never half a character.
+
+    Bytes that may yet become a character are held back; bytes that cannot become U+FFFD. All pieces of text together
+    equal :meth:`Tokenizer.decode` of all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain once ``token_id`` follows; may be empty."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """The end of the text: U+FFFD if a character was left unfinished. The decoder starts anew."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece BPE vocabulary.
+
+    Args:
+        path: names the file in errors.
+        pieces: (UTF-8 piece, score, SentencePiece type) of each id.
+        bos_token_id: as for :class:`Tokenizer`.
+
+    Raises:
+        CheckpointError: the vocabulary is no BPE vocabulary with byte fallback.
+    """
+
+    def __init__(self, path: str, pieces: Iterable[tuple[bytes, float, int]], bos_token_id: int | None) -> None:
+        import sentencepiece  # here, not above: large, and only of use when there is a vocabulary
+
+        texts = TokenTexts()
+        try:
+            model = proto.write_model(_matching_special_tokens(pieces, texts))
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except CheckpointError:
+            raise
+        except UnicodeDecodeError:
+            raise CheckpointError(path, f"corrupt: token {len(texts.offsets) - 1} is not UTF-8") from None
+        except (RuntimeError, ValueError, OSError) as error:
+            raise CheckpointError(path, f"unusable vocabulary: {error}") from None
+        super().__init__(path, texts, bos_token_id)
+
+    def _encode_segment(self, text: str) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def id_of(self, piece: str) -> int | None:
+        # Whatever it does not know has the id of the unknown piece, which lies behind the vocabulary.
+        found = self._processor.piece_to_id(piece)
+        return None if found >= self.vocab_size else found
+
+    def piece_of(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else ""
+
+
+def _matching_special_tokens(
+    pieces: Iterable[tuple[bytes, float, int]], texts: TokenTexts
+) -> Iterator[tuple[bytes, float, int]]:
+    """The pieces with special tokens as user-defined symbols, so that sentencepiece finds their names in a text.
+
+    It finds no unknown token in a text, but needs one: a piece behind the vocabulary that byte fallback never lets it
+    use. Its name has a space, which no other piece has.
+    """
+    for piece, score, kind in pieces:
+        piece.decode()  # sentencepiece does not check
+        piece = piece.replace(b" ", _SPACE_BYTES)  # GGUF converters write runs of spaces so
+        if kind in (proto.CONTROL, proto.UNKNOWN):
+            texts.add_special()
+            kind = proto.USER_DEFINED
+        elif kind == proto.BYTE:
+            if not _BYTE_PIECE.fullmatch(piece):
+                raise ValueError(f"byte token {printable(repr(piece))} is not of the form <0x0A>")
+            texts.add_piece(piece)
+        elif kind in (proto.NORMAL, proto.USER_DEFINED, proto.UNUSED):
+            texts.add_text(piece.replace(_SPACE_BYTES, b" "))
+        else:
+            raise ValueError(f"token {len(texts.offsets) - 1} has unknown type {kind}")
+        yield piece, score, kind
+    yield b"<no token>", 0.0, proto.UNKNOWN
+
+
+class JsonTokenizer(Tokenizer):
+    """A ``tokenizer.json`` in Gemma's form: BPE with byte fallback, spaces written U+2581.
+
+    Args:
+        path: the file.
+        bos_token_id: as for :class:`Tokenizer`.
+
+    Raises:
+        CheckpointError: the file is damaged, or the tokenizer does not give back the text it was given.
+    """
+
+    # Everything that tokenizers of another form lose or change.
+    _PROBE = " A\u0301 \u00e9\u212b  \ufb01\t\n\n x\x00\u4e2d\U0010ffff\u2581 "
+
+    def __init__(self, path: str, bos_token_id: int | None) -> None:
+        import tokenizers  # see SentencePieceTokenizer
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(path)
+            # Both can be left over from training.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            texts = self._texts(path)
+        except (KeyboardInterrupt, SystemExit, MemoryError, CheckpointError):
+            raise
+        except BaseException as error:  # a panic of the Rust library is no Exception
+            raise CheckpointError(path, f"is refused by the tokenizers library: {error}") from None
+        super().__init__(path, texts, bos_token_id)
+        if self.decode(self.encode(self._PROBE, add_bos=False), skip_special_tokens=False) != self._PROBE:
+            raise CheckpointError(path, "is not a Gemma tokenizer: it does not give back the text it was given")
+
+    def _texts(self, path: str) -> TokenTexts:
+        added = self._tokenizer.get_added_tokens_decoder()
+        size = max([self._tokenizer.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
+        if size > _MAX_TOKENS:
+            raise CheckpointError(path, f"it claims {size} tokens (at most {_MAX_TOKENS} are accepted)")
+        texts = TokenTexts()
+        for index in range(size):
+            token = added.get(index)
+            if token is None:
+                texts.add_piece((self._tokenizer.id_to_token(index) or "").encode())
+            elif token.special:
+                texts.add_special()
+            else:
+                texts.add_text(token.content.replace(_SPACE, " ").encode())
+        return texts
+
+    def _encode_segment(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def id_of(self, piece: str) -> int | None:
+        return self._tokenizer.token_to_id(piece)
+
+    def piece_of(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or "" if token_id >= 0 else ""
+
+
+def tokenizer_from_gguf(gguf: GgufFile) -> Tokenizer | None:
+    """The tokenizer in a GGUF file's metadata; ``None`` if it holds no vocabulary.
+
+    Raises:
+        CheckpointError: the vocabulary is damaged or not of the SentencePiece kind.
+    """
+    tokens = gguf.strings("tokenizer.ggml.tokens")
+    if tokens is None:
+        return None
+    model = gguf.string("tokenizer.ggml.model")
+    if model != "llama":
+        raise CheckpointError(
+            gguf.path, f"tokenizer model {printable(repr(model))} is not supported (supported: 'llama', SentencePiece)"
+        )
+    columns = []
+    for key in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
+        column = gguf.numbers(key)
+        if column is None or len(column) != len(tokens):
+            found = "missing" if column is None else f"{len(column)} long"
+            raise CheckpointError(gguf.path, f"metadata {key} is {found}; tokenizer.ggml.tokens has {len(tokens)}")
+        columns.append(column)
+    scores, types = columns
+    if types.dtype.kind not in "iu" or scores.dtype.kind != "f":
+        raise CheckpointError(gguf.path, "metadata tokenizer.ggml.scores or token_type has the wrong element type")
+
+    def pieces() -> Iterator[tuple[bytes, float, int]]:
+        chunk = 4096  # as Python objects all at once the columns would take 16 MB
+        for index, piece in enumerate(tokens):
+            within = index % chunk
+            if within == 0:
+                score_chunk = scores[index : index + chunk].tolist()
+                type_chunk = types[index : index + chunk].tolist()
+            yield piece, score_chunk[within], type_chunk[within]
+
+    return SentencePieceTokenizer(gguf.path, pieces(), gguf.integer("tokenizer.ggml.bos_token_id"))
+
+
+def tokenizer_from_directory(directory: Path, bos_token: str | int | None) -> Tokenizer | None:
+    """The tokenizer in a Hugging Face directory: ``tokenizer.json``, else ``tokenizer.model``; ``None`` if neither.
+
+    Args:
+        directory: the directory.
+        bos_token: name or id of the beginning-of-sequence token.
+
+    Raises:
+        CheckpointError: the file is damaged or of an unsupported kind.
+    """
+    tokenizer: Tokenizer
+    if (path := directory / "tokenizer.json").exists():
+        tokenizer = JsonTokenizer(str(path), None)
+    elif (path := directory / "tokenizer.model").exists():
+        tokenizer = _from_model_file(path)
+    else:
+        return None
+    bos_id = tokenizer.id_of(bos_token) if isinstance(bos_token, str) else bos_token
+    if bos_token is not None and (bos_id is None or not 0 <= bos_id < tokenizer.vocab_size):
+        raise CheckpointError(path, f"bos token {printable(repr(bos_token))} is not in the vocabulary")
+    tokenizer.bos_token_id = bos_id
+    return tokenizer
+
+
+def _from_model_file(path: Path) -> SentencePieceTokenizer:
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(path, error.strerror or str(error)) from error
+
+    def pieces() -> Iterator[tuple[bytes, float, int]]:
+        for piece, score, kind in proto.read_pieces(model):
+            yield piece, score, proto.CONTROL if piece in _TURN_MARKERS else kind
+
+    return SentencePieceTokenizer(str(path), pieces(), None)

@@ -1,0 +1,50 @@
+"""How much memory there is, how much this process used, and sizes as people write them."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from pathlib import Path
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as "512MiB", "1.5G" or "1000000".
+
+    Raises:
+        ValueError: the text is not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size: write bytes, or a number with KiB, MiB, GiB, KB, MB or GB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping: of the machine, or of the control group if that has less."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        match = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        if match:
+            available = int(match[1]) * 1024
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            available = min(available, max(0, int(limit) - int((group / "memory.current").read_text())))
+    except (OSError, ValueError):
+        pass  # no such files on this system: the figure so far stands
+    return available
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process had resident so far, in bytes."""
+    try:
+        # getrusage would count what the parent had resident when it forked.
+        match = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        if match:
+            return int(match[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

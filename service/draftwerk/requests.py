@@ -1,0 +1,163 @@
+"""What a user asks for: the prompt, the sampling parameters, and the errors of a request that cannot be served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Union
+
+if TYPE_CHECKING:
+    from draftwerk import _core
+
+Message = Mapping[str, Any]
+"""One chat message, such as {"role": "user", "content": "Hello"}."""
+
+Prompt = Union[str, Sequence[int], Sequence[Message]]
+"""Raw text (<bos> is added), token ids (taken as they are), or chat messages for the model's chat template."""
+
+_INT32_MAX = 2**31 - 1
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as it stands. Names the field, its value and what is allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(field, value, allowed)
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value}: must be {self.allowed}"
+
+
+class QueueFull(RuntimeError):
+    """The engine has as many tokens queued as it may; try again later."""
+
+
+class EngineClosed(RuntimeError):
+    """The engine was closed before the request could finish."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen and where they end.
+
+    Together with the weights and the prompt tokens these values, the seed included, determine the output completely;
+    only `drafting`, `max_draft_length` and `salt` have no influence on it.
+    """
+
+    max_tokens: int = 256
+    """At most this many tokens are generated; 1 or more."""
+    min_tokens: int = 0
+    """End tokens are excluded from the first `min_tokens` tokens."""
+    temperature: float = 0.0
+    """0 takes the most probable token (greedy)."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most probable tokens up to this probability mass; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this probable relative to the best; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides (or multiplies, if negative) the logits of tokens in prompt and output; 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token already generated."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logit of a token once for every time it was generated."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    seed: int = 0
+    """Keys the sampling noise; 0 to 2**64 - 1."""
+    logprobs: int | None = None
+    """n: report the log-probability of each token and of the n most probable ones. None: none."""
+    stop: Sequence[str] = ()
+    """Generation ends before the first occurrence of any of these texts; the text is not part of the output."""
+    stop_token_ids: Sequence[int] = ()
+    """Generation ends with any of these tokens, besides the model's own end tokens."""
+    ignore_eos: bool = False
+    """Go on after the model's end tokens, up to max_tokens."""
+    drafting: bool = True
+    """False generates this request without drafts."""
+    max_draft_length: int | None = None
+    """At most this many drafts per step for this request; None: the engine's limit."""
+    salt: str = ""
+    """Requests share cached prefixes only with requests of the same salt."""
+
+
+def _integer(name: str, value: object, lowest: int, highest: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise RequestError(name, repr(value), "an integer")
+    number = int(value.__index__())
+    if not lowest <= number <= highest:
+        raise RequestError(name, number, f"{lowest} to {highest}")
+    return number
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, str):
+        raise RequestError(name, repr(value), "a number")
+    return float(value.__float__())
+
+
+def _token_ids(name: str, values: object) -> list[int]:
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise RequestError(name, repr(values), "a sequence of token ids")
+    return [_integer(f"{name}[{i}]", value, 0, _INT32_MAX) for i, value in enumerate(values)]
+
+
+def native_request(prompt_ids: Sequence[int], params: SamplingParams) -> _core.Request:
+    """The native form of a request. Settles types here; ranges that depend on the model are the engine's to check.
+
+    Raises:
+        RequestError: a value has the wrong type or cannot be represented.
+    """
+    from draftwerk import _core
+
+    request = _core.Request()
+    request.prompt = _token_ids("prompt", prompt_ids)
+    for name in ("max_tokens", "min_tokens", "top_k"):
+        setattr(request, name, _integer(name, getattr(params, name), -_INT32_MAX - 1, _INT32_MAX))
+    for name in (
+        "temperature",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    ):
+        setattr(request, name, _number(name, getattr(params, name)))
+    if not isinstance(params.logit_bias, Mapping):
+        raise RequestError("logit_bias", repr(params.logit_bias), "a mapping from token id to number")
+    request.logit_bias = {
+        _integer("logit_bias", token, 0, _INT32_MAX): _number(f"logit_bias[{token}]", bias)
+        for token, bias in params.logit_bias.items()
+    }
+    request.seed = _integer("seed", params.seed, 0, 2**64 - 1)
+    if params.logprobs is not None:
+        request.logprobs = _integer("logprobs", params.logprobs, 0, _INT32_MAX)
+    request.stop_token_ids = _token_ids("stop_token_ids", params.stop_token_ids)
+    request.stop_strings = stop_bytes(params.stop)
+    request.ignore_eos = bool(params.ignore_eos)
+    request.drafting = bool(params.drafting)
+    if params.max_draft_length is not None:
+        request.max_draft_length = _integer("max_draft_length", params.max_draft_length, 0, _INT32_MAX)
+    if not isinstance(params.salt, str):
+        raise RequestError("salt", repr(params.salt), "a string")
+    request.salt = params.salt
+    return request
+
+
+def stop_bytes(stop: Sequence[str]) -> list[bytes]:
+    """Stop texts in UTF-8, the form in which the engine looks for them."""
+    if isinstance(stop, (str, bytes)):
+        raise RequestError("stop", repr(stop), "a sequence of strings")
+    encoded = []
+    for i, text in enumerate(stop):
+        if not isinstance(text, str) or not text:
+            raise RequestError(f"stop[{i}]", repr(text), "a non-empty string")
+        try:
+            encoded.append(text.encode("utf-8"))
+        except UnicodeEncodeError:
+            raise RequestError(f"stop[{i}]", repr(text), "valid Unicode text") from None
+    return encoded

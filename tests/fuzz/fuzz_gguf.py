@@ -1,0 +1,48 @@
+"""Fuzzes opening a GGUF file: whatever the bytes, a checkpoint whose tensors can be read, or a CheckpointError.
+
+python tests/fuzz/fuzz_gguf.py --seconds 30
+python tests/fuzz/fuzz_gguf.py --runs 20000 --seed 7
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python" / "loading"))
+
+from mutations import fuzz
+
+
+def seeds() -> list[bytes]:
+    """Small valid files, with and without a vocabulary, and one whose header alone is left."""
+    import tiny_files as tiny
+
+    with_template = tiny.TinyGguf(tokenizer__chat_template=(tiny.STRING, "{% for m in messages %}{{ m }}{% endfor %}"))
+    plain = tiny.TinyGguf()
+    for entry in ("tokens", "scores", "types"):
+        del plain.entries[entry]
+    return [plain.bytes(), with_template.bytes(), plain.bytes()[:2000], b"GGUF" + struct.pack("<IQQ", 3, 0, 0)]
+
+
+def check(path: Path) -> None:
+    """Opens the file and reads every tensor.
+
+    Raises:
+        anything but CheckpointError: that is what is looked for.
+    """
+    from draftwerk.loading import CheckpointError, open_checkpoint
+
+    try:
+        for tensor in open_checkpoint(path).tensors():
+            rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
+            assert tensor.rows_bytes() * rows == tensor.data.size, tensor.name
+            int(tensor.data.sum())
+    except CheckpointError as error:
+        assert len(str(error).splitlines()) == 1, str(error)
+
+
+if __name__ == "__main__":
+    fuzz(check, seeds, ".gguf", __doc__ or "")
