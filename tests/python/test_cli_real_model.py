@@ -1,0 +1,75 @@
+"""The installed command on the real model, as a user runs it: output, exit codes, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from draftwerk.loading import open_checkpoint
+
+COMMAND = [sys.executable, "-m", "draftwerk.cli.main"]
+PROMPT_IDS = "2,818,4083,529,506,13379,3958,12502"
+# What llama.cpp and transformers give for it, greedily.
+EXPECTED = (
+    " with the invention of the steam engine in 1800. The first steam engine was a small, simple, and inexpensive "
+    "device that could be used to drive a horse or a carriage. The"
+)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_greedy_text_is_the_check_value(real_model: str) -> None:
+    by_ids = run(
+        *f"generate --model {real_model} --prompt-ids {PROMPT_IDS} --max-tokens 40 --temperature 0 --seed 1".split(),
+        *"--ignore-eos --drafter lookup --json".split(),
+    )
+    assert by_ids.returncode == 0, by_ids.stderr
+    assert json.loads(by_ids.stdout)["text"] == EXPECTED
+    by_text = run(
+        "generate", "--prompt", "The history of the steam engine begins", "-n", "40", "--drafter", "none", "--json"
+    )
+    assert json.loads(by_text.stdout)["token_ids"] == json.loads(by_ids.stdout)["token_ids"]
+
+
+def test_a_truncated_model_is_one_line_and_exit_2(real_model: str, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    with Path(open_checkpoint(real_model).path).open("rb") as whole:
+        damaged.write_bytes(whole.read(20_000_000))
+    result = run("generate", "--model", str(damaged), "--prompt", "a")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {damaged}: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_ctrl_c_exits_with_130(real_model: str) -> None:
+    arguments = "generate --prompt-ids 2,818 --max-tokens 30000 --ignore-eos --drafter none".split()
+    with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(1)  # it generates
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert process.stderr.read() == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("concurrency", ["1", "3"])
+def test_bench_hash_does_not_depend_on_drafting(real_model: str, tmp_path: Path, concurrency: str) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    turns = ["One two three one two three one two", "The capital of France", "a b c d e f g a b c d"]
+    prompts.write_text("".join(json.dumps({"turns": [turn]}) + "\n" for turn in turns), encoding="utf-8")
+    hashes = set()
+    for drafter in ("none", "auto"):
+        out = tmp_path / "report.json"
+        result = run(
+            *f"bench --drafter {drafter} --max-tokens 24 --temperature 1 --top-k 64 --seed 5".split(),
+            *f"--concurrency {concurrency} --prompts {prompts} --json {out}".split(),
+        )
+        assert result.returncode == 0, result.stderr
+        hashes.add(json.loads(out.read_text(encoding="utf-8"))["output_sha256"])
+    assert len(hashes) == 1
