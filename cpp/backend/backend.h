@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "backend/sampling.h"
+#include "backend/weight_type.h"
 
 namespace draftwerk {
 
@@ -29,9 +30,6 @@ inline constexpr int kPageTables = 2;
 using PageId = std::uint32_t;
 inline constexpr std::size_t kPageUnit = 256;
 inline constexpr PageId kNoPage = 0xFFFFFFFFU;
-
-/// How a weight's values are stored. The quantised types are those of GGUF and mean exactly what ggml defines.
-enum class WeightType : std::uint8_t { f32, f16, bf16, q8_0, q4_0, q5_0, q4_k, q6_k };
 
 /// Element type of the KV cache.
 enum class KvType : std::uint8_t { f16, f32 };

@@ -14,6 +14,7 @@
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/quantized_blocks.h"
+#include "backend/weight_type.h"
 #include "drafting/lookup.h"
 #include "drafting/random.h"
 #include "engine/engine.h"
@@ -416,6 +417,7 @@ void bind_errors(py::module_& m) {
   m.attr("RequestError") = py::reinterpret_borrow<py::object>(request_error);
   py::register_exception<QueueFull>(m, "QueueFull", PyExc_RuntimeError);
   py::register_exception<EngineClosed>(m, "EngineClosed", PyExc_RuntimeError);
+  // By value, as pybind11's type of a translator has it. NOLINTNEXTLINE(performance-unnecessary-value-param)
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);

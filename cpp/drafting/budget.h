@@ -14,64 +14,9 @@
 #include <vector>
 
 #include "drafting/drafter.h"
+#include "drafting/step_cost.h"
 
 namespace draftwerk {
-
-/// A typical value of the last few samples: their median, or the least of them while there are fewer than three (what
-/// disturbs a measurement of time makes it longer). One wild sample hardly moves it.
-class RecentMedian {
- public:
-  void add(double sample);
-  void clear() { count_ = 0; }
-  [[nodiscard]] int count() const { return count_; }
-  /// Of the samples so far; count() > 0.
-  [[nodiscard]] double value() const;
-
- private:
-  static constexpr int kSamples = 15;
-  std::array<double, kSamples> samples_{};
-  int count_ = 0;
-  int next_ = 0;
-};
-
-/// Seconds of a step by its number of rows, learned from steps. Every count up to 64 is measured by itself, larger
-/// ones in eighths of an octave. Estimates never fall with the number of rows; between measured counts they follow an
-/// assumed curve, which beyond the largest one is made as steep as the measured one. Takes 20 kB.
-class StepCostTable {
- public:
-  StepCostTable();
-
-  /// A step of `rows` >= 1 rows took `seconds` > 0.
-  void observe(int rows, double seconds);
-  /// Estimated seconds; before any observation, in units of a step with one row.
-  [[nodiscard]] double cost(int rows) const;
-  /// Whether `rows`, or a count close to it, was ever measured.
-  [[nodiscard]] bool measured(int rows) const;
-  /// Whether it was measured often enough not to be a fluke, and not long ago.
-  [[nodiscard]] bool reliable(int rows) const;
-  /// Steps observed since it was measured; meaningful if it was.
-  [[nodiscard]] std::int64_t age(int rows) const;
-  /// The largest number of rows measured so far, 0 if none was.
-  [[nodiscard]] int largest() const { return largest_; }
-
- private:
-  static constexpr int kNodes = 64 + 7 * 8;
-
-  struct Node {
-    RecentMedian samples;
-    std::int64_t last_step = 0;
-  };
-
-  static int node_of(int rows);
-  static int rows_of(int node);
-  void rebuild();
-
-  std::array<Node, kNodes> nodes_;
-  std::array<double, kNodes> estimate_{};
-  double tail_slope_ = 1.0;  ///< seconds per unit of the assumed curve beyond the last node
-  std::int64_t step_ = 0;
-  int largest_ = 0;
-};
 
 /// Drafts that were verified (all before them accepted) and how many of these were accepted, old ones fading.
 struct AcceptanceCounts {
@@ -96,7 +41,7 @@ struct SequenceAcceptance {
   AcceptanceTable counts{};
   std::array<std::array<AcceptanceRun, kDraftDepths>, kConfidenceClasses> runs{};
   int steps_without_draft = 0;  ///< steps in a row in which it could have drafted and was granted nothing
-  int probe_interval = 0;       ///< such steps before a draft is tried all the same; 0 until it first failed
+  int probe_interval = 0;  ///< such steps before a draft is tried all the same; 0 at first and once one is accepted
 };
 
 /// One decoding sequence in DraftBudget::plan().
@@ -114,8 +59,8 @@ struct DraftCandidate {
 /// may pay, a step without drafts to measure it again, a draft for a sequence whose drafts used to fail) is tried
 /// when what it is expected to lose fits in an allowance that grows by one hundredth of the time of every step.
 ///
-/// Per step: plan(); observe_drafting() if something was drafted; observe_acceptance() for every sequence that
-/// drafted; observe_step() if the step had no prefill rows.
+/// Per step: plan(); then, in any order, observe_drafting() if something was drafted, observe_acceptance() for every
+/// sequence that drafted, observe_step() if the step had no prefill rows.
 class DraftBudget {
  public:
   /// Sets `granted` of every candidate. `candidates` are all the sequences that decode in this step, one row each

@@ -42,7 +42,8 @@ struct DraftJob {
   std::uint64_t sequence_seed = 0;  ///< the sequence's sampling seed
 };
 
-/// Used from the engine thread alone. Throws nothing but std::bad_alloc, and allocates only as sequences grow.
+/// Used from the engine thread alone, but for open(). Throws nothing but std::bad_alloc, and allocates only as
+/// sequences grow.
 class Drafter {
  public:
   Drafter() = default;
@@ -54,7 +55,7 @@ class Drafter {
 
   /// As in `--drafter NAME`.
   [[nodiscard]] virtual const char* name() const = 0;
-  /// The state of a new sequence.
+  /// The state of a new sequence. Any thread, at any time.
   virtual std::unique_ptr<DraftState> open() = 0;
   /// What could be proposed after `tokens`, at most `limit` drafts. Cheap.
   virtual DraftOutlook outlook(DraftState& state, std::span<const TokenId> tokens, int limit) = 0;

@@ -12,6 +12,7 @@ namespace draftwerk {
 class StepBatch {
  public:
   /// Lays out `plan`; drafts[i] follow the last known token of plan.sequences[i] (empty where it does not decide).
+  /// What the other functions return refers to this object, the plan's sequences and the drafts, until the next call.
   void assemble(const StepPlan& plan, std::span<const std::span<const TokenId>> drafts);
 
   [[nodiscard]] StepRows rows() const { return {tokens_, positions_, segments_, output_rows_}; }

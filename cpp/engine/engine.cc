@@ -226,7 +226,8 @@ void Engine::step() {
     plan = &scheduler_.plan();
   }
   if (plan->sequences.empty()) {
-    // Submit has made sure that each request fits alone, so a step can always be made while any is left.
+    // submit() has made sure that each request fits alone, so this is not reached while any is left; if it were, one
+    // request would have to end, for the loop to get on.
     if (!scheduler_.empty()) abort(scheduler_.ids().front(), FinishReason::error, "no KV memory for this request");
     return;
   }
@@ -251,7 +252,7 @@ void Engine::step() {
   commit(*plan);
 }
 
-// Fills drafts_ with what the drafter proposes for the sequences that decode.
+// Fills drafts_ with what the drafter proposes for the sequences that decode, and reserves the pages of its drafts.
 void Engine::propose_drafts(const StepPlan& plan) {
   drafts_.assign(plan.sequences.size(), {});
   if (!drafter_) return;

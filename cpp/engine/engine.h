@@ -27,11 +27,12 @@ namespace draftwerk {
 struct EngineOptions {
   std::size_t kv_memory_bytes = std::size_t{256} << 20;
   int max_sequences = 64;
-  int prefill_chunk = 512;   ///< most prompt rows in one step; at most the model's max_rows
+  int prefill_chunk = 512;   ///< most prefill rows in one step; cut to the model's max_rows
   int draft_length = -1;     ///< drafts per sequence and step; -1: decided by the draft budget
-  int max_draft_length = 8;  ///< what the budget may grant at most
+  int max_draft_length = 8;  ///< most drafts per sequence and step, for draft_length and for requests too; <= 64
   bool prefix_cache = true;
-  std::int64_t max_queued_tokens = std::int64_t{1} << 20;  ///< prompt tokens that may wait
+  /// Prompt tokens of requests that may wait for their first token; with none waiting, a larger prompt is taken too.
+  std::int64_t max_queued_tokens = std::int64_t{1} << 20;
   std::vector<TokenId> eos_token_ids;
   std::int64_t max_context = 0;  ///< prompt and output of one sequence; 0: the model's maximum
 };
@@ -46,7 +47,7 @@ class RequestError : public std::invalid_argument {
   FieldError field_;
 };
 
-/// No room now; trying again later may work.
+/// No room: in the queue now, so that trying again later may work, or in all of the KV memory; the message says which.
 class QueueFull : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -58,23 +59,23 @@ class EngineClosed : public std::runtime_error {
 /// Totals since the engine started, and its state now.
 struct EngineStatistics {
   std::int64_t steps = 0;
-  std::int64_t rows = 0;  ///< of the target, all kinds
-  std::int64_t prefill_rows = 0;
+  std::int64_t rows = 0;          ///< that the target computed: prefill, last known tokens and drafts
+  std::int64_t prefill_rows = 0;  ///< see StepPlan::prefill_rows
   std::int64_t drafted = 0;
   std::int64_t accepted = 0;
   std::int64_t generated_tokens = 0;
-  std::vector<std::int64_t> drafted_by_position;
+  std::vector<std::int64_t> drafted_by_position;  ///< see RequestStatistics
   std::vector<std::int64_t> accepted_by_position;
   std::int64_t requests = 0;
-  std::int64_t finished = 0;
+  std::int64_t finished = 0;  ///< for whatever reason
   std::int64_t preemptions = 0;
   double schedule_seconds = 0.0;  ///< planning and laying out rows
-  double draft_seconds = 0.0;
-  double target_seconds = 0.0;  ///< the target's pass, sampling and verification included
-  double commit_seconds = 0.0;  ///< accepting tokens, KV bookkeeping, events
+  double draft_seconds = 0.0;     ///< the draft budget's decision and the drafter
+  double target_seconds = 0.0;    ///< the target's pass, sampling and verification included
+  double commit_seconds = 0.0;    ///< accepting tokens, KV bookkeeping, events
   int running = 0;
   int waiting = 0;
-  std::int64_t queued_tokens = 0;
+  std::int64_t queued_tokens = 0;  ///< see EngineOptions::max_queued_tokens
   KvUse kv;
 };
 
@@ -121,7 +122,7 @@ class Engine {
   const TokenBytes token_bytes_;
   RequestLimits limits_;
 
-  // The engine thread's own.
+  // The engine thread's own, but for KvCache::fits() and Drafter::open(), which any thread may call.
   KvCache kv_;
   std::unique_ptr<Buffer> arena_;
   Scheduler scheduler_;

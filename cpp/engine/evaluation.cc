@@ -95,7 +95,8 @@ std::vector<double> time_passes(Gemma& model, int rows, int repeats, int context
   require(context >= 0 && context + rows <= model.config().max_positions,
           "context is " + std::to_string(context) + ", allowed: 0 to " +
               std::to_string(model.config().max_positions - rows));
-  // Any tokens do; the model's time does not depend on them. Spread over the table so that lookups miss the cache.
+  // Any tokens do: they only choose rows of the embedding. Spread over the table, so that reading them misses the CPU's
+  // caches as it would in real text.
   std::vector<TokenId> tokens(static_cast<std::size_t>(context + rows));
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     tokens[i] = static_cast<TokenId>((i * 7919 + 2) % static_cast<std::size_t>(model.config().vocabulary));

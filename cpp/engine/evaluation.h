@@ -10,8 +10,8 @@
 namespace draftwerk {
 
 /// Logits of every position of `tokens`, [tokens.size(), vocabulary] float32 in `out`, computed in chunks of `chunk`
-/// rows (0: as many as the model takes). Throws std::invalid_argument if a token or the length is out of range.
-/// The model must not be in use by an engine.
+/// rows (0, or more than the model takes: as many as it takes). Throws std::invalid_argument if a token or the length
+/// is out of range. The model must not be in use by an engine.
 void score(Gemma& model, std::span<const TokenId> tokens, int chunk, std::span<float> out);
 
 /// Seconds of each of `repeats` passes over `rows` rows of one sequence that already holds `context` positions,

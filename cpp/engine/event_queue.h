@@ -22,8 +22,8 @@ class EventQueue {
 
   /// Moves `batch` into the queue and wakes the reader; leaves `batch` empty. Nothing happens for an empty batch.
   void publish(std::vector<Event>& batch);
-  /// Everything published since the last call; waits up to `timeout` if there is nothing. Empty on timeout and
-  /// after close().
+  /// Everything published since the last call; waits up to `timeout` if there is nothing. Empty on timeout, and after
+  /// close() once what was published before has been taken.
   std::vector<Event> take(std::chrono::duration<double> timeout);
   /// Wakes the reader for good.
   void close();

@@ -15,7 +15,9 @@ using RequestId = std::int64_t;
 struct Request {
   std::vector<TokenId> prompt;  ///< at least one token
   std::int64_t max_tokens = 256;
-  std::int64_t min_tokens = 0;  ///< before that many, end and stop tokens cannot be chosen and stop strings do not end
+  /// The first min_tokens tokens are none that would end the sequence, and a stop string that is complete before the
+  /// last of them does not end it.
+  std::int64_t min_tokens = 0;
   SamplingParams sampling;
   std::vector<TokenId> stop_token_ids;    ///< end the sequence; part of its token ids, not of its text
   std::vector<std::string> stop_strings;  ///< bytes; the text ends before the first one
@@ -31,17 +33,17 @@ const char* finish_reason_name(FinishReason reason);
 /// What one request cost and how its drafts fared.
 struct RequestStatistics {
   std::int64_t prompt_tokens = 0;
-  std::int64_t cached_tokens = 0;  ///< prompt tokens taken from the prefix cache
+  std::int64_t cached_tokens = 0;  ///< prompt tokens found in the prefix cache when first scheduled
   std::int64_t generated_tokens = 0;
   std::int64_t steps = 0;  ///< passes of the target that chose tokens for it
   std::int64_t drafted = 0;
   std::int64_t accepted = 0;
   std::int64_t preemptions = 0;
-  std::vector<std::int64_t> drafted_by_position;   ///< [i]: drafts proposed at position i of a round
-  std::vector<std::int64_t> accepted_by_position;  ///< [i]: how many of those were accepted
+  std::vector<std::int64_t> drafted_by_position;   ///< [i]: steps that proposed more than i drafts
+  std::vector<std::int64_t> accepted_by_position;  ///< [i]: steps that accepted more than i drafts
   double queue_seconds = 0.0;                      ///< submit to first scheduled
   double time_to_first_token_seconds = 0.0;        ///< submit to first token; 0 if there was none
-  double decode_seconds = 0.0;                     ///< first token to last token
+  double decode_seconds = 0.0;                     ///< first token to the end; 0 if there was none
 };
 
 /// New tokens of one request in one step, or its end. A request's last event has a finish reason.
@@ -51,10 +53,10 @@ struct Event {
   std::vector<bool> drafted;  ///< per token: proposed by the drafter and accepted
   std::vector<float> logprobs;
   std::vector<std::vector<TokenLogprob>> top_logprobs;
-  std::int64_t position = 0;  ///< absolute position of the first token in this event
+  std::int64_t position = 0;  ///< absolute position of the first token in this event, or of the next one if it has none
   FinishReason finish_reason = FinishReason::none;
   std::string error;                            ///< with FinishReason::error
-  std::int64_t text_bytes = -1;                 ///< after a stop string: bytes of the output's text to keep
+  std::int64_t text_bytes = -1;                 ///< after a stop string: bytes of the output's text to keep; else -1
   std::optional<RequestStatistics> statistics;  ///< with a finish reason
 };
 

@@ -45,6 +45,7 @@ std::unique_ptr<Sequence> Scheduler::remove(RequestId id) {
 
 std::vector<RequestId> Scheduler::ids() const {
   std::vector<RequestId> ids;
+  ids.reserve(running_.size() + waiting_.size());
   for (const auto& sequence : running_) ids.push_back(sequence->id);
   for (const auto& sequence : waiting_) ids.push_back(sequence->id);
   return ids;

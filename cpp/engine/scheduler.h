@@ -1,9 +1,10 @@
 // Which sequences take part in the next step, and with how many rows.
 //
-// First come, first served, by continuous batching: every running sequence decodes in every step, and what is left
-// of the step's rows goes to prompts, cut into chunks. When pages run out the cache first evicts prefixes that
-// nobody uses; then the youngest running sequence is preempted (its K/V is recomputed later, to the same tokens);
-// then new ones wait. None of this can change a token, only when it comes.
+// First come, first served, by continuous batching: every running sequence whose prompt is done decodes in every step,
+// and what is left of the step's rows goes to prompts, cut into chunks (chunked prefill). When pages run out the cache
+// first evicts prefixes that nobody uses; then the youngest running sequence is preempted (its K/V is recomputed later,
+// to the same values). Nobody is preempted for a new sequence: it waits. None of this can change a token, only when it
+// comes.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +18,10 @@
 namespace draftwerk {
 
 struct SchedulerLimits {
-  int max_sequences = 64;  ///< running at once
-  int max_step_rows = 512;
+  int max_sequences = 64;   ///< running at once
+  int max_step_rows = 512;  ///< > max_sequences, so that prompts get rows beside any number of decoding ones
   int max_outputs = 128;    ///< rows with logits in one step: >= max_sequences
-  int prefill_chunk = 512;  ///< most prompt rows in one step, all sequences together
+  int prefill_chunk = 512;  ///< most prefill rows in one step, all sequences together
 };
 
 /// A sequence's part in a step: its next `rows` known tokens and, if those include the last one, drafts after it.
@@ -42,8 +43,8 @@ class Scheduler {
   Scheduler(const SchedulerLimits& limits, KvCache& kv) : limits_(limits), kv_(kv) {}
 
   void add(std::unique_ptr<Sequence> sequence);
-  /// Chooses the next step and reserves the pages of its rows. Empty when nothing is left to do. The plan is valid
-  /// until the next call.
+  /// Chooses the next step and reserves the pages of its rows, not yet those of drafts. Empty when nothing is left to
+  /// do, or when the pages do not suffice for any sequence. Valid until the next call of plan() or remove().
   const StepPlan& plan();
   /// Takes a sequence out, running or waiting, and frees its pages; null if there is none of that id.
   std::unique_ptr<Sequence> remove(RequestId id);
@@ -69,8 +70,8 @@ class Scheduler {
   std::deque<std::unique_ptr<Sequence>> waiting_;   // oldest first
   StepPlan plan_;
   std::int64_t preemptions_ = 0;
-  // After a preemption nothing is admitted before a sequence has left: pages that were too few for those running
-  // would otherwise be handed out, filled and taken back in every step.
+  // After a preemption, nothing is admitted before one of the sequences still running has left: pages that were too
+  // few for those running would otherwise be handed out, filled and taken back in every step.
   bool admission_closed_ = false;
 };
 

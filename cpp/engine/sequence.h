@@ -20,7 +20,7 @@ struct Sequence {
   RequestId id = 0;
   Request request;
   std::vector<TokenId> tokens;  ///< the prompt, then what was accepted
-  std::int64_t computed = 0;    ///< positions whose K/V is valid; the last token's never is before its step
+  std::int64_t computed = 0;    ///< positions whose K/V is valid; < length(): the newest token has none yet
   SequenceKv kv;                ///< open while running
   std::unique_ptr<DraftState> draft_state;
   SequenceAcceptance acceptance;

@@ -1,4 +1,5 @@
-// What a request may ask for. Everything is checked here, before it reaches the engine thread.
+// What a request may ask for. Checked before it reaches the engine thread, all but whether it fits into the KV memory,
+// which Engine::submit asks the cache.
 #pragma once
 
 #include <cstdint>

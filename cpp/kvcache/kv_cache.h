@@ -6,7 +6,8 @@
 //              cache.commit(sequence, tokens[0, n + accepted))
 //   cache.close(sequence)                                       finished blocks stay cached
 //
-// Everything here is for the engine thread alone, and throws nothing but std::bad_alloc outside the constructor.
+// Everything here is for the engine thread alone, but for arena_bytes() and fits(), which read what never changes; and
+// throws nothing but std::bad_alloc outside the constructor.
 #pragma once
 
 #include <cstddef>

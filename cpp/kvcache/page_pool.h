@@ -39,7 +39,7 @@ class PagePool {
   /// Holders of a page that allocate() gave; 0 if it is free.
   [[nodiscard]] std::uint32_t references(PageId page) const;
 
-  /// Bytes from the start of the first page to the end of the last one; at most the budget.
+  /// Bytes of all slabs, which page ids address; at most the budget.
   [[nodiscard]] std::size_t arena_bytes() const { return slabs_.size() * slab_bytes_; }
   /// Bytes of a page, as rounded; 0 if the type is unused.
   [[nodiscard]] std::size_t page_bytes(int table) const { return page_bytes_[table]; }

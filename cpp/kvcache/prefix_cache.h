@@ -119,7 +119,6 @@ class PrefixCache {
   [[nodiscard]] Node* find(const Node* parent, std::span<const TokenId, kPageSize> tokens) const;
   [[nodiscard]] std::int64_t usable_blocks(std::span<Node* const> nodes) const;
   [[nodiscard]] bool evictable(const Node* node) const;
-  void leave(Node* node);
   void remove(Node* leaf);
   void drop_page(Node* node, int table);
   void list_sliding(Node* node);

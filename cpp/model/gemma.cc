@@ -12,7 +12,7 @@ namespace {
 
 Tensor narrowed(Tensor tensor, int columns) { return {tensor.data, columns}; }
 
-// The reference rounds the embedding's scale to the type of the embedding.
+// To nearest even. The reference rounds the embedding's scale to the type of the checkpoint, which is bf16.
 float rounded_to_bfloat(float x) {
   std::uint32_t bits = 0;
   std::memcpy(&bits, &x, sizeof bits);

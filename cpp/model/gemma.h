@@ -10,7 +10,7 @@
 
 namespace draftwerk {
 
-/// Bytes that one page of each layer type takes, and the window that bounds the life of sliding pages.
+/// Bytes that one page (kPageSize positions) takes in all layers of each type together; 0: no such layers.
 struct KvPageShape {
   std::size_t page_bytes[kPageTables] = {0, 0};
 };

@@ -1,62 +1,21 @@
 #include "model/weights.h"
 
-#include <array>
 #include <cstring>
 #include <stdexcept>
 
 namespace draftwerk {
 namespace {
 
-// ggml's block sizes: elements per block and bytes per block.
-struct Layout {
-  WeightType type;
-  const char* name;
-  int elements;
-  int bytes;
-};
-constexpr std::array<Layout, 8> kLayouts = {{
-    {WeightType::f32, "f32", 1, 4},
-    {WeightType::f16, "f16", 1, 2},
-    {WeightType::bf16, "bf16", 1, 2},
-    {WeightType::q8_0, "q8_0", 32, 34},
-    {WeightType::q4_0, "q4_0", 32, 18},
-    {WeightType::q5_0, "q5_0", 32, 22},
-    {WeightType::q4_k, "q4_k", 256, 144},
-    {WeightType::q6_k, "q6_k", 256, 210},
-}};
-
-const Layout& layout(WeightType type) { return kLayouts.at(static_cast<std::size_t>(type)); }
-
 std::string shape_text(std::int64_t rows, std::int64_t columns) {
-  return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
+  return std::string("[").append(std::to_string(rows)) + ", " + std::to_string(columns) + "]";
 }
 
 }  // namespace
 
-std::size_t stored_row_bytes(WeightType type, std::int64_t columns) {
-  const Layout& l = layout(type);
-  if (columns <= 0 || columns % l.elements != 0) {
-    throw std::invalid_argument("rows of " + std::to_string(columns) + " values cannot be stored as " + l.name +
-                                ", which needs a multiple of " + std::to_string(l.elements));
-  }
-  return static_cast<std::size_t>(columns / l.elements * l.bytes);
-}
-
-WeightType parse_weight_type(const std::string& name) {
-  for (const Layout& l : kLayouts) {
-    if (name == l.name) return l.type;
-  }
-  std::string known;
-  for (const Layout& l : kLayouts) known += (known.empty() ? "" : ", ") + std::string(l.name);
-  throw std::invalid_argument("unknown weight type '" + name + "' (known: " + known + ")");
-}
-
-const char* weight_type_name(WeightType type) { return layout(type).name; }
-
 void Weights::create(const std::string& name, WeightType type, std::int64_t rows, std::int64_t columns) {
   if (matrices_.contains(name)) throw std::invalid_argument("tensor " + name + " is there twice");
   if (rows <= 0) throw std::invalid_argument("tensor " + name + " has no rows");
-  stored_row_bytes(type, columns);
+  static_cast<void>(stored_row_bytes(type, columns));  // throws if the shape is impossible
   matrices_[name].weight = backend_.create_weight(type, rows, columns);
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "backend/backend.h"
+#include "backend/weight_type.h"
 
 namespace draftwerk {
 
@@ -17,10 +18,11 @@ class Weights {
   /// An empty matrix, to be filled by upload_rows. Throws std::invalid_argument if the name is taken or the shape
   /// is impossible for the type.
   void create(const std::string& name, WeightType type, std::int64_t rows, std::int64_t columns);
-  /// See Backend::upload_rows; `bytes` must be exactly the size of `count` rows in `source_type`.
+  /// See Backend::upload_rows. Rows come in order, from 0; `bytes` must be exactly the size of `count` rows in
+  /// `source_type`. Throws std::invalid_argument otherwise.
   void upload_rows(const std::string& name, std::int64_t first_row, std::int64_t count, WeightType source_type,
                    std::span<const std::byte> bytes);
-  /// A vector in float32 (norm scales).
+  /// A vector in float32 (norm scales). Throws std::invalid_argument if the name is taken or the vector is empty.
   void set_vector(const std::string& name, std::span<const float> values);
 
   /// The matrix of that name; throws std::invalid_argument if it is missing, has another shape or misses rows.
@@ -40,12 +42,5 @@ class Weights {
   std::map<std::string, Matrix> matrices_;
   std::map<std::string, std::unique_ptr<Buffer>> vectors_;
 };
-
-/// Bytes of one row of `columns` values stored in `type`; throws std::invalid_argument if they do not fill whole
-/// blocks.
-std::size_t stored_row_bytes(WeightType type, std::int64_t columns);
-/// The GGUF name in lower case ("q5_0"); throws std::invalid_argument for an unknown name.
-WeightType parse_weight_type(const std::string& name);
-const char* weight_type_name(WeightType type);
 
 }  // namespace draftwerk

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/cpu/quantized_blocks.h"
+#include "backend/weight_type.h"
 
 namespace draftwerk::cpu {
 

@@ -25,23 +25,6 @@ class WeightsTest : public ::testing::Test {
   std::vector<std::byte> zeros_ = std::vector<std::byte>(std::size_t{1} << 16);
 };
 
-TEST_F(WeightsTest, RowBytesAreThoseOfGgml) {
-  EXPECT_EQ(stored_row_bytes(WeightType::f32, 10), 40U);
-  EXPECT_EQ(stored_row_bytes(WeightType::q8_0, 64), 68U);
-  EXPECT_EQ(stored_row_bytes(WeightType::q5_0, 640), 440U);
-  EXPECT_EQ(stored_row_bytes(WeightType::q4_k, 512), 288U);
-  EXPECT_EQ(stored_row_bytes(WeightType::q6_k, 256), 210U);
-  EXPECT_THROW(stored_row_bytes(WeightType::q4_k, 640), std::invalid_argument);
-  EXPECT_THROW(stored_row_bytes(WeightType::f16, 0), std::invalid_argument);
-}
-
-TEST_F(WeightsTest, TypeNamesGoBothWays) {
-  for (const char* name : {"f32", "f16", "bf16", "q8_0", "q4_0", "q5_0", "q4_k", "q6_k"}) {
-    EXPECT_STREQ(weight_type_name(parse_weight_type(name)), name);
-  }
-  EXPECT_NE(message_of([] { parse_weight_type("q3_k"); }).find("q3_k"), std::string::npos);
-}
-
 TEST_F(WeightsTest, MatricesFillInOrderAndWhole) {
   weights_.create("m", WeightType::f32, 40, 8);
   const auto upload = [&](std::int64_t first, std::int64_t count) {

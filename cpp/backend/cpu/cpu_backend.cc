@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/cpu/attention.h"
 #include "backend/cpu/layer_kernels.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/memory.h"
@@ -24,14 +25,10 @@ namespace {
 // Pieces of work. Handing one out costs some tens of nanoseconds, forking and joining about a microsecond; a thread
 // streams about 12 bytes per nanosecond from memory.
 constexpr std::int64_t kPanelBytesPerPiece = 16 * 1024;
-constexpr std::int64_t kElementsPerPiece = 8192;  // of row operations: about 3 us
+constexpr std::int64_t kElementsPerPiece = 2048;  // of row operations: about 1 us
 // Rows of a prompt come in hundreds; then a piece is this many panels, so that activations are read once for several.
 constexpr int kManyRows = 64;
 constexpr std::int64_t kPiecesPerThread = 12;
-// Query tiles per thread from which on attention is divided by tiles alone, without splitting their contexts.
-constexpr std::int64_t kTilesPerThread = 4;
-// Partial results of split contexts that scratch holds; longer contexts proceed in several waves.
-constexpr std::int64_t kPartialsPerThread = 64;
 // Distinct rotary embeddings (one per layer type) whose angles are kept during a step.
 constexpr int kRopeSlots = 4;
 
@@ -64,18 +61,6 @@ class CpuWeight final : public Weight {
 const PackedMatrix& packed(const Weight& weight) { return static_cast<const CpuWeight&>(weight).matrix(); }
 
 float* row_of(Tensor tensor, std::int64_t row) { return static_cast<float*>(tensor.data) + row * tensor.columns; }
-
-/// An array in mapped memory: untouched parts cost nothing.
-template <typename T>
-class ScratchArray {
- public:
-  void resize(std::int64_t elements) { memory_.emplace(static_cast<std::size_t>(elements) * sizeof(T)); }
-  [[nodiscard]] T* data() const { return static_cast<T*>(memory_->data()); }
-  T& operator[](std::int64_t i) const { return data()[i]; }
-
- private:
-  std::optional<MappedMemory> memory_;
-};
 
 class CpuBackend final : public Backend {
  public:
@@ -115,33 +100,11 @@ class CpuBackend final : public Backend {
     int head_dim = 0;
     ScratchArray<float> angles;  ///< [max_rows, kMaxHeadDim]
   };
-  /// What attend() needs to find a tile's queries.
-  struct AttentionCall {
-    Tensor query;
-    Tensor output;
-    const KvLayer* kv;
-    int query_heads;
-    int group;  ///< query heads per key/value head
-    int window;
-    float scale;
-  };
-  /// A tile of queries and where its results go.
-  struct TilePlace {
-    QueryTile tile;
-    KvHeadView kv;
-    float* outputs[kQueryTile];
-    std::int64_t first_chunk;
-    std::int64_t chunks;
-  };
-
   [[nodiscard]] int step_rows() const { return static_cast<int>(step_.tokens.size()); }
   [[nodiscard]] int step_outputs() const { return static_cast<int>(step_.output_rows.size()); }
   Activations prepare(Tensor input, const Norm* norm, const int* row_indices, int rows, bool quantized, bool floats);
   [[nodiscard]] std::int64_t panel_grain(const PackedMatrix& matrix, std::int64_t panels, int rows) const;
   const float* angles(const Rope& rope, int head_dim);
-  [[nodiscard]] TilePlace place_tile(const AttentionCall& call, std::int64_t index) const;
-  void attend_by_tile(const AttentionCall& call, std::int64_t tiles);
-  void attend_by_chunk(const AttentionCall& call, std::int64_t tiles);
 
   Isa isa_;
   const MatmulKernels& matmul_;
@@ -165,18 +128,13 @@ class CpuBackend final : public Backend {
   ScratchArray<float> logit_maxima_;  ///< [outputs, logit_chunks_]
   RopeSlot ropes_[kRopeSlots];
   int ropes_used_ = 0;
-  ScratchArray<AttentionState> worker_states_;  ///< two per worker: the running total and one chunk
-  ScratchArray<AttentionState> tile_states_;    ///< running totals of tiles with split contexts
-  ScratchArray<AttentionState> partials_;       ///< their chunks
-  std::vector<TilePlace> split_tiles_;
-  std::vector<std::int64_t> split_begin_;  ///< first work item of every split tile
+  std::unique_ptr<Attention> attention_;
   std::unique_ptr<Sampler> sampler_;
 
   // The step.
   StepRows step_;
   KvArena arena_;
-  std::vector<int> row_segment_;            ///< [rows] index of the segment
-  std::vector<std::int64_t> segment_tile_;  ///< [segments + 1] first tile of a segment, per key/value head
+  std::vector<int> row_segment_;  ///< [rows] index of the segment
 };
 
 // --- weights -----------------------------------------------------------------------------------------------------
@@ -224,8 +182,7 @@ void CpuBackend::upload_rows(Weight& weight, std::int64_t first_row, std::int64_
 }
 
 std::size_t CpuBackend::kv_bytes(int heads, int head_dim, KvType type) const {
-  return std::size_t{kPageSize} * static_cast<std::size_t>(heads) * static_cast<std::size_t>(head_dim) *
-         (type == KvType::f16 ? 2 : 4);
+  return static_cast<std::size_t>(heads) * kv_head_bytes(head_dim, type);
 }
 
 void CpuBackend::reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) {
@@ -249,14 +206,8 @@ void CpuBackend::reserve(int max_rows, int max_outputs, int max_columns, int voc
   logits_.resize(max_outputs * logit_stride_);
   logit_maxima_.resize(max_outputs * logit_chunks_);
   for (RopeSlot& slot : ropes_) slot.angles.resize(std::int64_t{max_rows} * kMaxHeadDim);
-  const std::int64_t threads = pool_.size();
-  worker_states_.resize(2 * threads);
-  tile_states_.resize(kTilesPerThread * threads);
-  partials_.resize(kPartialsPerThread * threads);
-  split_tiles_.resize(static_cast<std::size_t>(kTilesPerThread * threads));
-  split_begin_.resize(split_tiles_.size() + 1);
   row_segment_.resize(static_cast<std::size_t>(max_rows));
-  segment_tile_.resize(static_cast<std::size_t>(max_rows) + 1);
+  attention_ = std::make_unique<Attention>(layer_, pool_, max_rows);
   sampler_ = std::make_unique<Sampler>(isa_, vocabulary, max_outputs, pool_.size());
 }
 
@@ -447,71 +398,48 @@ void CpuBackend::append_kv(Tensor query, Tensor key, Tensor value, int query_hea
               value.columns == kv.heads * head_dim,
           "matching head shapes");
   const float* step_angles = angles(rope, head_dim);
-  const std::size_t head_bytes = kv_bytes(1, head_dim, kv.type);
-  // Rows of one page write to the same cache lines, so a piece is about a page's worth of them, more for small heads.
-  const std::int64_t grain = std::max<std::int64_t>(kElementsPerPiece / query.columns, kPageSize / 2);
-  pool_.parallel_for(step_rows(), grain, [&](std::int64_t begin, std::int64_t end, int) {
-    for (std::int64_t r = begin; r < end; ++r) {
-      const float* cosine = step_angles + r * head_dim;
-      const float* sine = cosine + head_dim / 2;
-      for (int h = 0; h < query_heads; ++h) {
-        float* q = row_of(query, r) + h * head_dim;
-        layer_.rms_norm(q, query_norm.scale, query_norm.epsilon, head_dim, q);
-        layer_.rotate(q, cosine, sine, head_dim);
-      }
-      const Segment& segment = step_.segments[static_cast<std::size_t>(row_segment_[static_cast<std::size_t>(r)])];
-      const std::int64_t position = step_.positions[static_cast<std::size_t>(r)];
-      const int slot = static_cast<int>(position % kPageSize);
-      std::byte* page = arena_.base + std::size_t{segment.pages[kv.table][position / kPageSize]} * kPageUnit;
-      for (int h = 0; h < kv.heads; ++h) {
-        float* k = row_of(key, r) + h * head_dim;
-        layer_.rms_norm(k, key_norm.scale, key_norm.epsilon, head_dim, k);
-        layer_.rotate(k, cosine, sine, head_dim);
-        layer_.store_key(k, head_dim, kv.type, slot, page + kv.key_offset + h * head_bytes);
-        layer_.store_value(row_of(value, r) + h * head_dim, head_dim, kv.type, slot,
-                           page + kv.value_offset + h * head_bytes);
+  const std::size_t head_bytes = kv_head_bytes(head_dim, kv.type);
+  const auto prepare_queries = [&](std::int64_t r) {
+    const float* cosine = step_angles + r * head_dim;
+    for (int h = 0; h < query_heads; ++h) {
+      float* q = row_of(query, r) + h * head_dim;
+      layer_.rms_norm(q, query_norm.scale, query_norm.epsilon, head_dim, q);
+      layer_.rotate(q, cosine, cosine + head_dim / 2, head_dim);
+    }
+  };
+  const auto store_keys_and_values = [&](std::int64_t r) {
+    const float* cosine = step_angles + r * head_dim;
+    const Segment& segment = step_.segments[static_cast<std::size_t>(row_segment_[static_cast<std::size_t>(r)])];
+    const std::int64_t position = step_.positions[static_cast<std::size_t>(r)];
+    const int slot = static_cast<int>(position % kPageSize);
+    std::byte* page = arena_.base + std::size_t{segment.pages[kv.table][position / kPageSize]} * kPageUnit;
+    for (int h = 0; h < kv.heads; ++h) {
+      float* k = row_of(key, r) + h * head_dim;
+      layer_.rms_norm(k, key_norm.scale, key_norm.epsilon, head_dim, k);
+      layer_.rotate(k, cosine, cosine + head_dim / 2, head_dim);
+      layer_.store_key(k, head_dim, kv.type, slot, page + kv.key_offset + h * head_bytes);
+      layer_.store_value(row_of(value, r) + h * head_dim, head_dim, kv.type, slot,
+                         page + kv.value_offset + h * head_bytes);
+    }
+  };
+  // Keys of one page share cache lines, so a piece of those is about a page's worth of rows; queries share nothing and
+  // are handed out behind them, few at a time.
+  const std::int64_t rows = step_rows();
+  const std::int64_t key_pieces = (rows + kPageSize / 2 - 1) / (kPageSize / 2);
+  const std::int64_t query_grain = std::max<std::int64_t>(kElementsPerPiece / query.columns, 1);
+  const std::int64_t query_pieces = (rows + query_grain - 1) / query_grain;
+  const std::int64_t grain = rows == 1 ? 2 : 1;  // one row is not worth a fork
+  pool_.parallel_for(key_pieces + query_pieces, grain, [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t piece = begin; piece < end; ++piece) {
+      if (piece < key_pieces) {
+        const std::int64_t first = piece * (kPageSize / 2);
+        for (std::int64_t r = first; r < std::min(first + kPageSize / 2, rows); ++r) store_keys_and_values(r);
+      } else {
+        const std::int64_t first = (piece - key_pieces) * query_grain;
+        for (std::int64_t r = first; r < std::min(first + query_grain, rows); ++r) prepare_queries(r);
       }
     }
   });
-}
-
-/// Tile number `index`: tiles run over segments, within a segment over key/value heads, within a head over its queries
-/// (row-major: all query heads of a row that share the head, then the next row).
-CpuBackend::TilePlace CpuBackend::place_tile(const AttentionCall& call, std::int64_t index) const {
-  const KvLayer& kv = *call.kv;
-  const auto first_tile = segment_tile_.begin();
-  const auto after =
-      std::upper_bound(first_tile, first_tile + static_cast<std::ptrdiff_t>(step_.segments.size()), index / kv.heads);
-  const std::ptrdiff_t s = after - first_tile - 1;
-  const Segment& segment = step_.segments[static_cast<std::size_t>(s)];
-  const std::int64_t tiles =
-      segment_tile_[static_cast<std::size_t>(s) + 1] - segment_tile_[static_cast<std::size_t>(s)];
-  const std::int64_t local = index - segment_tile_[static_cast<std::size_t>(s)] * kv.heads;
-  const std::int64_t kv_head = local / tiles;
-  const std::int64_t first_query = local % tiles * kQueryTile;
-
-  TilePlace place;
-  const std::size_t head_bytes = kv_bytes(1, kv.head_dim, kv.type);
-  place.kv = {arena_.base,
-              segment.pages[kv.table],
-              kv.key_offset + static_cast<std::size_t>(kv_head) * head_bytes,
-              kv.value_offset + static_cast<std::size_t>(kv_head) * head_bytes,
-              kv.head_dim,
-              kv.type};
-  QueryTile& tile = place.tile;
-  tile.count =
-      static_cast<int>(std::min<std::int64_t>(kQueryTile, std::int64_t{segment.rows} * call.group - first_query));
-  for (int i = 0; i < tile.count; ++i) {
-    const std::int64_t row = segment.first_row + (first_query + i) / call.group;
-    const std::int64_t head = kv_head * call.group + (first_query + i) % call.group;
-    tile.query[i] = row_of(call.query, row) + head * kv.head_dim;
-    place.outputs[i] = row_of(call.output, row) + head * kv.head_dim;
-    tile.last[i] = step_.positions[static_cast<std::size_t>(row)];
-    tile.first[i] = call.window > 0 ? std::max<std::int64_t>(tile.last[i] - call.window + 1, 0) : 0;
-  }
-  place.first_chunk = tile.first[0] / kAttentionChunk;
-  place.chunks = tile.last[tile.count - 1] / kAttentionChunk - place.first_chunk + 1;
-  return place;
 }
 
 void CpuBackend::attend(Tensor query, int query_heads, const KvLayer& kv, int window, float scale, Tensor output) {
@@ -519,74 +447,7 @@ void CpuBackend::attend(Tensor query, int query_heads, const KvLayer& kv, int wi
               output.columns == query.columns,
           "matching head shapes");
   require(kv.head_dim % 16 == 0 && kv.head_dim <= kMaxHeadDim, "head_dim a multiple of 16 up to 512");
-  const AttentionCall call{query, output, &kv, query_heads, query_heads / kv.heads, window, scale};
-  std::int64_t tiles = 0;
-  for (std::size_t s = 0; s < step_.segments.size(); ++s) {
-    segment_tile_[s] = tiles;
-    tiles += (std::int64_t{step_.segments[s].rows} * call.group + kQueryTile - 1) / kQueryTile;
-  }
-  segment_tile_[step_.segments.size()] = tiles;
-  tiles *= kv.heads;
-  // Both ways do the same arithmetic in the same order.
-  if (tiles >= kTilesPerThread * pool_.size()) {
-    attend_by_tile(call, tiles);
-  } else {
-    attend_by_chunk(call, tiles);
-  }
-}
-
-/// Many rows: a worker takes a tile through all of its chunks.
-void CpuBackend::attend_by_tile(const AttentionCall& call, std::int64_t tiles) {
-  pool_.parallel_for(tiles, 1, [&](std::int64_t begin, std::int64_t end, int worker) {
-    AttentionState& total = worker_states_[2 * worker];
-    AttentionState& part = worker_states_[2 * worker + 1];
-    for (std::int64_t index = begin; index < end; ++index) {
-      const TilePlace place = place_tile(call, index);
-      for (std::int64_t c = place.first_chunk; c < place.first_chunk + place.chunks; ++c) {
-        layer_.attend_chunk(place.tile, place.kv, c, call.scale, part);
-        layer_.merge_chunk(place.tile, c, call.kv->head_dim, part, total);
-      }
-      layer_.finish_attention(place.tile, call.kv->head_dim, total, place.outputs);
-    }
-  });
-}
-
-/// Few rows: workers share the chunks of a tile, which are merged in order afterwards.
-void CpuBackend::attend_by_chunk(const AttentionCall& call, std::int64_t tiles) {
-  std::int64_t items = 0;
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    split_tiles_[static_cast<std::size_t>(t)] = place_tile(call, t);
-    split_begin_[static_cast<std::size_t>(t)] = items;
-    items += split_tiles_[static_cast<std::size_t>(t)].chunks;
-  }
-  split_begin_[static_cast<std::size_t>(tiles)] = items;
-  const std::int64_t wave = kPartialsPerThread * pool_.size();
-  for (std::int64_t first = 0; first < items; first += wave) {
-    const std::int64_t last = std::min(first + wave, items);
-    pool_.parallel_for(last - first, 1, [&](std::int64_t begin, std::int64_t end, int) {
-      for (std::int64_t item = first + begin; item < first + end; ++item) {
-        const auto after = std::upper_bound(split_begin_.begin(), split_begin_.begin() + tiles, item);
-        const std::ptrdiff_t t = after - split_begin_.begin() - 1;
-        const TilePlace& place = split_tiles_[static_cast<std::size_t>(t)];
-        const std::int64_t chunk = place.first_chunk + item - split_begin_[static_cast<std::size_t>(t)];
-        layer_.attend_chunk(place.tile, place.kv, chunk, call.scale, partials_[item - first]);
-      }
-    });
-    pool_.parallel_for(tiles, 1, [&](std::int64_t begin, std::int64_t end, int) {
-      for (std::int64_t t = begin; t < end; ++t) {
-        const TilePlace& place = split_tiles_[static_cast<std::size_t>(t)];
-        const std::int64_t tile_begin = split_begin_[static_cast<std::size_t>(t)];
-        const std::int64_t tile_end = split_begin_[static_cast<std::size_t>(t) + 1];
-        for (std::int64_t item = std::max(first, tile_begin); item < std::min(last, tile_end); ++item) {
-          layer_.merge_chunk(place.tile, place.first_chunk + item - tile_begin, call.kv->head_dim,
-                             partials_[item - first], tile_states_[t]);
-        }
-        if (tile_end > first && tile_end <= last) {
-          layer_.finish_attention(place.tile, call.kv->head_dim, tile_states_[t], place.outputs);
-        }
-      }
-    });
-  }
+  attention_->attend({row_of(query, 0), row_of(output, 0), &kv, query_heads, window, scale}, step_, arena_);
 }
 
 // --- logits ------------------------------------------------------------------------------------------------------

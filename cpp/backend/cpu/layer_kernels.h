@@ -30,6 +30,11 @@ struct KvHeadView {
   KvType type = KvType::f16;
 };
 
+/// Bytes that one head's keys, and as many its values, take in a page.
+constexpr std::size_t kv_head_bytes(int head_dim, KvType type) {
+  return std::size_t{kPageSize} * static_cast<std::size_t>(head_dim) * (type == KvType::f16 ? 2 : 4);
+}
+
 /// Up to kQueryTile queries of one sequence and key/value head, by ascending position. Query i sees the positions
 /// first[i] .. last[i], both included, and nothing outside of them is read on its behalf but other lanes of a page
 /// of which some query of the tile sees a position.

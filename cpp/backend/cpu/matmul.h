@@ -51,6 +51,15 @@ struct MatmulKernels {
 /// The kernels of one instruction set; `isa` must be among available_isas().
 const MatmulKernels& matmul_kernels(Isa isa);
 
+// What follows is for the kernel files.
+
+/// What the sum of a block's quants (of half a block's for q6_k) contributes to each output of a row: the same for
+/// every panel, so a call computes it once.
+union Start {
+  std::int32_t whole;  ///< -zero point * sum: where the integer product starts
+  float scaled;        ///< q4_k: scale * sum, what its mins are multiplied with
+};
+
 // One definition per kernel file; use matmul_kernels(Isa).
 namespace portable {
 const MatmulKernels& matmul_kernels();

@@ -4,8 +4,10 @@
 //   zero_lanes, splat_lanes, load_lanes<WeightType>, lanes_from_u8, lanes_from_i8, store_lanes, multiply,
 //   multiply_add (fused if the machine can), to_lanes
 //   kTile              rows of activations that share one pass over a panel
-//   dot_block<type, R>(block, quants, stride, sums, sum_stride, dot)   dot[r] = sum over the block's 32 columns of
-//                      (weight - zero point) * quants[r * stride + column], exact; `block` points behind the scales
+//   zero_point<type>() what dot_block's unsigned weights are too large by; 0 where it takes care of that itself
+//   dot_block<type, R>(block, quants, stride, starts, start_stride, dot)   dot[r] = starts[r * start_stride] + sum over
+//                      the block's 32 columns of unsigned weight * quants[r * stride + column], exact; `block` points
+//                      behind the scales; no starts where the zero point is 0
 //   dot_half<half, R>  the same over half a block of q6_k
 // Every float operation on an output is written here, once, for any number of rows: that is what makes rows invariant.
 
@@ -13,40 +15,52 @@
 // stay there while the panels go by.
 constexpr std::int64_t kActivationBytes = 128 * 1024;
 
-// Both halves of a packed pair of int16 sums.
-[[gnu::always_inline]] inline int block_sum(std::int32_t halves) {
-  return static_cast<std::int16_t>(halves) + (halves >> 16);
+// Starts (matmul.h) that a call keeps at a time: as many rows as fit share them over all panels.
+constexpr std::int64_t kStarts = 16384;
+
+template <WeightType type>
+constexpr int starts_per_block() {
+  return type == WeightType::q6_k ? 2 : 1;
+}
+
+template <WeightType type>
+void fill_starts(const Activations& x, std::int64_t first, std::int64_t end, std::int64_t blocks, Start* starts) {
+  for (std::int64_t r = first; r < end; ++r) {
+    const std::int32_t* sums = x.sums + r * x.block_stride;
+    const float* scales = x.scales + r * x.block_stride;
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      const int low = static_cast<std::int16_t>(sums[b]);
+      const int high = sums[b] >> 16;
+      if constexpr (type == WeightType::q6_k) {
+        (starts++)->whole = -zero_point<type>() * low;
+        (starts++)->whole = -zero_point<type>() * high;
+      } else if constexpr (type == WeightType::q4_k) {
+        (starts++)->scaled = scales[b] * static_cast<float>(low + high);
+      } else {
+        (starts++)->whole = -zero_point<type>() * (low + high);
+      }
+    }
+  }
 }
 
 template <WeightType type, int R>
 [[gnu::always_inline]] inline void add_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                             const float* scales, const std::int32_t* sums, std::int64_t block_stride,
-                                             Float (&y)[R]) {
+                                             const float* scales, std::int64_t block_stride, const Start* starts,
+                                             std::int64_t start_stride, Float (&y)[R]) {
   const Float weight_scale = load_lanes<WeightType::f16>(block);
   Integers dot[R];
-  dot_block<type, R>(block + layout::kHalves, quants, stride, sums, block_stride, dot);
+  dot_block<type, R>(block + layout::kHalves, quants, stride, starts, start_stride, dot);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes(scales[r * block_stride])), y[r]);
   }
 }
 
-// Scales times sums of the quants, of one superblock: what the mins of q4_k are multiplied with.
-template <int R>
-[[gnu::always_inline]] inline void scale_sums(const float* scales, const std::int32_t* sums, std::int64_t block_stride,
-                                              float (&out)[R][layout::kBlocksPerSuper]) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < layout::kBlocksPerSuper; ++b) {
-      out[r][b] = scales[r * block_stride + b] * static_cast<float>(block_sum(sums[r * block_stride + b]));
-    }
-  }
-}
-
 template <int R>
 [[gnu::always_inline]] inline void add_block_q4_k(const std::byte* block, Float d, Float negative_dmin,
                                                   const std::int8_t* quants, std::int64_t stride, const float* scales,
-                                                  std::int64_t block_stride, const float* scaled_sums, Float (&y)[R]) {
+                                                  std::int64_t block_stride, const Start* starts,
+                                                  std::int64_t start_stride, Float (&y)[R]) {
   const Float weight_scale = multiply(d, lanes_from_u8(block));
   const Float weight_min = multiply(negative_dmin, lanes_from_u8(block + kPanel));
   Integers dot[R];
@@ -54,17 +68,17 @@ template <int R>
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes(scales[r * block_stride])), y[r]);
-    y[r] = multiply_add(weight_min, splat_lanes(scaled_sums[r * layout::kBlocksPerSuper]), y[r]);
+    y[r] = multiply_add(weight_min, splat_lanes(starts[r * start_stride].scaled), y[r]);
   }
 }
 
 template <int R, int half>
 [[gnu::always_inline]] inline void add_half_q6_k(const std::byte* block, Float d, const std::int8_t* quants,
-                                                 std::int64_t stride, const float* scales, const std::int32_t* sums,
-                                                 std::int64_t block_stride, Float (&y)[R]) {
+                                                 std::int64_t stride, const float* scales, std::int64_t block_stride,
+                                                 const Start* starts, std::int64_t start_stride, Float (&y)[R]) {
   const Float weight_scale = multiply(d, lanes_from_i8(block + half * kPanel));
   Integers dot[R];
-  dot_half<half, R>(block + 2 * kPanel, quants, stride, sums, block_stride, dot);
+  dot_half<half, R>(block + 2 * kPanel, quants, stride, starts + half, start_stride, dot);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes(scales[r * block_stride])), y[r]);
@@ -82,7 +96,8 @@ template <std::size_t bytes>
 // R rows against one panel: y[r] of its sixteen outputs.
 template <WeightType type, int R>
 [[gnu::always_inline]] inline void add_panel(const std::byte* panel, std::int64_t columns, const Activations& x,
-                                             std::int64_t first_row, std::size_t ahead, Float (&y)[R]) {
+                                             std::int64_t first_row, const Start* starts, std::size_t ahead,
+                                             Float (&y)[R]) {
   if constexpr (type == WeightType::f32 || type == WeightType::f16 || type == WeightType::bf16) {
     const float* values = x.values + first_row * x.stride;
     const std::int64_t stride = x.stride;
@@ -96,9 +111,10 @@ template <WeightType type, int R>
   } else {
     const std::int8_t* quants = x.quants + first_row * x.quant_stride;
     const float* scales = x.scales + first_row * x.block_stride;
-    const std::int32_t* sums = x.sums + first_row * x.block_stride;
     const std::int64_t stride = x.quant_stride;
     const std::int64_t block_stride = x.block_stride;
+    constexpr int each = starts_per_block<type>();
+    const std::int64_t start_stride = columns / kBlock * each;
     const std::int8_t* end = quants + columns;
     if constexpr (type == WeightType::q4_k || type == WeightType::q6_k) {
       while (quants != end) {
@@ -109,17 +125,15 @@ template <WeightType type, int R>
           negative_dmin = multiply(load_lanes<WeightType::f16>(panel), splat_lanes(-1.0F));
           panel += layout::kHalves;
         }
-        [[maybe_unused]] float scaled_sums[R][layout::kBlocksPerSuper];
-        if constexpr (type == WeightType::q4_k) scale_sums<R>(scales, sums, block_stride, scaled_sums);
-        for (int b = 0; b < layout::kBlocksPerSuper; ++b, quants += kBlock, ++scales, ++sums) {
+        for (int b = 0; b < layout::kBlocksPerSuper; ++b, quants += kBlock, ++scales, starts += each) {
           if constexpr (type == WeightType::q4_k) {
             prefetch_ahead<layout::kQ4KBlock>(panel, ahead);
-            add_block_q4_k<R>(panel, d, negative_dmin, quants, stride, scales, block_stride, &scaled_sums[0][b], y);
+            add_block_q4_k<R>(panel, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride, y);
             panel += layout::kQ4KBlock;
           } else {
             prefetch_ahead<layout::kQ6KBlock>(panel, ahead);
-            add_half_q6_k<R, 0>(panel, d, quants, stride, scales, sums, block_stride, y);
-            add_half_q6_k<R, 1>(panel, d, quants, stride, scales, sums, block_stride, y);
+            add_half_q6_k<R, 0>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
+            add_half_q6_k<R, 1>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
             panel += layout::kQ6KBlock;
           }
         }
@@ -128,9 +142,9 @@ template <WeightType type, int R>
       constexpr std::size_t bytes = type == WeightType::q8_0   ? layout::kQ8Block
                                     : type == WeightType::q4_0 ? layout::kQ4Block
                                                                : layout::kQ5Block;
-      for (; quants != end; quants += kBlock, ++scales, ++sums, panel += bytes) {
+      for (; quants != end; quants += kBlock, ++scales, starts += each, panel += bytes) {
         prefetch_ahead<bytes>(panel, ahead);
-        add_block<type, R>(panel, quants, stride, scales, sums, block_stride, y);
+        add_block<type, R>(panel, quants, stride, scales, block_stride, starts, start_stride, y);
       }
     }
   }
@@ -138,7 +152,7 @@ template <WeightType type, int R>
 
 template <WeightType type, int R>
 [[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, std::size_t ahead, const Activations& x,
-                                     std::int64_t first_row, float* y, std::int64_t y_stride) {
+                                     std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride) {
   y += first_row * y_stride + p * kPanel;
   // The outputs of a head are megabytes apart and out of cache: fetched now, their stores do not stall the next tile.
 #pragma GCC unroll 16
@@ -146,7 +160,7 @@ template <WeightType type, int R>
   Float sum[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) sum[r] = zero_lanes();
-  add_panel<type, R>(w.data + static_cast<std::size_t>(p) * w.panel_bytes, w.columns, x, first_row, ahead, sum);
+  add_panel<type, R>(w.data + static_cast<std::size_t>(p) * w.panel_bytes, w.columns, x, first_row, starts, ahead, sum);
   const std::int64_t left = w.rows - p * kPanel;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -161,7 +175,7 @@ template <WeightType type, int R>
 }
 
 using TileKernel = void (*)(const PackedMatrix& w, std::int64_t p, std::size_t ahead, const Activations& x,
-                            std::int64_t first_row, float* y, std::int64_t y_stride);
+                            std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride);
 
 template <WeightType type, int... R>
 TileKernel tile_kernel(int rows, std::integer_sequence<int, R...>) {
@@ -174,13 +188,19 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
                      int rows, float* y, std::int64_t y_stride) {
   std::int64_t chunk = kActivationBytes / w.columns / kTile * kTile;
   if (chunk < 4 * kTile) chunk = 4 * kTile;
+  constexpr bool quantized = type != WeightType::f32 && type != WeightType::f16 && type != WeightType::bf16;
+  const std::int64_t row_starts = quantized ? w.columns / kBlock * starts_per_block<type>() : 0;
+  Start starts[quantized ? kStarts : 1];
+  if (row_starts * chunk > kStarts) chunk = kStarts / row_starts;
   for (std::int64_t first = 0; first < rows; first += chunk) {
     const std::int64_t end = first + chunk < rows ? first + chunk : rows;
+    if constexpr (quantized) fill_starts<type>(x, first, end, w.columns / kBlock, starts);
     for (std::int64_t p = first_panel; p < last_panel; ++p) {
       for (std::int64_t row = first; row < end; row += kTile) {
         const std::size_t ahead = row == first && p + 1 < last_panel ? w.panel_bytes : 0;
         const int tile = static_cast<int>(end - row < kTile ? end - row : kTile);
-        tile_kernel<type>(tile, std::make_integer_sequence<int, kTile>())(w, p, ahead, x, row, y, y_stride);
+        tile_kernel<type>(tile, std::make_integer_sequence<int, kTile>())(
+            w, p, ahead, x, row, starts + (row - first) * row_starts, y, y_stride);
       }
     }
   }

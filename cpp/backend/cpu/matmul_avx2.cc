@@ -131,6 +131,11 @@ constexpr TypeRange type_range() {
   }
 }
 
+template <WeightType type>
+constexpr int zero_point() {
+  return type_range<type>().zero_point;
+}
+
 template <WeightType type, int g, int side, int R>
 [[gnu::always_inline]] inline void add_group(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
                                              __m256i (&pairs)[R]) {
@@ -169,18 +174,12 @@ template <WeightType type, int side, int R, int first_group, int... g>
 
 template <WeightType type, int R, int first_group, int groups>
 [[gnu::always_inline]] inline void dot_groups(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                              const std::int32_t* sums, std::int64_t sum_stride, Integers (&dot)[R]) {
-  // -zero point * sum of the quants, by one multiply of the packed int16 sums; half a block of q6_k needs one of them.
-  constexpr int zero = type_range<type>().zero_point;
-  constexpr int low = first_group == 0 ? -zero : 0;
-  constexpr int high = first_group + groups == layout::kGroups ? -zero : 0;
-  const __m256i factors = _mm256_set1_epi32(
-      static_cast<std::int32_t>(static_cast<std::uint32_t>(high) << 16 | (static_cast<std::uint32_t>(low) & 0xFFFFU)));
+                                              const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
   __m256i side[R];
   __m256i start[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    start[r] = zero == 0 ? _mm256_setzero_si256() : _mm256_madd_epi16(_mm256_set1_epi32(sums[r * sum_stride]), factors);
+    start[r] = zero_point<type>() == 0 ? _mm256_setzero_si256() : _mm256_set1_epi32(starts[r * start_stride].whole);
     side[r] = start[r];
   }
   constexpr auto sequence = std::make_integer_sequence<int, groups>();
@@ -197,14 +196,14 @@ template <WeightType type, int R, int first_group, int groups>
 
 template <WeightType type, int R>
 [[gnu::always_inline]] inline void dot_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                             const std::int32_t* sums, std::int64_t sum_stride, Integers (&dot)[R]) {
-  dot_groups<type, R, 0, layout::kGroups>(block, quants, stride, sums, sum_stride, dot);
+                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
+  dot_groups<type, R, 0, layout::kGroups>(block, quants, stride, starts, start_stride, dot);
 }
 
 template <int half, int R>
 [[gnu::always_inline]] inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                            const std::int32_t* sums, std::int64_t sum_stride, Integers (&dot)[R]) {
-  dot_groups<WeightType::q6_k, R, half * 4, 4>(block, quants, stride, sums, sum_stride, dot);
+                                            const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
+  dot_groups<WeightType::q6_k, R, half * 4, 4>(block, quants, stride, starts, start_stride, dot);
 }
 
 #include "backend/cpu/matmul.inl"

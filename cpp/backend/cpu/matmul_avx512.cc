@@ -112,28 +112,18 @@ template <WeightType type, int g, int R>
   }
 }
 
-// -zero * (sum of the quants in the halves that `low` and `high` choose), by one multiply of the packed int16 sums.
-template <int R>
-[[gnu::always_inline]] inline void start_dot(int low, int high, const std::int32_t* sums, std::int64_t sum_stride,
-                                             Integers (&dot)[R]) {
-  if (low == 0 && high == 0) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) dot[r] = _mm512_setzero_si512();
-    return;
-  }
-  const auto factors =
-      static_cast<std::int32_t>(static_cast<std::uint32_t>(high) << 16 | (static_cast<std::uint32_t>(low) & 0xFFFFU));
+template <WeightType type, int R>
+[[gnu::always_inline]] inline void start_dot(const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    dot[r] = _mm512_madd_epi16(_mm512_set1_epi32(sums[r * sum_stride]), _mm512_set1_epi32(factors));
+    dot[r] = zero_point<type>() == 0 ? _mm512_setzero_si512() : _mm512_set1_epi32(starts[r * start_stride].whole);
   }
 }
 
 template <WeightType type, int R>
 [[gnu::always_inline]] inline void dot_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                             const std::int32_t* sums, std::int64_t sum_stride, Integers (&dot)[R]) {
-  constexpr int zero = zero_point<type>();
-  start_dot<R>(-zero, -zero, sums, sum_stride, dot);
+                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
+  start_dot<type, R>(starts, start_stride, dot);
   add_group<type, 0>(block, quants, stride, dot);
   add_group<type, 1>(block, quants, stride, dot);
   add_group<type, 2>(block, quants, stride, dot);
@@ -146,10 +136,9 @@ template <WeightType type, int R>
 
 template <int half, int R>
 [[gnu::always_inline]] inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                            const std::int32_t* sums, std::int64_t sum_stride, Integers (&dot)[R]) {
+                                            const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
   constexpr auto type = WeightType::q6_k;
-  constexpr int zero = zero_point<type>();
-  start_dot<R>(half == 0 ? -zero : 0, half == 1 ? -zero : 0, sums, sum_stride, dot);
+  start_dot<type, R>(starts, start_stride, dot);
   add_group<type, half * 4>(block, quants, stride, dot);
   add_group<type, half * 4 + 1>(block, quants, stride, dot);
   add_group<type, half * 4 + 2>(block, quants, stride, dot);

@@ -94,15 +94,21 @@ inline void dot_groups(const std::byte* block, int first_group, int last_group, 
   for (int r = 0; r < R; ++r) std::memcpy(&dot[r], sum[r], sizeof dot[r]);
 }
 
+// dot_groups decodes weights with their sign.
+template <WeightType type>
+constexpr int zero_point() {
+  return 0;
+}
+
 template <WeightType type, int R>
-inline void dot_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                      const std::int32_t* /*sums*/, std::int64_t /*sum_stride*/, Integers (&dot)[R]) {
+inline void dot_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
+                      std::int64_t /*start_stride*/, Integers (&dot)[R]) {
   dot_groups<type, R>(block, 0, layout::kGroups, quants, stride, dot);
 }
 
 template <int half, int R>
-inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                     const std::int32_t* /*sums*/, std::int64_t /*sum_stride*/, Integers (&dot)[R]) {
+inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
+                     std::int64_t /*start_stride*/, Integers (&dot)[R]) {
   dot_groups<WeightType::q6_k, R>(block, half * 4, half * 4 + 4, quants, stride, dot);
 }
 

@@ -30,7 +30,8 @@ MappedMemory::MappedMemory(std::size_t bytes, std::size_t alignment) : bytes_(by
   mapped_ = round_up(bytes == 0 ? 1 : bytes, kSmallPage) + (alignment - kSmallPage);
   mapping_ = ::mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping_ == MAP_FAILED) throw std::bad_alloc();
-  data_ = reinterpret_cast<void*>(round_up(reinterpret_cast<std::uintptr_t>(mapping_), alignment));
+  const auto address = reinterpret_cast<std::uintptr_t>(mapping_);
+  data_ = static_cast<std::byte*>(mapping_) + (round_up(address, alignment) - address);
 }
 
 MappedMemory::~MappedMemory() { ::munmap(mapping_, mapped_); }

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "backend/backend.h"
 
@@ -13,6 +15,10 @@ class MappedMemory final : public Buffer {
  public:
   /// `bytes` may be 0. Throws std::bad_alloc if the system refuses.
   explicit MappedMemory(std::size_t bytes);
+  MappedMemory(const MappedMemory&) = delete;
+  MappedMemory& operator=(const MappedMemory&) = delete;
+  MappedMemory(MappedMemory&&) = delete;
+  MappedMemory& operator=(MappedMemory&&) = delete;
   ~MappedMemory() override;
   [[nodiscard]] void* data() const override { return data_; }
   [[nodiscard]] std::size_t bytes() const override { return bytes_; }
@@ -45,6 +51,18 @@ class WeightArena {
  private:
   std::shared_ptr<MappedMemory> chunk_;
   std::size_t used_ = 0;
+};
+
+/// An array in mapped memory: untouched parts cost nothing.
+template <typename T>
+class ScratchArray {
+ public:
+  void resize(std::int64_t elements) { memory_.emplace(static_cast<std::size_t>(elements) * sizeof(T)); }
+  [[nodiscard]] T* data() const { return static_cast<T*>(memory_->data()); }
+  T& operator[](std::int64_t i) const { return data()[i]; }
+
+ private:
+  std::optional<MappedMemory> memory_;
 };
 
 }  // namespace draftwerk::cpu

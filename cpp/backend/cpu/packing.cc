@@ -7,6 +7,7 @@
 #include <string>
 
 #include "backend/cpu/quantized_blocks.h"
+#include "backend/weight_type.h"
 
 namespace draftwerk::cpu {
 

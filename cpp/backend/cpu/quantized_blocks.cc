@@ -82,66 +82,6 @@ void dequantize_q6_k(const std::byte* block, float* out) {
 
 }  // namespace
 
-int block_columns(WeightType type) {
-  switch (type) {
-    case WeightType::f32:
-    case WeightType::f16:
-    case WeightType::bf16:
-      return 1;
-    case WeightType::q8_0:
-    case WeightType::q4_0:
-    case WeightType::q5_0:
-      return 32;
-    case WeightType::q4_k:
-    case WeightType::q6_k:
-      return 256;
-  }
-  return 1;
-}
-
-std::size_t block_bytes(WeightType type) {
-  switch (type) {
-    case WeightType::f32:
-      return 4;
-    case WeightType::f16:
-    case WeightType::bf16:
-      return 2;
-    case WeightType::q8_0:
-      return 34;
-    case WeightType::q4_0:
-      return 18;
-    case WeightType::q5_0:
-      return 22;
-    case WeightType::q4_k:
-      return 144;
-    case WeightType::q6_k:
-      return 210;
-  }
-  return 0;
-}
-
-const char* weight_type_name(WeightType type) {
-  switch (type) {
-    case WeightType::f32:
-      return "f32";
-    case WeightType::f16:
-      return "f16";
-    case WeightType::bf16:
-      return "bf16";
-    case WeightType::q8_0:
-      return "q8_0";
-    case WeightType::q4_0:
-      return "q4_0";
-    case WeightType::q5_0:
-      return "q5_0";
-    case WeightType::q4_k:
-      return "q4_k";
-    case WeightType::q6_k:
-      return "q6_k";
-  }
-  return "unknown";
-}
-
 float half_to_float(std::uint16_t bits) {
   const std::uint32_t exponent = (bits >> 10) & 31U;
   const std::uint32_t mantissa = bits & 1023U;

@@ -5,15 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "backend/backend.h"
+#include "backend/weight_type.h"
 
 namespace draftwerk::cpu {
-
-/// Columns per block as the file stores them: 256 for q4_k and q6_k, 32 for the other quantised types, 1 for floats.
-[[nodiscard]] int block_columns(WeightType type);
-/// Bytes per such block.
-[[nodiscard]] std::size_t block_bytes(WeightType type);
-[[nodiscard]] const char* weight_type_name(WeightType type);
 
 [[nodiscard]] float half_to_float(std::uint16_t bits);
 /// To nearest even; overflow becomes infinity.

@@ -1,0 +1,140 @@
+#include "backend/cpu/attention.h"
+
+#include <algorithm>
+#include <cstddef>
+
+namespace draftwerk::cpu {
+namespace {
+
+// Query tiles per thread from which on attention is divided by tiles alone, without splitting their contexts.
+constexpr std::int64_t kTilesPerThread = 4;
+// Partial results of split contexts that scratch holds; longer contexts proceed in several waves.
+constexpr std::int64_t kPartialsPerThread = 64;
+
+}  // namespace
+
+Attention::Attention(const LayerKernels& kernels, WorkerPool& pool, int max_rows) : kernels_(kernels), pool_(pool) {
+  const std::int64_t threads = pool_.size();
+  worker_states_.resize(2 * threads);
+  tile_states_.resize(kTilesPerThread * threads);
+  partials_.resize(kPartialsPerThread * threads);
+  split_tiles_.resize(static_cast<std::size_t>(kTilesPerThread * threads));
+  split_begin_.resize(split_tiles_.size() + 1);
+  segment_tile_.resize(static_cast<std::size_t>(max_rows) + 1);
+}
+
+/// Tile number `index`: tiles run over segments, within a segment over key/value heads, within a head over its queries
+/// (row-major: all query heads of a row that share the head, then the next row).
+Attention::TilePlace Attention::place_tile(const AttentionCall& call, const StepRows& step, KvArena arena,
+                                           std::int64_t index) const {
+  const KvLayer& kv = *call.kv;
+  const int group = call.query_heads / kv.heads;
+  const std::int64_t row_elements = std::int64_t{call.query_heads} * kv.head_dim;
+  const auto first_tile = segment_tile_.begin();
+  const auto after =
+      std::upper_bound(first_tile, first_tile + static_cast<std::ptrdiff_t>(step.segments.size()), index / kv.heads);
+  const std::ptrdiff_t s = after - first_tile - 1;
+  const Segment& segment = step.segments[static_cast<std::size_t>(s)];
+  const std::int64_t tiles =
+      segment_tile_[static_cast<std::size_t>(s) + 1] - segment_tile_[static_cast<std::size_t>(s)];
+  const std::int64_t local = index - segment_tile_[static_cast<std::size_t>(s)] * kv.heads;
+  const std::int64_t kv_head = local / tiles;
+  const std::int64_t first_query = local % tiles * kQueryTile;
+
+  TilePlace place;
+  const std::size_t head_bytes = kv_head_bytes(kv.head_dim, kv.type);
+  place.kv = {arena.base,
+              segment.pages[kv.table],
+              kv.key_offset + static_cast<std::size_t>(kv_head) * head_bytes,
+              kv.value_offset + static_cast<std::size_t>(kv_head) * head_bytes,
+              kv.head_dim,
+              kv.type};
+  QueryTile& tile = place.tile;
+  tile.count = static_cast<int>(std::min<std::int64_t>(kQueryTile, std::int64_t{segment.rows} * group - first_query));
+  for (int i = 0; i < tile.count; ++i) {
+    const std::int64_t row = segment.first_row + (first_query + i) / group;
+    const std::int64_t head = kv_head * group + (first_query + i) % group;
+    tile.query[i] = call.query + row * row_elements + head * kv.head_dim;
+    place.outputs[i] = call.output + row * row_elements + head * kv.head_dim;
+    tile.last[i] = step.positions[static_cast<std::size_t>(row)];
+    tile.first[i] = call.window > 0 ? std::max<std::int64_t>(tile.last[i] - call.window + 1, 0) : 0;
+  }
+  place.first_chunk = tile.first[0] / kAttentionChunk;
+  place.chunks = tile.last[tile.count - 1] / kAttentionChunk - place.first_chunk + 1;
+  return place;
+}
+
+void Attention::attend(const AttentionCall& call, const StepRows& step, KvArena arena) {
+  const int group = call.query_heads / call.kv->heads;
+  std::int64_t tiles = 0;
+  for (std::size_t s = 0; s < step.segments.size(); ++s) {
+    segment_tile_[s] = tiles;
+    tiles += (std::int64_t{step.segments[s].rows} * group + kQueryTile - 1) / kQueryTile;
+  }
+  segment_tile_[step.segments.size()] = tiles;
+  tiles *= call.kv->heads;
+  // Both ways do the same arithmetic in the same order.
+  const auto in_one_chunk = [](const Segment& s) { return s.first_position + s.rows <= kAttentionChunk; };
+  if (tiles >= kTilesPerThread * pool_.size() ||
+      (tiles >= pool_.size() && std::all_of(step.segments.begin(), step.segments.end(), in_one_chunk))) {
+    attend_by_tile(call, step, arena, tiles);
+  } else {
+    attend_by_chunk(call, step, arena, tiles);
+  }
+}
+
+/// Many rows: a worker takes a tile through all of its chunks.
+void Attention::attend_by_tile(const AttentionCall& call, const StepRows& step, KvArena arena, std::int64_t tiles) {
+  pool_.parallel_for(tiles, 1, [&](std::int64_t begin, std::int64_t end, int worker) {
+    AttentionState& total = worker_states_[2 * worker];
+    AttentionState& part = worker_states_[2 * worker + 1];
+    for (std::int64_t index = begin; index < end; ++index) {
+      const TilePlace place = place_tile(call, step, arena, index);
+      for (std::int64_t c = place.first_chunk; c < place.first_chunk + place.chunks; ++c) {
+        kernels_.attend_chunk(place.tile, place.kv, c, call.scale, part);
+        kernels_.merge_chunk(place.tile, c, call.kv->head_dim, part, total);
+      }
+      kernels_.finish_attention(place.tile, call.kv->head_dim, total, place.outputs);
+    }
+  });
+}
+
+/// Few rows: workers share the chunks of a tile, which are merged in order afterwards.
+void Attention::attend_by_chunk(const AttentionCall& call, const StepRows& step, KvArena arena, std::int64_t tiles) {
+  std::int64_t items = 0;
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    split_tiles_[static_cast<std::size_t>(t)] = place_tile(call, step, arena, t);
+    split_begin_[static_cast<std::size_t>(t)] = items;
+    items += split_tiles_[static_cast<std::size_t>(t)].chunks;
+  }
+  split_begin_[static_cast<std::size_t>(tiles)] = items;
+  const std::int64_t wave = kPartialsPerThread * pool_.size();
+  for (std::int64_t first = 0; first < items; first += wave) {
+    const std::int64_t last = std::min(first + wave, items);
+    pool_.parallel_for(last - first, 1, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t item = first + begin; item < first + end; ++item) {
+        const auto after = std::upper_bound(split_begin_.begin(), split_begin_.begin() + tiles, item);
+        const std::ptrdiff_t t = after - split_begin_.begin() - 1;
+        const TilePlace& place = split_tiles_[static_cast<std::size_t>(t)];
+        const std::int64_t chunk = place.first_chunk + item - split_begin_[static_cast<std::size_t>(t)];
+        kernels_.attend_chunk(place.tile, place.kv, chunk, call.scale, partials_[item - first]);
+      }
+    });
+    pool_.parallel_for(tiles, 1, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t t = begin; t < end; ++t) {
+        const TilePlace& place = split_tiles_[static_cast<std::size_t>(t)];
+        const std::int64_t tile_begin = split_begin_[static_cast<std::size_t>(t)];
+        const std::int64_t tile_end = split_begin_[static_cast<std::size_t>(t) + 1];
+        for (std::int64_t item = std::max(first, tile_begin); item < std::min(last, tile_end); ++item) {
+          kernels_.merge_chunk(place.tile, place.first_chunk + item - tile_begin, call.kv->head_dim,
+                               partials_[item - first], tile_states_[t]);
+        }
+        if (tile_end > first && tile_end <= last) {
+          kernels_.finish_attention(place.tile, call.kv->head_dim, tile_states_[t], place.outputs);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace draftwerk::cpu

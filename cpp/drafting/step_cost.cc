@@ -1,0 +1,162 @@
+#include "drafting/step_cost.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+namespace draftwerk {
+namespace {
+
+constexpr int kExactRows = 64;
+constexpr int kNodesPerOctave = 8;
+/// Steps after which a measurement no longer stands for the present: contexts grew, the machine got busy.
+constexpr std::int64_t kStaleSteps = 512;
+/// Age at which a measurement weighs half as much as a new one that contradicts it.
+constexpr double kHalfWeightSteps = 128.0;
+
+/// Assumed cost in units of one row: decode reads every weight once per step, so few more rows are nearly free;
+/// with many the arithmetic catches up.
+double assumed_cost(double rows) {
+  constexpr double kFreeRows = 8.0;
+  constexpr double kFreeSlope = 0.03;
+  constexpr double kSlope = 0.1;
+  return 1.0 + kFreeSlope * (std::min(rows, kFreeRows) - 1.0) + kSlope * std::max(rows - kFreeRows, 0.0);
+}
+
+}  // namespace
+
+// --- RecentMedian -------------------------------------------------------------------------------------------------
+
+void RecentMedian::add(double sample) {
+  if (count_ == 0) next_ = 0;
+  samples_[next_] = sample;
+  next_ = (next_ + 1) % kSamples;
+  count_ = std::min(count_ + 1, kSamples);
+}
+
+double RecentMedian::value() const {
+  std::array<double, kSamples> sorted = samples_;
+  const auto end = sorted.begin() + count_;
+  if (count_ < 3) return *std::min_element(sorted.begin(), end);
+  const auto middle = sorted.begin() + count_ / 2;
+  std::nth_element(sorted.begin(), middle, end);
+  return *middle;
+}
+
+// --- StepCostTable ------------------------------------------------------------------------------------------------
+
+StepCostTable::StepCostTable() { rebuild(); }
+
+int StepCostTable::node_of(int rows) {
+  if (rows <= kExactRows) return std::max(rows, 1) - 1;
+  const int octave = std::bit_width(static_cast<unsigned>(rows)) - std::bit_width(static_cast<unsigned>(kExactRows));
+  const int width = (kExactRows / kNodesPerOctave) << octave;
+  const int eighth = (rows - (kExactRows << octave) + width / 2) / width;
+  return std::min(kExactRows - 1 + kNodesPerOctave * octave + eighth, kNodes - 1);
+}
+
+int StepCostTable::rows_of(int node) {
+  if (node < kExactRows) return node + 1;
+  const int past = node - (kExactRows - 1);
+  const int octave = past / kNodesPerOctave;
+  return (kExactRows << octave) + (past % kNodesPerOctave) * ((kExactRows / kNodesPerOctave) << octave);
+}
+
+void StepCostTable::observe(int rows, double seconds) {
+  if (rows < 1 || !std::isfinite(seconds) || seconds <= 0.0) return;
+  ++step_;
+  largest_ = std::max(largest_, rows);
+  const int at = node_of(rows);
+  Node& node = nodes_[at];
+  if (node.samples.count() > 2 && step_ - node.last_step > kStaleSteps) node.samples.clear();
+  node.samples.add(seconds * assumed_cost(rows_of(at)) / assumed_cost(rows));
+  node.last_step = step_;
+  rebuild();
+}
+
+/// Isotonic regression over the measured nodes (pool adjacent violators), then the nodes between and beside them.
+void StepCostTable::rebuild() {
+  struct Pool {
+    double cost;
+    double weight;
+    int first;
+    int last;
+  };
+  std::array<Pool, kNodes> pools;
+  std::array<int, kNodes> measured;
+  int pool_count = 0;
+  int measured_count = 0;
+  for (int node = 0; node < kNodes; ++node) {
+    const Node& here = nodes_[node];
+    if (here.samples.count() == 0) continue;
+    const double weight = here.samples.count() / (1.0 + static_cast<double>(step_ - here.last_step) / kHalfWeightSteps);
+    Pool pool{here.samples.value(), weight, measured_count, measured_count};
+    measured[measured_count++] = node;
+    while (pool_count > 0 && pools[pool_count - 1].cost >= pool.cost) {
+      const Pool& before = pools[--pool_count];
+      const double total = before.weight + pool.weight;
+      pool = {(before.cost * before.weight + pool.cost * pool.weight) / total, total, before.first, pool.last};
+    }
+    pools[pool_count++] = pool;
+  }
+  if (measured_count == 0) {
+    for (int node = 0; node < kNodes; ++node) {
+      estimate_[node] = assumed_cost(rows_of(node));
+    }
+    return;
+  }
+  const auto assumed = [](int node) { return assumed_cost(rows_of(node)); };
+  const auto node_at = [&](int index) { return measured[index]; };
+  for (int p = 0; p < pool_count; ++p) {
+    const Pool& pool = pools[p];
+    for (int i = pool.first; i <= pool.last; ++i) estimate_[node_at(i)] = pool.cost;
+  }
+  const auto estimate = [&](int node) -> double& { return estimate_[node]; };
+
+  const int lowest = node_at(0);
+  for (int node = 0; node < lowest; ++node) estimate(node) = estimate(lowest) * assumed(node) / assumed(lowest);
+  for (int i = 0; i + 1 < measured_count; ++i) {
+    const int a = node_at(i);
+    const int b = node_at(i + 1);
+    for (int node = a + 1; node < b; ++node) {
+      const double part = (assumed(node) - assumed(a)) / (assumed(b) - assumed(a));
+      estimate(node) = estimate(a) + part * (estimate(b) - estimate(a));
+    }
+  }
+  // Beyond the largest: as steep as what was measured over its last quarter or more; where that is flatter than the
+  // assumed curve scaled to the largest, halfway between the two.
+  const int highest = node_at(measured_count - 1);
+  tail_slope_ = estimate(highest) / assumed(highest);
+  if (measured_count > 1) {
+    int reference = lowest;
+    for (int i = 0; i < measured_count && rows_of(node_at(i)) * 4 <= rows_of(highest) * 3; ++i) reference = node_at(i);
+    const double slope = (estimate(highest) - estimate(reference)) / (assumed(highest) - assumed(reference));
+    tail_slope_ = slope < tail_slope_ ? (slope + tail_slope_) / 2 : slope;
+  }
+  for (int node = highest + 1; node < kNodes; ++node) {
+    estimate(node) = estimate(highest) + tail_slope_ * (assumed(node) - assumed(highest));
+  }
+}
+
+double StepCostTable::cost(int rows) const {
+  const auto estimate = [&](int node) { return estimate_[node]; };
+  const int nearest = node_of(rows);
+  const int at = rows_of(nearest);
+  if (rows <= at && (rows == at || nearest == 0)) return estimate(nearest);
+  if (nearest == kNodes - 1 && rows > at) {
+    return estimate(nearest) + tail_slope_ * (assumed_cost(rows) - assumed_cost(at));
+  }
+  const int below = rows < at ? nearest - 1 : nearest;
+  const double part = static_cast<double>(rows - rows_of(below)) / (rows_of(below + 1) - rows_of(below));
+  return estimate(below) + part * (estimate(below + 1) - estimate(below));
+}
+
+bool StepCostTable::measured(int rows) const { return nodes_[node_of(rows)].samples.count() > 0; }
+
+bool StepCostTable::reliable(int rows) const {
+  return nodes_[node_of(rows)].samples.count() > 2 && age(rows) <= kStaleSteps;
+}
+
+std::int64_t StepCostTable::age(int rows) const { return step_ - nodes_[node_of(rows)].last_step; }
+
+}  // namespace draftwerk
