@@ -11,6 +11,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMPS := build/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One build tree for the package and the C++ tests: the core is compiled once.
+BUILD := build/cpp
 
 PACKAGE_SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
 	$(shell find cpp service -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \))
@@ -29,18 +31,18 @@ test: test-cpp test-python
 test-python: $(STAMPS)/dev $(STAMPS)/package
 	$(BIN)/python -m pytest
 
-test-cpp: build/cpp/compile_commands.json
-	$(BIN)/cmake --build build/cpp
-	$(BIN)/python tests/run_cpp_tests.py build/cpp/draftwerk_tests
+test-cpp: $(STAMPS)/cpp-tests
+	$(BIN)/cmake --build $(BUILD) --target draftwerk_tests
+	$(BIN)/python tests/run_cpp_tests.py $(BUILD)/draftwerk_tests
 
-lint: $(STAMPS)/dev build/cpp/compile_commands.json
+lint: $(STAMPS)/dev $(STAMPS)/package
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict service/draftwerk
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	@echo "clang-tidy on $(words $(filter cpp/%.cc,$(CPP_SOURCES))) files"
 	@printf '%s\n' $(filter cpp/%.cc,$(CPP_SOURCES)) | grep -v '^cpp/bindings/' \
-	  | xargs -P "$$(nproc)" -n 1 $(BIN)/clang-tidy --quiet -p build/cpp
+	  | xargs -P "$$(nproc)" -n 1 $(BIN)/clang-tidy --quiet -p $(BUILD)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -65,7 +67,8 @@ $(STAMPS)/venv: constraints.txt
 $(STAMPS)/package: $(PACKAGE_SOURCES) $(STAMPS)/venv
 	@echo "--- building and installing draftwerk (some minutes the first time)"
 	@rm -f dist/draftwerk-*.whl
-	PATH="$(abspath $(BIN)):$$PATH" CMAKE_GENERATOR=Ninja $(PIP) wheel -v --no-deps --no-build-isolation -w dist .
+	PATH="$(abspath $(BIN)):$$PATH" CMAKE_GENERATOR=Ninja $(PIP) wheel -v --no-deps --no-build-isolation -w dist \
+	  -C build-dir=$(BUILD) -C build.targets=_core .
 	$(PIP) install -q --no-deps --force-reinstall dist/draftwerk-*.whl
 	$(PIP) install -q -c constraints.txt dist/draftwerk-*.whl
 	@touch $@
@@ -83,7 +86,6 @@ $(STAMPS)/dev: pyproject.toml constraints.txt $(STAMPS)/weights | $(STAMPS)/pack
 	wheel=$$(ls dist/draftwerk-*.whl) && $(PIP) install -c constraints.txt "$$wheel[dev]"
 	@touch $@
 
-build/cpp/compile_commands.json: CMakeLists.txt $(STAMPS)/dev
-	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DDRAFTWERK_BUILD_PYTHON=OFF -DDRAFTWERK_BUILD_TESTS=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python
+$(STAMPS)/cpp-tests: CMakeLists.txt $(STAMPS)/dev $(STAMPS)/package
+	$(BIN)/cmake -S . -B $(BUILD) -DDRAFTWERK_BUILD_TESTS=ON
 	@touch $@

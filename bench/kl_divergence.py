@@ -44,6 +44,8 @@ from draftwerk.loading import open_checkpoint
 from draftwerk.weights import load_model
 
 Floats = npt.NDArray[np.floating[Any]]
+LogProbabilities = Callable[[int], Callable[[int], Floats]]
+"""Window, then counted position in it, to log-probabilities [vocabulary]."""
 
 LOWEST_LOG_PROBABILITY = -16.0
 
@@ -278,6 +280,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def from_llama(saved: LlamaLogProbabilities) -> LogProbabilities:
+    return lambda window: lambda index: saved.row(window, index)
+
+
+def from_draftwerk(core: Any, windows: npt.NDArray[np.int32]) -> LogProbabilities:
+    def of_window(window: int) -> Callable[[int], Floats]:
+        logits = core.logits(windows[window].tolist())[windows.shape[1] // 2 : -1]
+        return lambda index: log_softmax(logits[index])
+
+    return of_window
+
+
 def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Compares everything asked for. `work` takes about 1 GiB, and 1 GiB per llama.cpp file at 2,000 positions."""
     checkpoint = open_checkpoint(arguments.model)
@@ -295,7 +309,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     f32_path = work / "f32.gguf"
     write_f32_gguf(path, f32_path)
 
-    sources: list[tuple[Comparison, Callable[[int], Callable[[int], Floats]]]] = []
+    implementations: dict[str, LogProbabilities] = {}
     own_kl = None
     if arguments.llama_bin is not None:
         text_file = work / "text.txt"
@@ -306,40 +320,40 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             saved = llama.save(model, text_file, arguments.context, arguments.windows, work / f"{model.stem}.kld")
             if not np.array_equal(saved.tokens[:, 1:], windows[:, 1:]):
                 raise SystemExit("llama.cpp and draftwerk tokenise the text differently")
-            sources.append((Comparison(name), lambda w, saved=saved: lambda i: saved.row(w, i)))  # type: ignore[misc]
+            implementations[name] = from_llama(saved)
         print("llama.cpp: its own --kl-divergence", file=sys.stderr)
         own_kl = llama.own_mean_kl(path, work / "f32.kld")
 
     windows[:, 0] = checkpoint.bos_token_id
     half = arguments.context // 2
-    for name, model in (("draftwerk", path), ("draftwerk, F32 weights", f32_path)):
-        core = load_model(open_checkpoint(model), threads=arguments.threads)
+    cores = {
+        name: load_model(open_checkpoint(model), threads=arguments.threads)
+        for name, model in (("draftwerk", path), ("draftwerk, F32 weights", f32_path))
+    }
+    for name, core in cores.items():
+        implementations[name] = from_draftwerk(core, windows)
 
-        def rows_of(window: int, core: Any = core) -> Callable[[int], Floats]:
-            logits = core.logits(windows[window].tolist())[half:-1]
-            return lambda i: log_softmax(logits[i])
-
-        sources.append((Comparison(name), rows_of))
-
+    comparisons = [Comparison(name) for name in implementations]
     reference = reference_model(path)
     torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
     for window, ids in enumerate(windows):
         print(f"window {window + 1} of {len(windows)}", file=sys.stderr)
         with torch.inference_mode():
             exact = reference(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, half:-1].numpy()
-        rows = [rows_of(window) for _, rows_of in sources]
+        rows = [log_probabilities(window) for log_probabilities in implementations.values()]
         for i in range(len(exact)):
             log_p = log_softmax(exact[i])
-            for (comparison, _), row in zip(sources, rows, strict=True):
+            for comparison, row in zip(comparisons, rows, strict=True):
                 comparison.add(log_p, row(i), int(ids[half + i + 1]))
     return {
         "model": checkpoint.name,
         "positions": len(windows) * (arguments.context - 1 - half),
         "context": arguments.context,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "machine": cores["draftwerk"].description,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "results": [asdict(comparison.result()) for comparison, _ in sources],
+        "results": [asdict(comparison.result()) for comparison in comparisons],
         "llama_perplexity_mean_kld": own_kl,
     }
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <mutex>
@@ -26,6 +27,9 @@ namespace py = pybind11;
 
 namespace draftwerk {
 namespace {
+
+/// Rows with logits in one step, unless told otherwise: each costs a vocabulary of float32 while in use.
+constexpr int kDefaultOutputs = 128;
 
 /// One value of the config dictionary, with an error that names the field.
 template <typename T>
@@ -72,13 +76,15 @@ ModelConfig parse_config(const py::dict& config) {
 class PyModel {
  public:
   PyModel(const py::dict& config, int threads, int max_step_rows, int max_outputs)
-      : config_(parse_config(config)), max_rows_(max_step_rows), max_outputs_(max_outputs) {
+      : config_(parse_config(config)),
+        max_rows_(max_step_rows),
+        max_outputs_(max_outputs == 0 ? std::min(max_step_rows, kDefaultOutputs) : max_outputs) {
     if (max_step_rows < 2 || max_step_rows > 65536) {
       throw std::invalid_argument("max_step_rows is " + std::to_string(max_step_rows) + ", must be 2 to 65536");
     }
-    if (max_outputs < 1 || max_outputs > max_step_rows) {
+    if (max_outputs_ < 1 || max_outputs_ > max_step_rows) {
       throw std::invalid_argument("max_outputs is " + std::to_string(max_outputs) + ", must be 1 to max_step_rows (" +
-                                  std::to_string(max_step_rows) + ")");
+                                  std::to_string(max_step_rows) + "), or 0 for the default");
     }
     backend_ = make_cpu_backend(threads);
     weights_ = std::make_unique<Weights>(*backend_);
@@ -281,7 +287,7 @@ py::dict to_dict(const EngineStatistics& s) {
 void bind_model(py::module_& m) {
   py::class_<PyModel, std::shared_ptr<PyModel>>(m, "Model", "A target model on this machine's processor.")
       .def(py::init<const py::dict&, int, int, int>(), py::arg("config"), py::kw_only(), py::arg("threads") = 0,
-           py::arg("max_step_rows") = 512, py::arg("max_outputs") = 128)
+           py::arg("max_step_rows") = 512, py::arg("max_outputs") = 0)
       .def("create_weight", &PyModel::create_weight, py::arg("name"), py::arg("type"), py::arg("rows"),
            py::arg("columns"))
       .def("upload_rows", &PyModel::upload_rows, py::arg("name"), py::arg("first_row"), py::arg("source_type"),

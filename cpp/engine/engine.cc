@@ -118,9 +118,10 @@ RequestId Engine::submit(Request request) {
   if (auto error = validate(request, limits_)) throw RequestError(*std::move(error));
   const auto prompt_tokens = static_cast<std::int64_t>(request.prompt.size());
   if (!kv_.fits(prompt_tokens + request.max_tokens, model_.max_rows())) {
-    throw QueueFull("prompt and output of " + std::to_string(prompt_tokens + request.max_tokens) +
-                    " tokens never fit into the KV memory of " + std::to_string(options_.kv_memory_bytes >> 20) +
-                    " MiB: ask for fewer tokens or give the engine more KV memory");
+    throw RequestError({"max_tokens", std::to_string(request.max_tokens),
+                        "less: with the prompt of " + std::to_string(prompt_tokens) +
+                            " tokens it exceeds the KV memory of " + std::to_string(options_.kv_memory_bytes >> 10) +
+                            " KiB"});
   }
   auto sequence = std::make_unique<Sequence>();
   sequence->tokens = request.prompt;
@@ -363,10 +364,9 @@ void Engine::accept(Sequence& sequence, const VerifyResult& result) {
   event.token_ids.assign(result.tokens.begin(), result.tokens.begin() + count);
   event.drafted.assign(kept, true);
   if (kept == result.tokens.size()) event.drafted.back() = false;  // the target's own
-  if (sequence.request.sampling.logprobs >= 0) {
-    event.logprobs.assign(result.logprobs.begin(), result.logprobs.begin() + count);
-    event.top_logprobs.assign(result.top.begin(), result.top.begin() + count);
-  }
+  const int logprobs = sequence.request.sampling.logprobs;
+  if (logprobs >= 0) event.logprobs.assign(result.logprobs.begin(), result.logprobs.begin() + count);
+  if (logprobs > 0) event.top_logprobs.assign(result.top.begin(), result.top.begin() + count);
   event.finish_reason = sequence.finish_reason;
   event.text_bytes = sequence.text_bytes;
   if (sequence.finish_reason != FinishReason::none) event.statistics = final_statistics(sequence);

@@ -82,7 +82,7 @@ class Engine:
         progress: Progress | None = None,
     ) -> None:
         if drafter not in DRAFTERS:
-            raise ValueError(f"drafter = {drafter!r}: must be one of {', '.join(DRAFTERS)}")
+            raise ValueError(f"drafter = {drafter!r}: must be one of {', '.join(DRAFTERS)} (no files yet)")
         if draft_length is not None and not 0 <= draft_length <= max_draft_length:
             raise ValueError(f"draft_length = {draft_length}: must be 0 to max_draft_length = {max_draft_length}")
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, progress)

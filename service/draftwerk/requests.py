@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
 
@@ -85,23 +86,29 @@ class SamplingParams:
     """Requests share cached prefixes only with requests of the same salt."""
 
 
-def _integer(name: str, value: object, lowest: int, highest: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise RequestError(name, repr(value), "an integer") from None
+    if isinstance(value, bool):
         raise RequestError(name, repr(value), "an integer")
-    number = int(value.__index__())
     if not lowest <= number <= highest:
         raise RequestError(name, number, f"{lowest} to {highest}")
     return number
 
 
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not hasattr(value, "__float__") or isinstance(value, str):
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str, bytes, bytearray)):  # float() would read text
         raise RequestError(name, repr(value), "a number")
-    return float(value.__float__())
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(name, repr(value), "a number") from None
 
 
 def _token_ids(name: str, values: object) -> list[int]:
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise RequestError(name, repr(values), "a sequence of token ids")
     return [_integer(f"{name}[{i}]", value, 0, _INT32_MAX) for i, value in enumerate(values)]
 
@@ -144,13 +151,17 @@ def native_request(prompt_ids: Sequence[int], params: SamplingParams) -> _core.R
         request.max_draft_length = _integer("max_draft_length", params.max_draft_length, 0, _INT32_MAX)
     if not isinstance(params.salt, str):
         raise RequestError("salt", repr(params.salt), "a string")
+    try:
+        params.salt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError("salt", repr(params.salt), "valid Unicode text") from None
     request.salt = params.salt
     return request
 
 
 def stop_bytes(stop: Sequence[str]) -> list[bytes]:
     """Stop texts in UTF-8, the form in which the engine looks for them."""
-    if isinstance(stop, (str, bytes)):
+    if isinstance(stop, (str, bytes)) or not isinstance(stop, Iterable):
         raise RequestError("stop", repr(stop), "a sequence of strings")
     encoded = []
     for i, text in enumerate(stop):

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from draftwerk import _core
-from draftwerk.loading import open_checkpoint
+from draftwerk.loading import CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
     import os
@@ -52,11 +53,17 @@ def load_model(
             (GGUF's Q8_0) and leaves quantised ones as they are; "f32", "f16" and "bf16" convert float matrices.
 
     Raises:
+        CheckpointError: the core does not support the model's sizes.
         ValueError: `weights` does not fit the checkpoint, or a tensor is missing.
     """
     if weights not in WEIGHT_CHOICES:
         raise ValueError(f"weights = {weights!r}: must be one of {', '.join(WEIGHT_CHOICES)}")
-    model = _core.Model(dataclasses.asdict(checkpoint.config), threads=threads, max_step_rows=max_step_rows)
+    try:
+        model = _core.Model(dataclasses.asdict(checkpoint.config), threads=threads, max_step_rows=max_step_rows)
+    except ValueError as error:
+        if str(error).startswith("model config: "):
+            raise CheckpointError(checkpoint.path, str(error)) from None
+        raise
     tensors = list(checkpoint.tensors())
     total = sum(tensor.data.nbytes for tensor in tensors)
     done = 0
@@ -83,7 +90,7 @@ def _stored_type(tensor: TensorView, weights: str) -> str:
     return weights
 
 
-def _vector(tensor: TensorView) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def _vector(tensor: TensorView) -> npt.NDArray[np.float32]:
     if tensor.dtype != "f32":
         raise ValueError(f"tensor {tensor.name}: a vector must be f32, not {tensor.dtype}")
     return np.frombuffer(tensor.data, dtype=np.float32)

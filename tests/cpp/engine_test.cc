@@ -285,6 +285,19 @@ TEST(EngineTest, LogprobsAreThoseOfTheScoredLogits) {
   }
 }
 
+TEST(EngineTest, NoTopLogprobsWhereNoneAreAskedFor) {
+  TinyModel tiny;
+  Engine engine(tiny.model(), {}, nullptr, {});
+  Request request;
+  request.prompt = {4, 5, 6, 7};
+  request.max_tokens = 8;
+  request.sampling.logprobs = 0;
+  const RequestId id = engine.submit(request);
+  const Outcome outcome = collect(engine, {id})[id];
+  EXPECT_EQ(outcome.logprobs.size(), 8U);
+  EXPECT_TRUE(outcome.top_logprobs.empty());
+}
+
 TEST(EngineTest, CancelFreesPagesAndSaysSo) {
   TinyModel tiny;
   EngineOptions options;
@@ -325,7 +338,7 @@ TEST(EngineTest, RefusesWhatNeverFitsAndWhatOverfillsTheQueue) {
   Request request;
   request.prompt = std::vector<TokenId>(40, 3);
   request.max_tokens = 900;
-  EXPECT_THROW(engine.submit(request), QueueFull);
+  EXPECT_THROW(engine.submit(request), RequestError);
   request.max_tokens = 5;
   std::vector<RequestId> ids;
   bool refused = false;

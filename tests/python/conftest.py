@@ -37,6 +37,9 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id - 4]) if token_id >= 4 else b""
 
+    def piece_of(self, token_id: int) -> str:
+        return f"<control {token_id}>" if token_id < 4 else f"<0x{token_id - 4:02X}>"
+
     def decode(self, ids: Any) -> str:
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 

@@ -2,7 +2,8 @@
 
 The reference of every request is that request alone in an engine without drafts, without a prefix cache, on one thread.
 Everything else must give the same ids: any drafter and draft length, any company in the batch, any cut of the prompt,
-a warm prefix cache, preemption, any number of threads.
+a warm prefix cache, preemption, any number of threads. Where log-probabilities are asked for they must be the same to
+the last bit: a token hides a sum whose order depends on the batch, a log-probability shows it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import draftwerk.engine
-from draftwerk import Engine, SamplingParams
+from draftwerk import Completion, Engine, SamplingParams
 from draftwerk.loading import Checkpoint, open_checkpoint
+from draftwerk.results import TokenLogprobs
 from draftwerk.weights import load_model
 
 GREEDY = SamplingParams()
@@ -30,6 +32,7 @@ FILTERED = SamplingParams(temperature=1.0, top_k=64, top_p=0.95)
 UNFILTERED = SamplingParams(temperature=1.0)
 
 TokenIds = tuple[int, ...]
+Output = tuple[TokenIds, Optional[tuple[TokenLogprobs, ...]]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Subject:
     checkpoint: Checkpoint
     weights: str = "auto"
     models: dict[tuple[int, int], Any] = field(default_factory=dict)
-    references: dict[str, TokenIds] = field(default_factory=dict)
+    references: dict[str, Output] = field(default_factory=dict)
 
     def engine(self, setup: Setup) -> Engine:
         return Engine(
@@ -89,11 +92,11 @@ class Subject:
             self.models[key] = load_model(checkpoint, threads=threads, max_step_rows=max_step_rows, **options)
         return self.models[key]
 
-    def reference(self, case: Case) -> TokenIds:
+    def reference(self, case: Case) -> Output:
         key = repr(case)
         if key not in self.references:
             with self.engine(Setup(threads=1)) as engine:
-                self.references[key] = engine.generate(list(case.prompt), case.params).token_ids
+                self.references[key] = output_of(engine.generate(list(case.prompt), case.params))
         return self.references[key]
 
 
@@ -115,12 +118,16 @@ def subject_of() -> Iterator[Callable[..., Subject]]:
         yield opened
 
 
-def outputs(engine: Engine, cases: Sequence[Case], setup: Setup) -> list[TokenIds]:
+def output_of(completion: Completion) -> Output:
+    return completion.token_ids, completion.logprobs
+
+
+def outputs(engine: Engine, cases: Sequence[Case], setup: Setup) -> list[Output]:
     """Every case once, `setup.batch` at a time, in an order and with cancelled company that the seed decides."""
     rng = random.Random(setup.order_seed)
     order = list(range(len(cases)))
     rng.shuffle(order)
-    found: dict[int, TokenIds] = {}
+    found: dict[int, Output] = {}
     flying: list[tuple[int, Any]] = []
     for count, index in enumerate(order, start=1):
         if setup.cancel_every and count % setup.cancel_every == 0:
@@ -128,9 +135,9 @@ def outputs(engine: Engine, cases: Sequence[Case], setup: Setup) -> list[TokenId
         flying.append((index, engine.submit(list(cases[index].prompt), cases[index].params)))
         if len(flying) >= setup.batch:
             finished, generation = flying.pop(rng.randrange(len(flying)))
-            found[finished] = generation.result().token_ids
+            found[finished] = output_of(generation.result())
     for index, generation in flying:
-        found[index] = generation.result().token_ids
+        found[index] = output_of(generation.result())
     return [found[index] for index in range(len(cases))]
 
 
@@ -183,7 +190,7 @@ def real_cases(real: Subject) -> list[Case]:
     short = [tuple(tokenizer.encode(text)) for text in (REPETITIVE, PROSE)] + [STEAM_ENGINE_PROMPT]
     long = tuple(tokenizer.encode(PROSE * 30)[:530])
     cases = [
-        Case(prompt, replace(params, seed=seed, max_tokens=20, ignore_eos=True))
+        Case(prompt, replace(params, seed=seed, max_tokens=20, ignore_eos=True, logprobs=3 if seed else None))
         for seed, prompt in enumerate(short)
         for params in (GREEDY, FILTERED, UNFILTERED)
     ]
@@ -271,7 +278,13 @@ def tiny_cases(seed: int, count: int) -> list[Case]:
                 SamplingParams(temperature=1.3, logit_bias={5: 3.0, 6: -4.0}, min_tokens=4),
             ]
         )
-        params = replace(params, seed=rng.randrange(1 << 64), max_tokens=rng.randrange(1, 41), ignore_eos=i % 4 != 0)
+        params = replace(
+            params,
+            seed=rng.randrange(1 << 64),
+            max_tokens=rng.randrange(1, 41),
+            ignore_eos=i % 4 != 0,
+            logprobs=None if i % 3 == 0 else i % 3 + 2,
+        )
         cases.append(Case(prompt, params))
     return cases
 

@@ -93,7 +93,7 @@ def surprise(p: Array, tokens: Integers, *, by_probability: bool) -> float:
     counts = np.bincount(np.minimum((u * BINS).astype(int), BINS - 1), minlength=BINS)
     expected = len(p) / BINS
     chi_square = float(((counts - expected) ** 2 / expected).sum())
-    return (chi_square - (BINS - 1)) / (2 * (BINS - 1)) ** 0.5
+    return float((chi_square - (BINS - 1)) / (2 * (BINS - 1)) ** 0.5)
 
 
 def test_softmax(draw: Callable[[SamplingParams, int, int], Draws]) -> None:
@@ -103,9 +103,9 @@ def test_softmax(draw: Callable[[SamplingParams, int, int], Draws]) -> None:
     for by_probability in (False, True):
         p = softmax(logits, 1.0)
         assert surprise(p, tokens, by_probability=by_probability) < STANDARD_DEVIATIONS
-    # And it would have shown: 5% of temperature, or one token's logit off by 0.4.
+    # And it would have shown: 5% of temperature, or one token's logit off by 0.5.
     assert surprise(softmax(logits, 1.05), tokens, by_probability=True) > 2 * STANDARD_DEVIATIONS
-    shifted = logits + 0.4 * (np.arange(VOCABULARY) == int(np.bincount(tokens).argmax()))
+    shifted = logits + 0.5 * (np.arange(VOCABULARY) == int(np.bincount(tokens).argmax()))
     assert surprise(softmax(shifted, 1.0), tokens, by_probability=False) > 2 * STANDARD_DEVIATIONS
 
 

@@ -48,7 +48,8 @@ def tiny_model(*, seed: int = 0, logit_scale: float = 1.0, **changes: Any) -> tr
         logit_scale: factor of the logits' spread; 1.0 gives a standard deviation near 2.5.
         changes: fields of the configuration.
     """
-    model = transformers.Gemma3ForCausalLM(tiny_config(**changes)).float().eval()
+    model = transformers.Gemma3ForCausalLM(tiny_config(**changes))
+    model.eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -164,10 +164,10 @@ namespace {
 /// Processors' worth of time that a cgroup v2 directory grants, rounded up; 0 if it sets no limit.
 int quota_v2(const std::string& directory) {
   std::ifstream file(directory + "/cpu.max");
-  std::string quota;
+  double quota = 0;  // not a number where there is no limit: "max"
   double period = 0;
-  if (!(file >> quota >> period) || quota == "max" || period <= 0) return 0;
-  return static_cast<int>((std::atof(quota.c_str()) + period - 1) / period);
+  if (!(file >> quota >> period) || quota <= 0 || period <= 0) return 0;
+  return static_cast<int>((quota + period - 1) / period);
 }
 
 /// The same for cgroup v1.

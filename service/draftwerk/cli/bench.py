@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from draftwerk.cli import options
-from draftwerk.cli.failures import reports_failures, usage_error
+from draftwerk.cli.failures import file_error, reports_failures, usage_error
 
 if TYPE_CHECKING:
     from draftwerk.cli.measurement import BenchPrompt, StreamRecord
@@ -93,7 +93,10 @@ def bench(
     try:
         bench_prompts = read_prompts(prompts, limit)
     except OSError as error:
-        raise usage_error(f"--prompts: {error}") from None
+        raise usage_error(f"--prompts: {file_error(error)}") from None
+    except UnicodeDecodeError as error:
+        raise usage_error(f"--prompts: {prompts} is not UTF-8 text: {error}") from None
+    _check_writable(json_file)
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, ignore_eos=ignore_eos
     )
@@ -128,7 +131,7 @@ def bench(
 @reports_failures
 def rows(
     model: options.Model = options.DEFAULT_MODEL,
-    most_rows: Annotated[int, typer.Option("--max-rows", min=1, help="Time 1 to N rows.", metavar="N")] = 16,
+    most_rows: Annotated[int, typer.Option("--max-rows", min=1, max=64, help="Time 1 to N rows.", metavar="N")] = 16,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes for each count; the median counts.")] = 30,
     context: Annotated[int, typer.Option("--context", min=0, help="Positions before the rows.", metavar="N")] = 64,
     weights: options.Weights = "auto",
@@ -139,6 +142,7 @@ def rows(
     from draftwerk.cli.measurement import time_rows
     from draftwerk.weights import load_model, open_model
 
+    _check_writable(json_file)
     with options.loading_progress(model) as progress:
         core_model = load_model(open_model(model, progress), weights=weights, threads=threads, progress=progress)
     time_rows(core_model, most_rows, 2, context)  # warms caches and clocks
@@ -231,6 +235,12 @@ def _speculation_cells(values: dict[str, Any]) -> list[str]:
         f"{values['acceptance_rate']:.0%}" if values["drafted"] else "-",
         f"{values['decode_tokens_per_second']:.1f}",
     ]
+
+
+def _check_writable(json_file: Path | None) -> None:
+    """Tells of a mistyped path before the time is spent, not after."""
+    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
+        raise usage_error(f"--json: {json_file} cannot be written: no such directory, or a directory itself")
 
 
 def _write_json(values: dict[str, Any], json_file: Path | None) -> None:

@@ -47,15 +47,36 @@ _ROUNDS = 3
 @reports_failures
 def demo(
     model: options.Model = options.DEFAULT_MODEL,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Another prompt.", metavar="TEXT")] = PROMPT,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt", "-p", help="Another prompt.", metavar="TEXT", show_default="a text that repeats itself"
+        ),
+    ] = PROMPT,
     max_tokens: options.MaxTokens = 128,
     drafter: options.Drafter = "auto",
     threads: options.Threads = 0,
 ) -> None:
     """Generate with and without drafting; show which tokens were drafted, the speed of both, and that both agree."""
+    show(Console(), model, prompt=prompt, max_tokens=max_tokens, drafter=drafter, threads=threads)
+
+
+def show(
+    console: Console,
+    model: str = options.DEFAULT_MODEL,
+    *,
+    prompt: str = PROMPT,
+    max_tokens: int = 128,
+    drafter: str = "auto",
+    threads: int = 0,
+) -> None:
+    """The demo on any console.
+
+    Raises:
+        CommandError: the outputs with and without drafting differ.
+    """
     from draftwerk.requests import SamplingParams
 
-    console = Console()
     if model == options.DEFAULT_MODEL:
         console.print(TERMS, style="dim", highlight=False, soft_wrap=True)
         console.print()

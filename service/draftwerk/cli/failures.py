@@ -35,6 +35,12 @@ def usage_error(message: str) -> CommandError:
     return CommandError(message, EXIT_USAGE)
 
 
+def file_error(error: OSError) -> str:
+    """What went wrong with which file."""
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{error.filename}: {reason}"
+
+
 def reports_failures(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorates a command: expected failures end in one line and their exit code, without a traceback."""
 
@@ -53,7 +59,10 @@ def reports_failures(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except ValueError as error:  # CheckpointError, RequestError, and engine options out of range
             _say(str(error))
             raise typer.Exit(EXIT_USAGE) from None
-        except (GenerationError, EngineClosed, QueueFull, OSError, MemoryError) as error:
+        except OSError as error:
+            _say(file_error(error))
+            raise typer.Exit(EXIT_FAILURE) from None
+        except (GenerationError, EngineClosed, QueueFull, MemoryError) as error:
             _say(str(error) or type(error).__name__)
             raise typer.Exit(EXIT_FAILURE) from None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from draftwerk.cli import options
-from draftwerk.cli.failures import reports_failures, usage_error
+from draftwerk.cli.failures import file_error, reports_failures, usage_error
 
 if TYPE_CHECKING:
     from draftwerk.engine import Engine
@@ -104,12 +104,12 @@ def generate(
             _print_stream(engine, read_prompt, params)
 
 
-def parse_token_ids(text: str) -> list[int]:
-    """Token ids separated by commas or spaces."""
+def parse_token_ids(text: str, option: str) -> list[int]:
+    """Token ids separated by commas or spaces; `option` is named if they are not."""
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise usage_error(f"--prompt-ids: {text!r} is not a list of integers such as 2,818,4083") from None
+        raise usage_error(f"{option}: {text!r} is not a list of integers such as 2,818,4083") from None
 
 
 def _read_prompt(text: str | None, ids: str | None, file: Path | None, chat: bool) -> Prompt:
@@ -118,14 +118,14 @@ def _read_prompt(text: str | None, ids: str | None, file: Path | None, chat: boo
     if ids is not None:
         if chat:
             raise usage_error("--chat needs text, not --prompt-ids")
-        return parse_token_ids(ids)
+        return parse_token_ids(ids, "--prompt-ids")
     if file is not None:
         try:
             text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise usage_error(f"--prompt-file: {file} is not UTF-8 text: {error}") from None
         except OSError as error:
-            raise usage_error(f"--prompt-file: {error}") from None
+            raise usage_error(f"--prompt-file: {file_error(error)}") from None
     assert text is not None
     return [{"role": "user", "content": text}] if chat else text
 

@@ -9,6 +9,16 @@ import typer
 from draftwerk import __version__
 from draftwerk.cli import bench, demo, generate, models, tokenize
 
+EPILOG = """
+[bold]Examples[/]
+
+  draftwerk demo
+
+  draftwerk generate --prompt "The history of the steam engine begins"
+
+  draftwerk COMMAND --help
+"""
+
 app = typer.Typer(
     name="draftwerk",
     no_args_is_help=True,
@@ -17,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fast, reproducible generation with Gemma models. Drafts tokens ahead and verifies them in one pass; "
     "the text is the same with and without.",
-    epilog="Start with: [bold]draftwerk demo[/]",
+    epilog=EPILOG,
 )
 
 

@@ -29,7 +29,7 @@ EPILOG = """
 def models(
     model: Annotated[
         Optional[str],
-        typer.Argument(metavar="[M]", help="A checkpoint to look into: a directory, a GGUF file or a built-in name."),
+        typer.Argument(metavar="M", help="A checkpoint to look into: a directory, a GGUF file or a built-in name."),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

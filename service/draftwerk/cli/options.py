@@ -23,7 +23,10 @@ Drafter = Annotated[
     str, typer.Option("--drafter", "-d", help="auto, lookup or none. Changes the speed, never the text.", metavar="D")
 ]
 DraftLength = Annotated[
-    Optional[int], typer.Option("--draft-length", help="Drafts per step. Default: decided by measured costs.")
+    Optional[int],
+    typer.Option(
+        "--draft-length", min=0, max=64, help="Drafts per step. Default: decided by measured costs.", metavar="N"
+    ),
 ]
 Threads = Annotated[int, typer.Option("--threads", "-t", min=0, help="Kernel threads; 0 uses all cores.")]
 KvMemory = Annotated[

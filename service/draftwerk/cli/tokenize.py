@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.text import Text
 from draftwerk.cli import options
 from draftwerk.cli.failures import reports_failures, usage_error
 from draftwerk.cli.generate import parse_token_ids
+
+if TYPE_CHECKING:
+    from draftwerk.loading import Tokenizer
 
 EPILOG = """
 [bold]Examples[/]
@@ -28,7 +31,9 @@ EPILOG = """
 
 @reports_failures
 def tokenize(
-    text: Annotated[Optional[str], typer.Argument(help="The text; - reads stdin.", show_default=False)] = None,
+    text: Annotated[
+        Optional[str], typer.Argument(metavar="TEXT", help="The text; - reads stdin.", show_default=False)
+    ] = None,
     model: options.Model = options.DEFAULT_MODEL,
     ids: Annotated[Optional[str], typer.Option("--ids", help="Token ids to turn into text.", metavar="IDS")] = None,
     no_bos: Annotated[bool, typer.Option("--no-bos", help="Do not put <bos> first.")] = False,
@@ -43,7 +48,7 @@ def tokenize(
     if tokenizer is None:
         raise usage_error(f"{model} has no tokenizer")
     if ids is not None:
-        token_ids = parse_token_ids(ids)
+        token_ids = parse_token_ids(ids, "--ids")
         for token in token_ids:
             if not 0 <= token < tokenizer.vocab_size:
                 raise usage_error(f"--ids: {token} is not in the vocabulary, 0 to {tokenizer.vocab_size - 1}")
@@ -57,15 +62,16 @@ def tokenize(
     elif ids is not None:
         print(text)
     else:
-        table = Table("id", "text", title=f"{len(token_ids)} tokens")
+        table = Table("id", "text", title="1 token" if len(token_ids) == 1 else f"{len(token_ids)} tokens")
         for token in token_ids:
-            table.add_row(str(token), Text(_shown(tokenizer.token_bytes(token))))
+            table.add_row(str(token), Text(_shown(tokenizer, token)))
         Console().print(table)
 
 
-def _shown(token_bytes: bytes) -> str:
-    """Bytes as text where they are text; in quotes, so that spaces show."""
+def _shown(tokenizer: Tokenizer, token: int) -> str:
+    """A token's bytes as text where they are text, in quotes, so that spaces show; a control token's name."""
+    token_bytes = tokenizer.token_bytes(token)
     if not token_bytes:
-        return "(control token)"
+        return f"{tokenizer.piece_of(token)} (control token)"
     text = token_bytes.decode("utf-8", errors="backslashreplace")
     return json.dumps(text, ensure_ascii=False) if text.isprintable() else repr(token_bytes)[1:]

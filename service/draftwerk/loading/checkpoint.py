@@ -161,7 +161,7 @@ def open_checkpoint(model: str | os.PathLike[str], *, progress: Progress | None 
     if not path or not Path(path).exists():
         if path not in BUILTIN_MODELS:
             known = ", ".join(BUILTIN_MODELS)
-            raise CheckpointError(path, f"no such file or directory, and no built-in model (there is: {known})")
+            raise CheckpointError(path, f"no such file or directory, and not a built-in model ({known})")
         return _open_gguf(str(resolve_builtin(path, progress)), path)
     if Path(path).is_dir():
         return _open_directory(Path(path))

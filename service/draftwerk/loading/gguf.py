@@ -11,13 +11,13 @@ import math
 import os
 import struct
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from draftwerk.loading import byte_spans
 from draftwerk.loading.errors import CheckpointError, printable
 from draftwerk.loading.mapped_file import MappedFile
 
@@ -92,11 +92,18 @@ class StringArray:
         (length,) = _LENGTH.unpack_from(self._data, start)
         return bytes(self._data[start + 8 : start + 8 + length])
 
-    def __iter__(self) -> Iterator[bytes]:
-        data, unpack = self._data, _LENGTH.unpack_from
-        for start in self._starts:
-            begin = start + 8
-            yield bytes(data[begin : begin + unpack(data, start)[0]])
+    def joined(self) -> bytes:
+        """All strings, joined as :mod:`draftwerk.loading.byte_spans` does it.
+
+        Raises:
+            ValueError: one of them is not UTF-8. (Not all that are not: see there.)
+        """
+        starts = np.frombuffer(self._starts, dtype=np.int64) + 8
+        if starts.size == 0:
+            return b""
+        # The strings lie back to back: each ends where the length of the next one begins.
+        lengths = np.diff(starts, append=starts[-1] + len(self[-1]) + 8) - 8
+        return byte_spans.join(np.frombuffer(self._data, dtype=np.uint8), starts, lengths)
 
 
 Value: TypeAlias = "bool | int | float | str | npt.NDArray[np.generic] | StringArray"
@@ -222,9 +229,8 @@ class GgufFile:
     def _check_count(self, count: int, bytes_each: int, limit: int, what: str) -> None:
         left = self.file.size - self._at
         if count > limit or count * bytes_each > left:
-            raise self._error(
-                f"corrupt: it claims {count} {what} (at most {min(limit, left // bytes_each)} are possible)"
-            )
+            most = min(limit, left // bytes_each)
+            raise self._error(f"truncated or corrupt: it claims {count} {what} (at most {most} are possible)")
 
     def _read_string(self, limit: int) -> str:
         length = self._read(10)

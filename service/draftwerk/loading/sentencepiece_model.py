@@ -8,7 +8,15 @@ normaliser settings those that decide how text is split.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from draftwerk.loading.byte_spans import SEPARATOR, IntArray, positions, split
+from draftwerk.loading.mapped_file import ByteArray
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -19,19 +27,82 @@ _TRAINER_SPEC = b"\x18\x02\x98\x02\x01"
 _NORMALIZER_SPEC = b"\x0a\x08identity\x12\x00\x18\x00\x20\x00\x28\x01"
 _SCORE = struct.Struct("<f")
 
+# A piece: ModelProto.pieces {1: text, 2: score, 3: type}. Both lengths are written as varints of three bytes, longer
+# than they need be, so that a field is where its column says it is; readers accept that.
+_LENGTH_BYTES = 3
+_LONGEST_PIECE = 1 << 20
+_AROUND_PIECE = 2 * (1 + _LENGTH_BYTES) + 5 + 2
 
-def write_model(pieces: Iterable[tuple[bytes, float, int]]) -> bytes:
-    """A serialised BPE model with Gemma's settings from (UTF-8 piece, score, type) in the order of their ids."""
-    model = bytearray()
-    for piece, score, kind in pieces:
-        length = len(piece)
-        if length < 118:  # both lengths fit in one byte: nearly every piece
-            model += b"\x0a%c\x0a%c%b\x15%b\x18%c" % (length + 9, length, piece, _SCORE.pack(score), kind)
-        else:
-            body = b"\x0a%b%b\x15%b\x18%c" % (_varint(length), piece, _SCORE.pack(score), kind)
-            model += b"\x0a%b%b" % (_varint(len(body)), body)
-    model += b"\x12%c%b\x1a%c%b" % (len(_TRAINER_SPEC), _TRAINER_SPEC, len(_NORMALIZER_SPEC), _NORMALIZER_SPEC)
-    return bytes(model)
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The pieces of a vocabulary by columns, in the order of their ids.
+
+    Attributes:
+        joined: the pieces as :mod:`draftwerk.loading.byte_spans` joins them.
+        scores: float32, one for each piece.
+        kinds: SentencePiece types (`NORMAL`, ...), one for each piece.
+    """
+
+    joined: bytes
+    scores: npt.NDArray[np.float32]
+    kinds: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, pieces: Iterable[tuple[bytes, float, int]]) -> Vocabulary:
+        """From (UTF-8 piece, score, type).
+
+        Raises:
+            ValueError: a piece cannot be UTF-8.
+        """
+        texts: list[bytes] = []
+        scores, kinds = array("f"), array("q")
+        for piece, score, kind in pieces:
+            if SEPARATOR in piece:
+                raise ValueError(f"string {len(texts)} is not UTF-8")
+            texts.append(piece)
+            scores.append(score)
+            kinds.append(kind)
+        joined = b"".join(SEPARATOR + text for text in texts)
+        return cls(joined, np.array(scores, dtype=np.float32), np.array(kinds, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return self.kinds.size
+
+
+def write_model(vocabulary: Vocabulary) -> bytes:
+    """A serialised BPE model with Gemma's settings.
+
+    Raises:
+        ValueError: a piece is longer than a megabyte.
+    """
+    data, _, lengths = split(vocabulary.joined)
+    if lengths.max(initial=0) > _LONGEST_PIECE:
+        raise ValueError(f"token {int(lengths.argmax())} is {int(lengths.max())} bytes long")
+    sizes = lengths + _AROUND_PIECE
+    ends = np.cumsum(sizes)
+    begins = ends - sizes
+    model = np.zeros(int(sizes.sum()), dtype=np.uint8)
+    model[begins] = 0x0A
+    _put_varints(model, begins + 1, sizes - (1 + _LENGTH_BYTES))
+    text = begins + 1 + _LENGTH_BYTES
+    model[text] = 0x0A
+    _put_varints(model, text + 1, lengths)
+    model[positions(text + 1 + _LENGTH_BYTES, lengths)] = data[data != SEPARATOR[0]]
+    model[ends - 7] = 0x15
+    score_bytes = vocabulary.scores.astype("<f4").view(np.uint8).reshape(-1, 4)
+    for i in range(4):
+        model[ends - 6 + i] = score_bytes[:, i]
+    model[ends - 2] = 0x18
+    model[ends - 1] = vocabulary.kinds
+    settings = b"\x12%c%b\x1a%c%b" % (len(_TRAINER_SPEC), _TRAINER_SPEC, len(_NORMALIZER_SPEC), _NORMALIZER_SPEC)
+    return model.tobytes() + settings
+
+
+def _put_varints(model: ByteArray, at: IntArray, values: IntArray) -> None:
+    for i in range(_LENGTH_BYTES):
+        more = 0x80 if i < _LENGTH_BYTES - 1 else 0
+        model[at + i] = values >> (7 * i) & 0x7F | more
 
 
 def read_pieces(model: bytes) -> Iterator[tuple[bytes, float, int]]:
@@ -83,12 +154,3 @@ def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
             return value, at
         shift += 7
     raise ValueError("truncated or overlong number")
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)

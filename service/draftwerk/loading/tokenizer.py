@@ -16,14 +16,14 @@ from __future__ import annotations
 import codecs
 import re
 from abc import ABC, abstractmethod
-from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from draftwerk.loading import byte_spans
 from draftwerk.loading import sentencepiece_model as proto
 from draftwerk.loading.errors import CheckpointError, printable
 from draftwerk.loading.gguf import GgufFile
@@ -36,28 +36,38 @@ _TURN_MARKERS = (b"<start_of_turn>", b"<end_of_turn>")
 _MAX_TOKENS = 1 << 22
 
 
-class TokenTexts:
-    """Collects what each token adds to the text, in the order of the ids."""
+class TokenTexts(NamedTuple):
+    """What each token adds to the text, in the order of the ids: ``blob[offsets[i] : offsets[i + 1]]``."""
 
-    def __init__(self) -> None:
-        self.blob = bytearray()
-        self.offsets = array("I", [0])
-        self.special_ids: list[int] = []
+    blob: bytes
+    offsets: npt.NDArray[np.uint32]
+    special_ids: frozenset[int]
+    """Control tokens, which stand for no text."""
 
-    def add_text(self, text: bytes) -> None:
-        """A token of ordinary text."""
-        self.blob += text
-        self.offsets.append(len(self.blob))
+    @classmethod
+    def of(cls, joined: bytes, kinds: npt.NDArray[np.int64]) -> TokenTexts:
+        """From the pieces (see :mod:`draftwerk.loading.byte_spans`) and their types.
 
-    def add_special(self) -> None:
-        """A control token, which stands for no text."""
-        self.special_ids.append(len(self.offsets) - 1)
-        self.offsets.append(len(self.blob))
+        In pieces U+2581 stands for a space, and a BYTE piece, written ``<0x0A>``, for that byte.
 
-    def add_piece(self, piece: bytes) -> None:
-        """A token of the vocabulary as it is written there: U+2581 for a space, ``<0x0A>`` for a byte."""
-        byte = _BYTE_PIECE.fullmatch(piece)
-        self.add_text(bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE_BYTES, b" "))
+        Raises:
+            ValueError: a byte piece is written otherwise.
+        """
+        # A space may have been written as it is; U+2581 cannot be hidden in another character or across two pieces.
+        data, starts, lengths = byte_spans.split(joined.replace(_SPACE_BYTES, b" "))
+        special = (kinds == proto.CONTROL) | (kinds == proto.UNKNOWN)
+        lengths[special] = 0
+        for token in np.flatnonzero(kinds == proto.BYTE).tolist():
+            piece = data[starts[token] : starts[token] + lengths[token]].tobytes()
+            byte = _BYTE_PIECE.fullmatch(piece)
+            if byte is None:
+                raise ValueError(f"byte token {printable(repr(piece))} is not of the form <0x0A>")
+            starts[token], lengths[token] = data.size + int(byte[1], 16), 1
+        every_byte = np.arange(256, dtype=np.uint8)
+        blob = byte_spans.gather(np.concatenate([data, every_byte]), starts, lengths).tobytes()
+        offsets = np.zeros(kinds.size + 1, dtype=np.uint32)
+        np.cumsum(lengths, out=offsets[1:])
+        return cls(blob, offsets, frozenset(np.flatnonzero(special).tolist()))
 
 
 class Tokenizer(ABC):
@@ -71,10 +81,10 @@ class Tokenizer(ABC):
 
     def __init__(self, path: str, texts: TokenTexts, bos_token_id: int | None) -> None:
         self.vocab_size = len(texts.offsets) - 1
-        self.special_ids = frozenset(texts.special_ids)
+        self.special_ids = texts.special_ids
         self.bos_token_id = bos_token_id
-        self._offsets: npt.NDArray[np.uint32] = np.frombuffer(texts.offsets, dtype=np.uint32)
-        self._blob = bytes(texts.blob)
+        self._offsets = texts.offsets
+        self._blob = texts.blob
         if bos_token_id is not None and not 0 <= bos_token_id < self.vocab_size:
             raise CheckpointError(path, f"bos token {bos_token_id} is outside the vocabulary of {self.vocab_size}")
         byte_ids = [self.id_of(f"<0x{byte:02X}>") for byte in range(256)]
@@ -176,24 +186,21 @@ class SentencePieceTokenizer(Tokenizer):
 
     Args:
         path: names the file in errors.
-        pieces: (UTF-8 piece, score, SentencePiece type) of each id.
+        vocabulary: its pieces.
         bos_token_id: as for :class:`Tokenizer`.
 
     Raises:
         CheckpointError: the vocabulary is no BPE vocabulary with byte fallback.
     """
 
-    def __init__(self, path: str, pieces: Iterable[tuple[bytes, float, int]], bos_token_id: int | None) -> None:
+    def __init__(self, path: str, vocabulary: proto.Vocabulary, bos_token_id: int | None) -> None:
         import sentencepiece  # here, not above: large, and only of use when there is a vocabulary
 
-        texts = TokenTexts()
         try:
-            model = proto.write_model(_matching_special_tokens(pieces, texts))
+            _check_pieces(vocabulary)
+            texts = TokenTexts.of(vocabulary.joined, vocabulary.kinds)
+            model = proto.write_model(_matching_special_tokens(vocabulary))
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except CheckpointError:
-            raise
-        except UnicodeDecodeError:
-            raise CheckpointError(path, f"corrupt: token {len(texts.offsets) - 1} is not UTF-8") from None
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(path, f"unusable vocabulary: {error}") from None
         super().__init__(path, texts, bos_token_id)
@@ -211,30 +218,33 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else ""
 
 
-def _matching_special_tokens(
-    pieces: Iterable[tuple[bytes, float, int]], texts: TokenTexts
-) -> Iterator[tuple[bytes, float, int]]:
-    """The pieces with special tokens as user-defined symbols, so that sentencepiece finds their names in a text.
+def _check_pieces(vocabulary: proto.Vocabulary) -> None:
+    """Raises ValueError for pieces that are not UTF-8 (sentencepiece does not check) or of no known type."""
+    joined, kinds = vocabulary.joined, vocabulary.kinds
+    unknown = np.flatnonzero((kinds < proto.NORMAL) | (kinds > proto.BYTE))
+    if unknown.size:
+        raise ValueError(f"token {unknown[0]} has unknown type {kinds[unknown[0]]}")
+    try:
+        joined.replace(byte_spans.SEPARATOR, b"\n").decode()
+    except UnicodeDecodeError as error:
+        token = joined.count(byte_spans.SEPARATOR, 0, error.start) - 1
+        raise ValueError(f"string {token} is not UTF-8") from None
+
+
+def _matching_special_tokens(vocabulary: proto.Vocabulary) -> proto.Vocabulary:
+    """The vocabulary with special tokens as user-defined symbols, so that sentencepiece finds their names in a text.
 
     It finds no unknown token in a text, but needs one: a piece behind the vocabulary that byte fallback never lets it
     use. Its name has a space, which no other piece has.
     """
-    for piece, score, kind in pieces:
-        piece.decode()  # sentencepiece does not check
-        piece = piece.replace(b" ", _SPACE_BYTES)  # GGUF converters write runs of spaces so
-        if kind in (proto.CONTROL, proto.UNKNOWN):
-            texts.add_special()
-            kind = proto.USER_DEFINED
-        elif kind == proto.BYTE:
-            if not _BYTE_PIECE.fullmatch(piece):
-                raise ValueError(f"byte token {printable(repr(piece))} is not of the form <0x0A>")
-            texts.add_piece(piece)
-        elif kind in (proto.NORMAL, proto.USER_DEFINED, proto.UNUSED):
-            texts.add_text(piece.replace(_SPACE_BYTES, b" "))
-        else:
-            raise ValueError(f"token {len(texts.offsets) - 1} has unknown type {kind}")
-        yield piece, score, kind
-    yield b"<no token>", 0.0, proto.UNKNOWN
+    kinds = vocabulary.kinds.copy()
+    kinds[(kinds == proto.CONTROL) | (kinds == proto.UNKNOWN)] = proto.USER_DEFINED
+    return proto.Vocabulary(
+        # GGUF converters write runs of spaces as they are.
+        vocabulary.joined.replace(b" ", _SPACE_BYTES) + byte_spans.SEPARATOR + b"<no token>",
+        np.append(vocabulary.scores, np.float32(0.0)),
+        np.append(kinds, proto.UNKNOWN),
+    )
 
 
 class JsonTokenizer(Tokenizer):
@@ -273,16 +283,19 @@ class JsonTokenizer(Tokenizer):
         size = max([self._tokenizer.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
         if size > _MAX_TOKENS:
             raise CheckpointError(path, f"it claims {size} tokens (at most {_MAX_TOKENS} are accepted)")
-        texts = TokenTexts()
+        pieces: list[bytes] = []
+        kinds = np.full(size, proto.NORMAL, dtype=np.int64)
         for index in range(size):
             token = added.get(index)
             if token is None:
-                texts.add_piece((self._tokenizer.id_to_token(index) or "").encode())
-            elif token.special:
-                texts.add_special()
+                piece = (self._tokenizer.id_to_token(index) or "").encode()
+                if _BYTE_PIECE.fullmatch(piece):
+                    kinds[index] = proto.BYTE
             else:
-                texts.add_text(token.content.replace(_SPACE, " ").encode())
-        return texts
+                piece = token.content.encode()
+                kinds[index] = proto.CONTROL if token.special else proto.USER_DEFINED
+            pieces.append(byte_spans.SEPARATOR + piece)
+        return TokenTexts.of(b"".join(pieces), kinds)
 
     def _encode_segment(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -319,16 +332,12 @@ def tokenizer_from_gguf(gguf: GgufFile) -> Tokenizer | None:
     if types.dtype.kind not in "iu" or scores.dtype.kind != "f":
         raise CheckpointError(gguf.path, "metadata tokenizer.ggml.scores or token_type has the wrong element type")
 
-    def pieces() -> Iterator[tuple[bytes, float, int]]:
-        chunk = 4096  # as Python objects all at once the columns would take 16 MB
-        for index, piece in enumerate(tokens):
-            within = index % chunk
-            if within == 0:
-                score_chunk = scores[index : index + chunk].tolist()
-                type_chunk = types[index : index + chunk].tolist()
-            yield piece, score_chunk[within], type_chunk[within]
-
-    return SentencePieceTokenizer(gguf.path, pieces(), gguf.integer("tokenizer.ggml.bos_token_id"))
+    try:
+        joined = tokens.joined()
+    except ValueError as error:
+        raise CheckpointError(gguf.path, f"unusable vocabulary: {error}") from None
+    vocabulary = proto.Vocabulary(joined, scores.astype(np.float32), types.astype(np.int64))
+    return SentencePieceTokenizer(gguf.path, vocabulary, gguf.integer("tokenizer.ggml.bos_token_id"))
 
 
 def tokenizer_from_directory(directory: Path, bos_token: str | int | None) -> Tokenizer | None:
@@ -365,4 +374,8 @@ def _from_model_file(path: Path) -> SentencePieceTokenizer:
         for piece, score, kind in proto.read_pieces(model):
             yield piece, score, proto.CONTROL if piece in _TURN_MARKERS else kind
 
-    return SentencePieceTokenizer(str(path), pieces(), None)
+    try:
+        vocabulary = proto.Vocabulary.of(pieces())
+    except (ValueError, OverflowError) as error:
+        raise CheckpointError(path, f"unusable vocabulary: {error}") from None
+    return SentencePieceTokenizer(str(path), vocabulary, None)

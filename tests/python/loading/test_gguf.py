@@ -295,7 +295,7 @@ BAD_FILES: dict[str, tuple[Change, str | None, str]] = {
     "token not UTF-8": (
         entry("tokens", tiny.array("tokenizer.ggml.tokens", tiny.STRING, [b"\xff"] * tiny.VOCAB)),
         None,
-        "token 0 is not UTF-8",
+        "string 0 is not UTF-8",
     ),
     "bos": (having("tokenizer.ggml.bos_token_id", tiny.U32, 1 << 31), None, "outside the vocabulary"),
     "eos": (having("tokenizer.ggml.eos_token_id", tiny.U32, 1 << 31), None, "outside the vocabulary"),

@@ -49,7 +49,7 @@ def test_reads_the_configuration_of_transformers_5(tmp_path: Path) -> None:
         rope_local_theta=1e4,
         rope_scaling_factor=8.0,
         rms_norm_eps=1e-6,
-        query_pre_attn_scalar=16.0,
+        query_pre_attn_scalar=32.0,
         max_position_embeddings=128,
         final_logit_softcapping=30.0,
     )
@@ -350,7 +350,7 @@ def test_directories_without_a_model(tmp_path: Path) -> None:
     (directory / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no weights"):
         open_checkpoint(directory)
-    with pytest.raises(CheckpointError, match=r"no such file or directory, and no built-in model \(there is: gemma"):
+    with pytest.raises(CheckpointError, match=r"no such file or directory, and not a built-in model \(gemma"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no such file"):
         open_checkpoint("")

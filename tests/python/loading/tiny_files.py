@@ -13,7 +13,7 @@ import numpy as np
 U8, U32, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 4, 5, 6, 7, 8, 9, 10
 GGML_F32, GGML_F16, GGML_Q8_0, GGML_BF16 = 0, 1, 8, 30
 
-HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS, WINDOW = 32, 64, 2, 1, 16, 2, 8
+HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM, LAYERS, WINDOW = 32, 64, 2, 1, 32, 2, 8
 END_OF_TURN = "<end_of_turn>"
 
 
@@ -178,7 +178,7 @@ def hugging_face_config() -> dict[str, Any]:
         "sliding_window": WINDOW,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-6,
-        "query_pre_attn_scalar": 16,
+        "query_pre_attn_scalar": HEAD_DIM,
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
         "final_logit_softcapping": None,
