@@ -204,10 +204,10 @@ inline Register register_tanh(Register x) {
   return reinterpret_cast<Register>(reinterpret_cast<RegisterInt>(t) | sign);
 }
 
-/// GELU with the tanh approximation, as Gemma uses it: (1 + tanh(u)) / 2 is 1 / (1 + exp(-2u)).
+/// GELU with the tanh approximation, as Gemma uses it.
 inline Register register_gelu_tanh(Register x) {
-  const Register twice_u = 1.59576912160573071F * register_fma(0.044715F * x * x, x, x);
-  return x / (1.0F + register_exp(-twice_u));
+  const Register inner = 0.797884560802865356F * register_fma(0.044715F * x * x, x, x);
+  return 0.5F * x * (1.0F + register_tanh(inner));
 }
 
 inline f32x16 exp(f32x16 x) { return by_register(x, register_exp); }
