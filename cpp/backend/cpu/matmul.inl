@@ -194,6 +194,10 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
   if (row_starts * chunk > kStarts) chunk = kStarts / row_starts;
   for (std::int64_t first = 0; first < rows; first += chunk) {
     const std::int64_t end = first + chunk < rows ? first + chunk : rows;
+    if (first == 0) {  // the panels after it are asked for while the one before them is multiplied
+      const std::byte* panel = w.data + static_cast<std::size_t>(first_panel) * w.panel_bytes;
+      for (std::size_t line = 0; line < w.panel_bytes; line += 64) __builtin_prefetch(panel + line, 0, 2);
+    }
     if constexpr (quantized) fill_starts<type>(x, first, end, w.columns / kBlock, starts);
     for (std::int64_t p = first_panel; p < last_panel; ++p) {
       for (std::int64_t row = first; row < end; row += kTile) {
