@@ -539,6 +539,9 @@ TEST(CpuBackend, RefusesWeightsOfImpossibleShape) {
   const std::unique_ptr<Backend> backend = make_cpu_backend(1, Isa::portable);
   EXPECT_THROW(backend->create_weight(WeightType::q8_0, 16, 33), std::invalid_argument);
   EXPECT_THROW(backend->create_weight(WeightType::q4_k, 16, 128), std::invalid_argument);
+  for (const WeightType type : {WeightType::q8_0, WeightType::q6_k}) {
+    EXPECT_THROW(backend->create_weight(type, 16, (std::int64_t{1} << 18) + 256), std::invalid_argument);
+  }
   EXPECT_THROW(backend->create_weight(WeightType::f32, 0, 32), std::invalid_argument);
   EXPECT_THROW(backend->create_weight(WeightType::f32, 16, -1), std::invalid_argument);
   EXPECT_THROW(backend->create_weight(WeightType::f32, std::int64_t{1} << 40, 32), std::invalid_argument);

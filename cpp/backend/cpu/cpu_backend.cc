@@ -14,9 +14,9 @@
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/memory.h"
 #include "backend/cpu/packing.h"
-#include "backend/cpu/quantized_blocks.h"
 #include "backend/cpu/sampler.h"
 #include "backend/cpu/worker_pool.h"
+#include "backend/weight_type.h"
 
 namespace draftwerk {
 namespace cpu {
@@ -145,6 +145,11 @@ std::unique_ptr<Weight> CpuBackend::create_weight(WeightType type, std::int64_t 
     throw std::invalid_argument("weight [" + std::to_string(rows) + ", " + std::to_string(columns) + "] of type " +
                                 weight_type_name(type) + ": rows and columns must be positive, columns a multiple of " +
                                 std::to_string(block_columns(type)));
+  }
+  if (takes_quantized(type) && columns > kMaxQuantizedColumns) {
+    throw std::invalid_argument("weight [" + std::to_string(rows) + ", " + std::to_string(columns) + "] of type " +
+                                weight_type_name(type) + ": at most " + std::to_string(kMaxQuantizedColumns) +
+                                " columns");
   }
   PackedMatrix matrix{type, rows, columns, panel_bytes(type, columns), nullptr};
   MemorySlice memory = weights_.take(static_cast<std::size_t>(panel_count(rows)) * matrix.panel_bytes);

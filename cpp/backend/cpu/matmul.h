@@ -30,6 +30,9 @@ struct Activations {
   std::int64_t block_stride = 0;        ///< elements from row to row of `scales` and of `sums`
 };
 
+/// Widest matrix of a quantised type: a row's share of what a matmul keeps on the stack (kStarts) must fit.
+inline constexpr std::int64_t kMaxQuantizedColumns = std::int64_t{1} << 18;
+
 /// Whether a matrix of this type is multiplied with int8 activations (the quantised types) or with f32 ones.
 [[nodiscard]] bool takes_quantized(WeightType type);
 

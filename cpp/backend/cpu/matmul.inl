@@ -17,6 +17,7 @@ constexpr std::int64_t kActivationBytes = 128 * 1024;
 
 // Starts (matmul.h) that a call keeps at a time: as many rows as fit share them over all panels.
 constexpr std::int64_t kStarts = 16384;
+static_assert(kMaxQuantizedColumns / kBlock * 2 <= kStarts);  // two for each block of q6_k
 
 template <WeightType type>
 constexpr int starts_per_block() {
