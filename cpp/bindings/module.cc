@@ -1,4 +1,6 @@
-// The Python face of the core: draftwerk._core. Conversion only; every call that may take long releases the GIL.
+// The Python face of the core: draftwerk._core. Conversion only; every call that may take long releases the GIL. Those
+// that take the engine's mutex alone keep it: it is held for microseconds, by a thread that never wants the GIL, and
+// giving the GIL up would take as long as the call.
 #include <pybind11/chrono.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -19,6 +21,7 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/quantized_blocks.h"
 #include "backend/weight_type.h"
+#include "bindings/events.h"
 #include "drafting/lookup.h"
 #include "drafting/random.h"
 #include "engine/engine.h"
@@ -218,6 +221,17 @@ class PyEngine {
 
   Engine& engine() { return *engine_; }
 
+  py::list wait_events(double timeout) {
+    std::vector<Event> events;
+    if (timeout > 0.0) {
+      const py::gil_scoped_release release;
+      events = engine_->wait_events(std::chrono::duration<double>(timeout));
+    } else {
+      events = engine_->wait_events({});
+    }
+    return to_python(events);
+  }
+
   void close() {
     engine_->close();
     if (!std::exchange(released_, true)) model_->release();
@@ -236,23 +250,6 @@ class PyEngine {
   bool released_ = false;
 };
 
-py::dict to_dict(const RequestStatistics& s) {
-  py::dict d;
-  d["prompt_tokens"] = s.prompt_tokens;
-  d["cached_tokens"] = s.cached_tokens;
-  d["generated_tokens"] = s.generated_tokens;
-  d["steps"] = s.steps;
-  d["drafted"] = s.drafted;
-  d["accepted"] = s.accepted;
-  d["preemptions"] = s.preemptions;
-  d["drafted_by_position"] = s.drafted_by_position;
-  d["accepted_by_position"] = s.accepted_by_position;
-  d["queue_time"] = s.queue_seconds;
-  d["time_to_first_token"] = s.time_to_first_token_seconds;
-  d["decode_time"] = s.decode_seconds;
-  return d;
-}
-
 py::dict to_dict(const EngineStatistics& s) {
   py::dict seconds;
   seconds["schedule"] = s.schedule_seconds;
@@ -270,6 +267,7 @@ py::dict to_dict(const EngineStatistics& s) {
   kv["prefix_lookup_tokens"] = s.kv.prefix_lookup_tokens;
   kv["prefix_hit_tokens"] = s.kv.prefix_hit_tokens;
   kv["evicted_pages"] = s.kv.evicted_pages;
+  kv["parked_bytes"] = s.parked_bytes;
   py::dict d;
   d["steps"] = s.steps;
   d["rows"] = s.rows;
@@ -284,6 +282,8 @@ py::dict to_dict(const EngineStatistics& s) {
   d["preemptions"] = s.preemptions;
   d["running"] = s.running;
   d["waiting"] = s.waiting;
+  d["paused"] = s.paused;
+  d["conversations"] = s.conversations;
   d["queued_tokens"] = s.queued_tokens;
   d["seconds"] = seconds;
   d["kv"] = kv;
@@ -351,28 +351,8 @@ void bind_requests(py::module_& m) {
       .def_readwrite("ignore_eos", &Request::ignore_eos)
       .def_readwrite("drafting", &Request::drafting)
       .def_readwrite("max_draft_length", &Request::max_draft_length)
-      .def_readwrite("salt", &Request::salt);
-
-  py::class_<Event>(m, "Event", "New tokens of one request in one step, or its end.")
-      .def_readonly("request_id", &Event::request_id)
-      .def_readonly("token_ids", &Event::token_ids)
-      .def_readonly("drafted", &Event::drafted)
-      .def_readonly("logprobs", &Event::logprobs)
-      .def_property_readonly("top_logprobs",
-                             [](const Event& e) {
-                               std::vector<std::vector<std::pair<TokenId, float>>> top;
-                               for (const auto& row : e.top_logprobs) {
-                                 auto& out = top.emplace_back();
-                                 for (const auto& entry : row) out.emplace_back(entry.token, entry.logprob);
-                               }
-                               return top;
-                             })
-      .def_readonly("position", &Event::position)
-      .def_property_readonly("finish_reason", [](const Event& e) { return finish_reason_name(e.finish_reason); })
-      .def_readonly("error", &Event::error)
-      .def_readonly("text_bytes", &Event::text_bytes)
-      .def_property_readonly("stats",
-                             [](const Event& e) { return e.statistics ? to_dict(*e.statistics) : py::dict(); });
+      .def_readwrite("salt", &Request::salt)
+      .def_readwrite("conversation", &Request::conversation);
 }
 
 void bind_engine(py::module_& m) {
@@ -410,15 +390,18 @@ void bind_engine(py::module_& m) {
            }),
            py::arg("model"), py::arg("options"), py::arg("token_bytes") = py::none())
       .def(
-          "submit", [](PyEngine& e, const Request& request) { return e.engine().submit(request); }, py::arg("request"),
-          py::call_guard<py::gil_scoped_release>())
+          "submit", [](PyEngine& e, const Request& request) { return e.engine().submit(request); }, py::arg("request"))
       .def(
-          "cancel", [](PyEngine& e, RequestId id) { e.engine().cancel(id); }, py::arg("request_id"),
-          py::call_guard<py::gil_scoped_release>())
+          "cancel", [](PyEngine& e, RequestId id) { e.engine().cancel(id); }, py::arg("request_id"))
       .def(
-          "wait_events",
-          [](PyEngine& e, double timeout) { return e.engine().wait_events(std::chrono::duration<double>(timeout)); },
-          py::arg("timeout"), py::call_guard<py::gil_scoped_release>())
+          "pause", [](PyEngine& e, RequestId id) { e.engine().pause(id); }, py::arg("request_id"))
+      .def(
+          "resume", [](PyEngine& e, RequestId id) { e.engine().resume(id); }, py::arg("request_id"))
+      .def("open_conversation", [](PyEngine& e) { return e.engine().open_conversation(); })
+      .def(
+          "close_conversation", [](PyEngine& e, ConversationId id) { e.engine().close_conversation(id); },
+          py::arg("conversation"))
+      .def("wait_events", &PyEngine::wait_events, py::arg("timeout"))
       .def("event_fd", [](PyEngine& e) { return e.engine().event_descriptor(); })
       .def("stats", [](PyEngine& e) { return to_dict(e.engine().statistics()); })
       .def("close", &PyEngine::close, py::call_guard<py::gil_scoped_release>());
@@ -463,6 +446,7 @@ PYBIND11_MODULE(_core, m) {
   bind_errors(m);
   bind_model(m);
   bind_requests(m);
+  bind_events(m);
   bind_engine(m);
   m.def("dequantize", &dequantize_tensor, py::arg("type"), py::arg("data"), py::arg("elements"));
 }

@@ -106,7 +106,10 @@ Engine::Engine(Gemma& model, EngineOptions options, std::unique_ptr<Drafter> dra
       limits_{model.config().vocabulary, options_.max_context, options_.max_draft_length, !token_bytes_.empty()},
       kv_(kv_shape(model), options_.kv_memory_bytes, options_.prefix_cache),
       arena_(model.backend().allocate(kv_.arena_bytes())),
-      scheduler_({options_.max_sequences, model.max_rows(), model.max_outputs(), options_.prefill_chunk}, kv_) {
+      parked_(kv_),
+      scheduler_({options_.max_sequences, model.max_rows(), model.max_outputs(), options_.prefill_chunk}, kv_,
+                 parked_) {
+  publish_statistics();
   thread_ = std::thread(&Engine::run, this);
 }
 
@@ -147,16 +150,30 @@ RequestId Engine::submit(Request request) {
     }
     queued_tokens_ += prompt_tokens;
     id = sequence->id = next_id_++;
-    submitted_.push_back(std::move(sequence));
+    commands_.emplace_back(Submit{std::move(sequence)});
   }
   wake_.notify_one();
   return id;
 }
 
-void Engine::cancel(RequestId id) {
+void Engine::cancel(RequestId id) { post(Cancel{id}); }
+void Engine::pause(RequestId id) { post(Pause{id}); }
+void Engine::resume(RequestId id) { post(Resume{id}); }
+void Engine::close_conversation(ConversationId id) { post(CloseConversation{id}); }
+
+ConversationId Engine::open_conversation() {
+  const std::lock_guard lock(mutex_);
+  if (closing_) throw EngineClosed("the engine is closed");
+  const ConversationId id = next_id_++;
+  commands_.emplace_back(OpenConversation{id});
+  return id;  // wakes nobody: the engine thread has nothing to do for it before its first request
+}
+
+void Engine::post(Command command) {
   {
     const std::lock_guard lock(mutex_);
-    cancelled_.push_back(id);
+    if (closing_) return;
+    commands_.push_back(std::move(command));
   }
   wake_.notify_one();
 }
@@ -165,7 +182,10 @@ EngineStatistics Engine::statistics() const {
   const std::lock_guard lock(mutex_);
   EngineStatistics statistics = published_;
   statistics.queued_tokens = queued_tokens_;
-  statistics.waiting += static_cast<int>(submitted_.size());
+  for (const Command& command : commands_) {
+    if (std::holds_alternative<Submit>(command)) ++statistics.waiting;
+    if (std::holds_alternative<OpenConversation>(command)) ++statistics.conversations;
+  }
   return statistics;
 }
 
@@ -196,28 +216,40 @@ void Engine::run() {
 
 // Waits while there is nothing to do; false when the engine closes.
 bool Engine::take_commands() {
-  std::vector<std::unique_ptr<Sequence>> submitted;
-  std::vector<RequestId> cancelled;
+  std::vector<Command> commands;
   bool closing = false;
   {
     std::unique_lock lock(mutex_);
-    wake_.wait(lock, [this] { return closing_ || !submitted_.empty() || !cancelled_.empty() || !scheduler_.empty(); });
-    submitted.swap(submitted_);
-    cancelled.swap(cancelled_);
+    wake_.wait(lock, [this] { return closing_ || !commands_.empty() || !scheduler_.idle(); });
+    commands.swap(commands_);
     closing = closing_;
   }
-  for (auto& sequence : submitted) {
-    ++totals_.requests;
-    scheduler_.add(std::move(sequence));
+  for (Command& command : commands) {
+    std::visit([this](auto& c) { execute(c); }, command);
   }
-  for (const RequestId id : cancelled) abort(id, FinishReason::cancelled, "");
   if (closing) {
     for (const RequestId id : scheduler_.ids()) abort(id, FinishReason::cancelled, "");
+    parked_.clear();
     publish_statistics();
     events_.publish(step_events_);
   }
   return !closing;
 }
+
+void Engine::execute(Submit& command) {
+  ++totals_.requests;
+  scheduler_.add(std::move(command.sequence));
+}
+
+void Engine::execute(const Cancel& command) { abort(command.id, FinishReason::cancelled, ""); }
+
+void Engine::execute(const Pause& command) {
+  if (Sequence* const sequence = scheduler_.pause(command.id)) release_queue_tokens(*sequence);
+}
+
+void Engine::execute(const Resume& command) { scheduler_.resume(command.id); }
+void Engine::execute(const OpenConversation& command) { parked_.open_conversation(command.id); }
+void Engine::execute(const CloseConversation& command) { parked_.close_conversation(command.id); }
 
 // The loop of speculative decoding: plan, draft, verify in one pass of the target, accept.
 void Engine::step() {
@@ -229,7 +261,7 @@ void Engine::step() {
   if (plan->sequences.empty()) {
     // submit() has made sure that each request fits alone, so this is not reached while any is left; if it were, one
     // request would have to end, for the loop to get on.
-    if (!scheduler_.empty()) abort(scheduler_.ids().front(), FinishReason::error, "no KV memory for this request");
+    if (!scheduler_.idle()) abort(scheduler_.ids().front(), FinishReason::error, "no KV memory for this request");
     return;
   }
   propose_drafts(*plan);
@@ -270,8 +302,8 @@ void Engine::propose_drafts(const StepPlan& plan) {
     const std::size_t planned = candidate_sequences_[c];
     Sequence& sequence = *plan.sequences[planned].sequence;
     const int granted = candidates_[c].granted;
-    // Drafts are worth evicting cached prefixes for, but never another sequence.
-    if (granted == 0 || !kv_.reserve(sequence.kv, sequence.length() + granted)) continue;
+    // Drafts are worth parked K/V and cached prefixes, which would have to go a few tokens later, but never a sequence.
+    if (granted == 0 || !parked_.reserve(sequence.kv, sequence.length() + granted)) continue;
     jobs_.push_back({sequence.draft_state.get(), sequence.tokens, granted, &draft_tokens_[planned * stride], 0,
                      sequence.request.sampling.seed});
     job_sequences_.push_back(planned);
@@ -405,7 +437,7 @@ void Engine::abort(RequestId id, FinishReason reason, const std::string& error) 
   const std::unique_ptr<Sequence> sequence = scheduler_.remove(id);
   if (!sequence) return;
   ++totals_.finished;
-  if (sequence->generated() == 0) release_queue_tokens(*sequence);
+  release_queue_tokens(*sequence);
   Event event;
   event.request_id = id;
   event.position = sequence->length();
@@ -426,7 +458,9 @@ RequestStatistics Engine::final_statistics(const Sequence& sequence) const {
   return statistics;
 }
 
-void Engine::release_queue_tokens(const Sequence& sequence) {
+// At the first token, or when the sequence ends or is paused before it.
+void Engine::release_queue_tokens(Sequence& sequence) {
+  if (!std::exchange(sequence.in_queue, false)) return;
   const std::lock_guard lock(mutex_);
   queued_tokens_ -= sequence.prompt_length();
 }
@@ -435,7 +469,10 @@ void Engine::publish_statistics() {
   totals_.preemptions = scheduler_.preemptions();
   totals_.running = scheduler_.running();
   totals_.waiting = scheduler_.waiting();
+  totals_.paused = scheduler_.paused();
+  totals_.conversations = parked_.conversations();
   totals_.kv = kv_.use();
+  totals_.parked_bytes = parked_.bytes();
   const std::lock_guard lock(mutex_);
   published_ = totals_;
 }

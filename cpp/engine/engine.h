@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <variant>
 #include <vector>
 
 #include "backend/backend.h"
@@ -16,6 +17,7 @@
 #include "drafting/drafter.h"
 #include "engine/batch.h"
 #include "engine/event_queue.h"
+#include "engine/parked_kv.h"
 #include "engine/request.h"
 #include "engine/scheduler.h"
 #include "engine/validation.h"
@@ -75,8 +77,11 @@ struct EngineStatistics {
   double commit_seconds = 0.0;    ///< accepting tokens, KV bookkeeping, events
   int running = 0;
   int waiting = 0;
+  int paused = 0;
+  int conversations = 0;           ///< open
   std::int64_t queued_tokens = 0;  ///< see EngineOptions::max_queued_tokens
   KvUse kv;
+  std::size_t parked_bytes = 0;  ///< of kv.used_bytes, free on demand too: see ParkedKv::bytes
 };
 
 class Engine {
@@ -92,8 +97,19 @@ class Engine {
 
   /// Queues a request; its events follow. Throws RequestError, QueueFull or EngineClosed. Any thread.
   RequestId submit(Request request);
-  /// Ends a request: its pages are free before the next step and one last event says so. Unknown ids are ignored.
+  /// Ends a request: its pages are free before the next step and one last event says so. As with all that follow, any
+  /// thread may call it, and ids that are unknown or have ended are ignored.
   void cancel(RequestId id);
+  /// Sets a request aside before the next step: no events, no place among max_sequences or in the queue, and its K/V
+  /// stays only until its pages are needed. Idempotent, as is resume().
+  void pause(RequestId id);
+  void resume(RequestId id);
+
+  /// A conversation keeps the K/V of its last request for its next one (Request::conversation), while pages last. For
+  /// one request at a time: a second one finds nothing. Throws EngineClosed.
+  ConversationId open_conversation();
+  void close_conversation(ConversationId id);
+
   /// Events of the steps since the last call; see EventQueue::take.
   std::vector<Event> wait_events(std::chrono::duration<double> timeout) { return events_.take(timeout); }
   [[nodiscard]] int event_descriptor() const { return events_.descriptor(); }
@@ -102,8 +118,35 @@ class Engine {
   void close();
 
  private:
+  struct Submit {
+    std::unique_ptr<Sequence> sequence;
+  };
+  struct Cancel {
+    RequestId id;
+  };
+  struct Pause {
+    RequestId id;
+  };
+  struct Resume {
+    RequestId id;
+  };
+  struct OpenConversation {
+    ConversationId id;
+  };
+  struct CloseConversation {
+    ConversationId id;
+  };
+  using Command = std::variant<Submit, Cancel, Pause, Resume, OpenConversation, CloseConversation>;
+
+  void post(Command command);
   void run();
   bool take_commands();
+  void execute(Submit& command);
+  void execute(const Cancel& command);
+  void execute(const Pause& command);
+  void execute(const Resume& command);
+  void execute(const OpenConversation& command);
+  void execute(const CloseConversation& command);
   void step();
   void propose_drafts(const StepPlan& plan);
   void grant_drafts(const StepPlan& plan);
@@ -113,7 +156,7 @@ class Engine {
   void retire(RequestId id);
   void abort(RequestId id, FinishReason reason, const std::string& error);
   RequestStatistics final_statistics(const Sequence& sequence) const;
-  void release_queue_tokens(const Sequence& sequence);
+  void release_queue_tokens(Sequence& sequence);
   void publish_statistics();
 
   Gemma& model_;
@@ -125,6 +168,7 @@ class Engine {
   // The engine thread's own, but for KvCache::fits() and Drafter::open(), which any thread may call.
   KvCache kv_;
   std::unique_ptr<Buffer> arena_;
+  ParkedKv parked_;
   Scheduler scheduler_;
   DraftBudget budget_;
   StepBatch batch_;
@@ -143,10 +187,9 @@ class Engine {
   EventQueue events_;
   mutable std::mutex mutex_;  // guards what follows
   std::condition_variable wake_;
-  std::vector<std::unique_ptr<Sequence>> submitted_;
-  std::vector<RequestId> cancelled_;
+  std::vector<Command> commands_;  // not yet executed, in the order in which they came
   std::int64_t queued_tokens_ = 0;
-  RequestId next_id_ = 1;
+  std::int64_t next_id_ = 1;  // of requests and conversations
   bool closing_ = false;
   EngineStatistics published_;
 

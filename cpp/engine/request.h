@@ -11,6 +11,7 @@
 namespace draftwerk {
 
 using RequestId = std::int64_t;
+using ConversationId = std::int64_t;  ///< 0: none
 
 struct Request {
   std::vector<TokenId> prompt;  ///< at least one token
@@ -25,6 +26,10 @@ struct Request {
   bool drafting = true;
   std::int32_t max_draft_length = -1;  ///< most drafts per step; -1: the engine's own limit
   std::string salt;                    ///< only requests with the same salt share cached prefixes
+  /// At its end the request leaves its K/V to this conversation, and it starts from what the request before left, if
+  /// its prompt begins with those tokens and goes on, and the salt is the same. Never changes a token. 0: none; a
+  /// closed one is as good as none.
+  ConversationId conversation = 0;
 };
 
 enum class FinishReason : std::uint8_t { none, stop, length, cancelled, error };
@@ -33,7 +38,7 @@ const char* finish_reason_name(FinishReason reason);
 /// What one request cost and how its drafts fared.
 struct RequestStatistics {
   std::int64_t prompt_tokens = 0;
-  std::int64_t cached_tokens = 0;  ///< prompt tokens found in the prefix cache when first scheduled
+  std::int64_t cached_tokens = 0;  ///< prompt tokens whose K/V was there when first scheduled
   std::int64_t generated_tokens = 0;
   std::int64_t steps = 0;  ///< passes of the target that chose tokens for it
   std::int64_t drafted = 0;

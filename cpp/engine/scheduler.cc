@@ -4,6 +4,26 @@
 #include <utility>
 
 namespace draftwerk {
+namespace {
+
+using Sequences = std::deque<std::unique_ptr<Sequence>>;
+
+void insert_by_age(Sequences& sequences, std::unique_ptr<Sequence> sequence) {
+  const auto younger =
+      std::find_if(sequences.begin(), sequences.end(), [&](const auto& s) { return s->id > sequence->id; });
+  sequences.insert(younger, std::move(sequence));
+}
+
+/// Null if there is none of that id.
+std::unique_ptr<Sequence> extract(Sequences& sequences, RequestId id) {
+  const auto found = std::find_if(sequences.begin(), sequences.end(), [id](const auto& s) { return s->id == id; });
+  if (found == sequences.end()) return nullptr;
+  std::unique_ptr<Sequence> sequence = std::move(*found);
+  sequences.erase(found);
+  return sequence;
+}
+
+}  // namespace
 
 void Scheduler::add(std::unique_ptr<Sequence> sequence) { waiting_.push_back(std::move(sequence)); }
 
@@ -29,25 +49,47 @@ const StepPlan& Scheduler::plan() {
 }
 
 std::unique_ptr<Sequence> Scheduler::remove(RequestId id) {
-  const auto has_id = [id](const auto& sequence) { return sequence->id == id; };
-  std::unique_ptr<Sequence> sequence;
-  if (const auto it = std::find_if(running_.begin(), running_.end(), has_id); it != running_.end()) {
-    sequence = std::move(*it);
-    running_.erase(it);
+  std::unique_ptr<Sequence> sequence = take_out(id);
+  if (!sequence) sequence = extract(paused_, id);
+  if (!sequence) return nullptr;
+  if (!sequence->kv.is_open()) sequence->kv = parked_.take(id, sequence->request.salt, sequence->tokens);
+  if (!sequence->kv.is_open()) return sequence;
+  if (parked_.is_open(sequence->request.conversation)) {
+    parked_.park(sequence->request.conversation, sequence->request.salt, sequence->tokens, sequence->kv);
+  } else {
     kv_.close(sequence->kv);
-    admission_closed_ = false;
-  } else if (const auto it = std::find_if(waiting_.begin(), waiting_.end(), has_id); it != waiting_.end()) {
-    sequence = std::move(*it);
-    waiting_.erase(it);
   }
   return sequence;
 }
 
+Sequence* Scheduler::pause(RequestId id) {
+  std::unique_ptr<Sequence> sequence = take_out(id);
+  if (!sequence) return nullptr;
+  if (sequence->kv.is_open()) parked_.park(id, sequence->request.salt, sequence->tokens, sequence->kv);
+  Sequence* const paused = sequence.get();
+  insert_by_age(paused_, std::move(sequence));
+  return paused;
+}
+
+void Scheduler::resume(RequestId id) {
+  if (std::unique_ptr<Sequence> sequence = extract(paused_, id)) insert_by_age(waiting_, std::move(sequence));
+}
+
+// Takes a sequence that runs or waits out of its list.
+std::unique_ptr<Sequence> Scheduler::take_out(RequestId id) {
+  if (std::unique_ptr<Sequence> sequence = extract(running_, id)) {
+    admission_closed_ = false;
+    return sequence;
+  }
+  return extract(waiting_, id);
+}
+
 std::vector<RequestId> Scheduler::ids() const {
   std::vector<RequestId> ids;
-  ids.reserve(running_.size() + waiting_.size());
-  for (const auto& sequence : running_) ids.push_back(sequence->id);
-  for (const auto& sequence : waiting_) ids.push_back(sequence->id);
+  ids.reserve(running_.size() + waiting_.size() + paused_.size());
+  for (const auto* sequences : {&running_, &waiting_, &paused_}) {
+    for (const auto& sequence : *sequences) ids.push_back(sequence->id);
+  }
   return ids;
 }
 
@@ -66,7 +108,7 @@ void Scheduler::add_to_plan(Sequence& sequence, int rows) {
 
 // Reserves `positions` for running_[index], preempting from the young end; false if that took the sequence itself.
 bool Scheduler::make_room(std::size_t index, std::int64_t positions) {
-  while (!kv_.reserve(running_[index]->kv, positions)) {
+  while (!parked_.reserve(running_[index]->kv, positions)) {
     const bool itself = running_.size() - 1 == index;
     preempt_youngest();
     if (itself) return false;
@@ -81,23 +123,17 @@ void Scheduler::preempt_youngest() {
   sequence->computed = 0;
   ++sequence->statistics.preemptions;
   ++preemptions_;
-  const auto place =
-      std::find_if(waiting_.begin(), waiting_.end(), [&](const auto& s) { return s->id > sequence->id; });
-  waiting_.insert(place, std::move(sequence));
+  insert_by_age(waiting_, std::move(sequence));
   admission_closed_ = !running_.empty();
 }
 
 void Scheduler::admit(int prefill_left) {
   while (!admission_closed_ && prefill_left > 0 && !waiting_.empty() && running() < limits_.max_sequences) {
     Sequence& sequence = *waiting_.front();
-    sequence.kv = kv_.open(sequence.request.salt, sequence.tokens, sequence.length() - 1);
-    sequence.computed = sequence.kv.positions();
-    const int rows = static_cast<int>(std::min<std::int64_t>(sequence.uncomputed(), prefill_left));
-    if (!kv_.reserve(sequence.kv, sequence.computed + rows)) {
-      kv_.close(sequence.kv);
-      sequence.computed = 0;
-      return;
-    }
+    // Alone and yet short of pages: those that it started from were scattered over the arena, and closing them has
+    // emptied it (KvCache::reserve). So the second try succeeds.
+    if (!start(sequence, prefill_left) && (!running_.empty() || !start(sequence, prefill_left))) return;
+    const int rows = planned_rows(sequence, prefill_left);
     if (!sequence.was_scheduled) {
       sequence.was_scheduled = true;
       sequence.statistics.cached_tokens = sequence.computed;
@@ -105,9 +141,24 @@ void Scheduler::admit(int prefill_left) {
     }
     prefill_left -= rows;
     add_to_plan(sequence, rows);
-    running_.push_back(std::move(waiting_.front()));
+    insert_by_age(running_, std::move(waiting_.front()));
     waiting_.pop_front();
   }
+}
+
+// Opens the K/V of a waiting sequence, with what is there of it already, and makes room for its first rows. False if
+// pages are short, and then it is closed.
+bool Scheduler::start(Sequence& sequence, int prefill_left) {
+  const std::string& salt = sequence.request.salt;
+  sequence.kv = parked_.take(sequence.id, salt, sequence.tokens);
+  if (!sequence.kv.is_open()) sequence.kv = parked_.take(sequence.request.conversation, salt, sequence.tokens);
+  if (!sequence.kv.is_open()) sequence.kv = kv_.open(salt, sequence.tokens, sequence.length() - 1);
+  sequence.computed = sequence.kv.positions();
+  const std::int64_t positions = sequence.computed + planned_rows(sequence, prefill_left);
+  if (parked_.reserve(sequence.kv, positions)) return true;
+  kv_.close(sequence.kv);
+  sequence.computed = 0;
+  return false;
 }
 
 }  // namespace draftwerk

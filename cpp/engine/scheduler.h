@@ -2,9 +2,9 @@
 //
 // First come, first served, by continuous batching: every running sequence whose prompt is done decodes in every step,
 // and what is left of the step's rows goes to prompts, cut into chunks (chunked prefill). When pages run out the cache
-// first evicts prefixes that nobody uses; then the youngest running sequence is preempted (its K/V is recomputed later,
-// to the same values). Nobody is preempted for a new sequence: it waits. None of this can change a token, only when it
-// comes.
+// first evicts prefixes that nobody uses; then parked K/V is given up; then the youngest running sequence is preempted
+// (its K/V is recomputed later, to the same values). Nobody is preempted for a new sequence: it waits. A paused
+// sequence takes no part, and its K/V is parked. None of this can change a token, only when it comes.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "engine/parked_kv.h"
 #include "engine/sequence.h"
 #include "kvcache/kv_cache.h"
 
@@ -40,21 +41,28 @@ struct StepPlan {
 
 class Scheduler {
  public:
-  Scheduler(const SchedulerLimits& limits, KvCache& kv) : limits_(limits), kv_(kv) {}
+  Scheduler(const SchedulerLimits& limits, KvCache& kv, ParkedKv& parked) : limits_(limits), kv_(kv), parked_(parked) {}
 
   void add(std::unique_ptr<Sequence> sequence);
   /// Chooses the next step and reserves the pages of its rows, not yet those of drafts. Empty when nothing is left to
-  /// do, or when the pages do not suffice for any sequence. Valid until the next call of plan() or remove().
+  /// do, or when the pages do not suffice for any sequence. Valid until the next call of plan(), remove() or pause().
   const StepPlan& plan();
-  /// Takes a sequence out, running or waiting, and frees its pages; null if there is none of that id.
+  /// Takes a sequence out, wherever it is; null if there is none of that id. Its K/V is left to its conversation, or
+  /// closed.
   std::unique_ptr<Sequence> remove(RequestId id);
+  /// Sets a running or waiting sequence aside until resume(); null if there is none of that id.
+  Sequence* pause(RequestId id);
+  /// Lets a paused sequence go on, in the place of its age; other ids are ignored.
+  void resume(RequestId id);
 
-  [[nodiscard]] bool empty() const { return running_.empty() && waiting_.empty(); }
+  /// Whether there is nothing to plan: no sequence but paused ones.
+  [[nodiscard]] bool idle() const { return running_.empty() && waiting_.empty(); }
   [[nodiscard]] int running() const { return static_cast<int>(running_.size()); }
   [[nodiscard]] int waiting() const { return static_cast<int>(waiting_.size()); }
+  [[nodiscard]] int paused() const { return static_cast<int>(paused_.size()); }
   [[nodiscard]] std::int64_t preemptions() const { return preemptions_; }
   [[nodiscard]] const SchedulerLimits& limits() const { return limits_; }
-  /// Every sequence here, running ones first.
+  /// Every sequence here: running ones, waiting ones, paused ones.
   [[nodiscard]] std::vector<RequestId> ids() const;
 
  private:
@@ -63,11 +71,15 @@ class Scheduler {
   bool make_room(std::size_t index, std::int64_t positions);
   void preempt_youngest();
   void admit(int prefill_left);
+  bool start(Sequence& sequence, int prefill_left);
+  std::unique_ptr<Sequence> take_out(RequestId id);
 
   SchedulerLimits limits_;
   KvCache& kv_;
-  std::vector<std::unique_ptr<Sequence>> running_;  // oldest first
-  std::deque<std::unique_ptr<Sequence>> waiting_;   // oldest first
+  ParkedKv& parked_;
+  std::deque<std::unique_ptr<Sequence>> running_;  // oldest first, as the others
+  std::deque<std::unique_ptr<Sequence>> waiting_;
+  std::deque<std::unique_ptr<Sequence>> paused_;
   StepPlan plan_;
   std::int64_t preemptions_ = 0;
   // After a preemption, nothing is admitted before one of the sequences still running has left: pages that were too

@@ -35,6 +35,7 @@ struct Sequence {
   Clock::time_point submitted;
   Clock::time_point first_token;
   bool was_scheduled = false;
+  bool in_queue = true;  ///< its prompt counts towards EngineOptions::max_queued_tokens
 
   [[nodiscard]] std::int64_t length() const { return static_cast<std::int64_t>(tokens.size()); }
   [[nodiscard]] std::int64_t prompt_length() const { return static_cast<std::int64_t>(request.prompt.size()); }

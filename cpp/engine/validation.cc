@@ -47,18 +47,18 @@ std::optional<FieldError> validate(const Request& request, const RequestLimits& 
   }
   if (auto error = check_tokens("stop_token_ids", request.stop_token_ids, limits.vocabulary)) return error;
   if (request.stop_strings.size() > kMaxStopStrings) {
-    return FieldError{"stop_strings", std::to_string(request.stop_strings.size()) + " entries",
+    return FieldError{"stop", std::to_string(request.stop_strings.size()) + " entries",
                       "at most " + std::to_string(kMaxStopStrings)};
   }
   for (std::size_t i = 0; i < request.stop_strings.size(); ++i) {
     const std::size_t bytes = request.stop_strings[i].size();
     if (bytes == 0 || bytes > kMaxStopStringBytes) {
-      return FieldError{"stop_strings[" + std::to_string(i) + "]", std::to_string(bytes) + " bytes",
+      return FieldError{"stop[" + std::to_string(i) + "]", std::to_string(bytes) + " bytes",
                         range(1, kMaxStopStringBytes) + " bytes"};
     }
   }
   if (!request.stop_strings.empty() && !limits.knows_text) {
-    return FieldError{"stop_strings", std::to_string(request.stop_strings.size()) + " entries",
+    return FieldError{"stop", std::to_string(request.stop_strings.size()) + " entries",
                       "none: this model was loaded without a tokenizer; use stop_token_ids"};
   }
   if (request.max_draft_length < -1 || request.max_draft_length > limits.max_draft_length) {

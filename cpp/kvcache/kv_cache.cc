@@ -214,6 +214,20 @@ void KvCache::drop_prefixes() {
   if (prefixes_ != nullptr) prefixes_->evict_all();
 }
 
+std::size_t KvCache::own_bytes(const SequenceKv& sequence) const {
+  std::size_t bytes = 0;
+  for (int t = 0; t < kPageTables; ++t) {
+    for (std::int64_t b = 0; b < sequence.pages(t); ++b) {
+      const PageId page = sequence.tables_[t][b];
+      if (page == kNoPage) continue;
+      // The prefix cache holds one reference to each page of its blocks.
+      const bool cached = b < static_cast<std::int64_t>(sequence.nodes_.size());
+      if (pool_.references(page) == (cached ? 2U : 1U)) bytes += pool_.page_bytes(t);
+    }
+  }
+  return bytes;
+}
+
 KvUse KvCache::use() const {
   KvUse use;
   use.budget_bytes = budget_bytes_;

@@ -100,7 +100,8 @@ class KvCache {
 
   /// A sequence over `tokens` that starts with the longest cached prefix of at most `limit` positions (a prompt's last
   /// token must be computed, so the limit is its length - 1). Only sequences with the same salt share pages. An open
-  /// sequence keeps its pages from eviction: close it while it waits, its blocks stay cached.
+  /// sequence keeps its pages from eviction: what is to be had back under pressure must be closed, its blocks stay
+  /// cached.
   SequenceKv open(std::string_view salt, std::span<const TokenId> tokens, std::int64_t limit);
 
   /// Makes room for positions [0, positions): allocates what is missing, evicting cached prefixes if needed. False if
@@ -126,6 +127,9 @@ class KvCache {
 
   /// Evicts every cached prefix that no open sequence holds.
   void drop_prefixes();
+
+  /// Bytes in the pages that this sequence shares with no other one now.
+  [[nodiscard]] std::size_t own_bytes(const SequenceKv& sequence) const;
 
   [[nodiscard]] KvUse use() const;
 

@@ -6,12 +6,14 @@
 #include <thread>
 
 #include "engine/evaluation.h"
-#include "tiny_model.h"
+#include "reference_engine.h"
 
 namespace draftwerk {
 namespace {
 
 using testing::collect;
+using testing::kPlenty;
+using testing::kTight;
 using testing::Outcome;
 using testing::TinyModel;
 
@@ -95,10 +97,6 @@ TEST_P(Promise, TokensDoNotDependOnHowTheyAreComputed) {
   EXPECT_EQ(run_all(engine, requests), expected[type]);
   EXPECT_EQ(run_all(engine, requests), expected[type]) << "with a warm prefix cache";
 }
-
-// The page of this model takes 16 positions * 2 heads * 32 values * 2 (K, V) * 2 layers = 4096 values per type.
-constexpr std::size_t kTight = std::size_t{330} << 10;
-constexpr std::size_t kPlenty = std::size_t{64} << 20;
 
 INSTANTIATE_TEST_SUITE_P(
     Variants, Promise,
@@ -382,7 +380,7 @@ TEST(EngineTest, ErrorsNameFieldValueAndRange) {
   EXPECT_EQ(field_of([](Request& r) { r.sampling.temperature = -1.0F; }), "temperature");
   EXPECT_EQ(field_of([](Request& r) { r.sampling.top_p = 0.0F; }), "top_p");
   EXPECT_EQ(field_of([](Request& r) { r.stop_token_ids = {300}; }), "stop_token_ids[0]");
-  EXPECT_EQ(field_of([](Request& r) { r.stop_strings = {"x"}; }), "stop_strings");
+  EXPECT_EQ(field_of([](Request& r) { r.stop_strings = {"x"}; }), "stop");
   EXPECT_EQ(field_of([](Request& r) { r.max_draft_length = 9; }), "max_draft_length");
   EXPECT_EQ(field_of([](Request& r) { r.salt = std::string(300, 'x'); }), "salt");
 }

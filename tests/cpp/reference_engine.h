@@ -1,0 +1,74 @@
+// The specification of the engine's tests, a request alone in an engine that keeps nothing, and what they compare with
+// it.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <utility>
+
+#include "tiny_model.h"
+
+namespace draftwerk::testing {
+
+using Tokens = std::vector<TokenId>;
+
+// A page of this model takes 16 positions * 2 heads * 32 values * 2 (K, V) * 2 layers = 4096 values per layer type, so
+// kTight is a few sequences' worth.
+constexpr std::size_t kTight = std::size_t{330} << 10;
+constexpr std::size_t kPlenty = std::size_t{64} << 20;
+
+inline Request make_request(Tokens prompt, std::int64_t max_tokens, std::uint64_t seed = 0) {
+  Request request;
+  request.prompt = std::move(prompt);
+  request.max_tokens = max_tokens;
+  request.sampling.seed = seed;
+  request.sampling.temperature = 1.0F;
+  return request;
+}
+
+inline Tokens random_tokens(int length, unsigned seed) {
+  std::mt19937 random(seed);
+  return random_prompt(random, length, 300);
+}
+
+inline Tokens operator+(Tokens a, const Tokens& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+inline Outcome run(Engine& engine, const Request& request) {
+  const RequestId id = engine.submit(request);
+  return collect(engine, {id})[id];
+}
+
+/// The specification: the same request alone, in an engine that keeps nothing.
+class Reference {
+ public:
+  Tokens operator()(Request request) {
+    request.conversation = 0;
+    return run(engine_, request).token_ids;
+  }
+
+ private:
+  static EngineOptions options() {
+    EngineOptions options;
+    options.prefix_cache = false;
+    return options;
+  }
+  TinyModel tiny_;
+  Engine engine_{tiny_.model(), options(), nullptr, {}};
+};
+
+/// Every sequence has ended and nothing is parked: only the prefix cache may have pages.
+inline void expect_nothing_left(Engine& engine) {
+  engine.close();
+  const EngineStatistics s = engine.statistics();
+  EXPECT_EQ(s.running + s.waiting + s.paused + s.conversations, 0);
+  EXPECT_EQ(s.finished, s.requests);
+  EXPECT_EQ(s.queued_tokens, 0);
+  EXPECT_EQ(s.parked_bytes, 0U);
+  EXPECT_EQ(s.kv.sequences, 0);
+  EXPECT_EQ(s.kv.used_bytes, s.kv.cached_bytes);
+}
+
+}  // namespace draftwerk::testing
