@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from draftwerk.conversation import Conversation
     from draftwerk.engine import Engine, EngineInfo
     from draftwerk.generation import Generation
     from draftwerk.loading import CheckpointError
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "Completion",
+    "Conversation",
     "Engine",
     "EngineClosed",
     "EngineInfo",
@@ -41,6 +43,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointError": "draftwerk.loading",
+    "Conversation": "draftwerk.conversation",
     "Engine": "draftwerk.engine",
     "EngineInfo": "draftwerk.engine",
     "Generation": "draftwerk.generation",

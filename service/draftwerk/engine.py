@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -9,13 +10,24 @@ from dataclasses import dataclass
 from typing import Any, cast, overload
 
 from draftwerk import _core
-from draftwerk.generation import Dispatcher, Generation
-from draftwerk.loading import ChatTemplateError, Checkpoint
+from draftwerk.conversation import Conversation
+from draftwerk.dispatcher import Dispatcher
+from draftwerk.generation import Generation
+from draftwerk.loading import ChatTemplate, ChatTemplateError, Checkpoint, Tokenizer
 from draftwerk.memory import available_memory, parse_size
 from draftwerk.output_text import OutputText
-from draftwerk.requests import Message, Prompt, RequestError, SamplingParams, native_request, stop_bytes
+from draftwerk.requests import (
+    Message,
+    Prompt,
+    RequestError,
+    SamplingParams,
+    native_request,
+    stop_bytes,
+    token_id_list,
+    unread_limit,
+)
 from draftwerk.results import Chunk, Completion
-from draftwerk.weights import Progress, load_model, open_model
+from draftwerk.weights import Progress, fingerprint, load_model, open_model
 
 DRAFTERS = ("auto", "lookup", "none", "random")
 
@@ -35,6 +47,11 @@ class EngineInfo:
     kv_memory_bytes: int
     max_context: int
     vocab_size: int
+    end_token_ids: tuple[int, ...]
+    """Generation ends at any of them, unless a request ignores them."""
+    fingerprint: int
+    """64 bits that identify the model as it computes: where it is equal, equal requests have equal outputs. Made from
+    samples of the weights; see draftwerk.weights.fingerprint."""
 
 
 class Engine:
@@ -91,6 +108,7 @@ class Engine:
         core_model = load_model(
             checkpoint, weights=weights, threads=threads, max_step_rows=max_step_rows, progress=progress
         )
+        model_fingerprint = fingerprint(checkpoint, weights, core_model.description.partition(",")[0])
 
         options = _core.EngineOptions()
         options.drafter = "lookup" if drafter == "auto" else drafter
@@ -117,12 +135,26 @@ class Engine:
             kv_memory_bytes=options.kv_memory_bytes,
             max_context=options.max_context,
             vocab_size=checkpoint.config.vocab_size,
+            end_token_ids=tuple(checkpoint.eos_token_ids),
+            fingerprint=model_fingerprint,
         )
 
     # --- generating --------------------------------------------------------------------------------------------
 
-    def submit(self, prompt: Prompt, params: SamplingParams = _GREEDY) -> Generation:
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams = _GREEDY,
+        *,
+        conversation: Conversation | None = None,
+        max_unread_tokens: int | None = None,
+    ) -> Generation:
         """Starts one request and returns at once.
+
+        Args:
+            conversation: starts from what its last request left, where the prompt begins with the same tokens.
+            max_unread_tokens: the request pauses once more than this many tokens were delivered and not read yet, and
+                goes on when all are read. None: it never pauses.
 
         Raises:
             RequestError: the request names something out of range.
@@ -131,12 +163,24 @@ class Engine:
         """
         prompt_ids = self.encode_prompt(prompt)
         request = native_request(prompt_ids, params)
+        if conversation is not None:
+            if conversation.closed or not conversation.belongs_to(self._dispatcher):
+                raise RequestError("conversation", conversation, "an open one of this engine")
+            request.conversation = conversation.id
         if params.stop and self._tokenizer is None:
             raise RequestError("stop", list(params.stop), "empty: this checkpoint has no tokenizer")
         text = None if self._tokenizer is None else OutputText(self._tokenizer, stop_bytes(params.stop))
-        generation = Generation(self._dispatcher, tuple(request.prompt), text)
+        generation = Generation(self._dispatcher, tuple(request.prompt), text, unread_limit(max_unread_tokens))
         self._dispatcher.submit(request, generation)
         return generation
+
+    def conversation(self) -> Conversation:
+        """Opens a conversation: requests submitted with it, one after the other, compute only what is new.
+
+        Raises:
+            EngineClosed: the engine was closed.
+        """
+        return Conversation(self._dispatcher)
 
     @overload
     def generate(self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams = ...) -> Completion: ...
@@ -193,40 +237,99 @@ class Engine:
         """Whether the checkpoint came with one; without it prompts are token ids and completions have no text."""
         return self._tokenizer is not None
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether prompts may be chat messages."""
+        return self._tokenizer is not None and self._chat_template is not None
+
     def tokenize(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of a text, <bos> first unless `add_bos` is False."""
-        if self._tokenizer is None:
-            raise RequestError("prompt", repr(text[:40]), "token ids: this checkpoint has no tokenizer")
+        tokenizer = self._tokenizer_for("prompt", repr(text[:40]))
         try:
-            return self._tokenizer.encode(text, add_bos=add_bos)
+            return tokenizer.encode(text, add_bos=add_bos)
         except ValueError as error:
             raise RequestError("prompt", repr(text[:40]), f"valid Unicode text: {error}") from None
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; control tokens have none."""
-        if self._tokenizer is None:
-            raise RequestError("token_ids", "given", "absent: this checkpoint has no tokenizer")
-        return self._tokenizer.decode(token_ids)
+        return self._tokenizer_for("token_ids", "given", "absent").decode(token_id_list("token_ids", token_ids))
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """For each token the bytes that it adds to the text: empty for control tokens."""
+        tokenizer = self._tokenizer_for("token_ids", "given", "absent")
+        return list(map(tokenizer.token_bytes, token_id_list("token_ids", token_ids)))
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """The token ids that a prompt stands for."""
         if isinstance(prompt, str):
             return self.tokenize(prompt)
-        if len(prompt) > 0 and isinstance(prompt[0], Mapping):
-            if self._chat_template is None:
-                raise RequestError("prompt", "chat messages", "text or token ids: this checkpoint has no chat template")
-            try:
-                text = self._chat_template.render([dict(cast(Message, message)) for message in prompt])
-            except ChatTemplateError as error:
-                raise RequestError("prompt", "chat messages", f"as the chat template wants it: {error}") from None
-            return self.tokenize(text, add_bos=False)  # the template writes <bos> itself
-        return list(cast("Sequence[int]", prompt))
+        if isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+            return self._encode_messages("prompt", cast("Sequence[Message]", prompt))
+        return token_id_list("prompt", prompt)
+
+    def continue_chat(self, token_ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        """The tokens to append to a sequence so that these messages follow, as the chat template writes them.
+
+        An answer of the model at the end of the sequence is closed first, as far as it is not closed already (an answer
+        that ended with <end_of_turn> has that token), and the beginning of the next answer comes last.
+
+        Args:
+            token_ids: the sequence so far. Empty: `messages` begin the conversation.
+            messages: at least one.
+
+        Raises:
+            RequestError: there is no chat template, or it does not write these messages behind what was said before.
+        """
+        if len(messages) == 0:
+            raise RequestError("messages", "empty", "at least one message")
+        if len(token_ids) == 0:
+            return self._encode_messages("messages", messages)
+        try:
+            closing, text = self._template("messages").after_answer(_plain("messages", messages))
+        except ChatTemplateError as error:
+            raise RequestError("messages", "given", f"such that they can follow an answer: {error}") from None
+        following, closing_ids = self.tokenize(text, add_bos=False), self.tokenize(closing, add_bos=False)
+        for there in range(len(closing_ids), 0, -1):
+            if following[:there] == closing_ids[:there] == list(token_ids[-there:]):
+                return following[there:]
+        return following
+
+    def _template(self, field: str) -> ChatTemplate:
+        if self._chat_template is None:
+            raise RequestError(field, "chat messages", "text or token ids: this checkpoint has no chat template")
+        self._tokenizer_for(field, "chat messages")
+        return self._chat_template
+
+    def _encode_messages(self, field: str, messages: Sequence[Message]) -> list[int]:
+        try:
+            text = self._template(field).render(_plain(field, messages))
+        except ChatTemplateError as error:
+            raise RequestError(field, "chat messages", f"as the chat template wants it: {error}") from None
+        return self.tokenize(text, add_bos=False)  # the template writes <bos> itself
+
+    def _tokenizer_for(self, field: str, value: str, instead: str = "token ids") -> Tokenizer:
+        if self._tokenizer is None:
+            raise RequestError(field, value, f"{instead}: this checkpoint has no tokenizer")
+        return self._tokenizer
 
     # --- the engine itself -------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
         """Figures of the engine since it was started: steps, rows, drafts, pages, prefix hits, time per phase."""
         return self._dispatcher.core.stats()
+
+    def deliver_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Lets an event loop take the engine's events itself: one wake-up per engine step, and no thread in between.
+
+        To be called on that loop, which has to run from then on for as long as requests do; other threads may go on
+        submitting and waiting. On the loop's own thread only `async for` and `aresult` can wait. Once the loop was
+        closed, the next submit() goes on without it.
+
+        Raises:
+            RuntimeError: called from elsewhere.
+            EngineClosed: the engine was closed.
+        """
+        self._dispatcher.deliver_on(loop)
 
     def close(self) -> None:
         """Stops the engine and frees its memory. Requests that still run end with EngineClosed."""
@@ -264,6 +367,13 @@ class Engine:
 def _cancel_all(generations: list[Generation]) -> None:
     for generation in generations:
         generation.cancel()
+
+
+def _plain(field: str, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise RequestError(f"{field}[{i}]", repr(message), "a chat message: a mapping with role and content")
+    return [dict(message) for message in messages]
 
 
 def _is_batch(prompt: object) -> bool:

@@ -1,24 +1,22 @@
-"""A request in flight, as its owner sees it, and the thread that brings it its tokens."""
+"""A request in flight, as its owner sees it."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Union, cast
 
-from draftwerk import _core
-from draftwerk.requests import EngineClosed, QueueFull, RequestError
+from draftwerk.requests import EngineClosed
 from draftwerk.results import Chunk, Completion, FinishReason, GenerationError, GenerationStats, TokenLogprobs
 
 if TYPE_CHECKING:
+    from draftwerk import _core
+    from draftwerk.dispatcher import Dispatcher
     from draftwerk.output_text import OutputText
 
-_Delivery = tuple[Union[_core.Event, EngineClosed], float]  # an event, or the end of the engine; when it came
-_Waiter = tuple[asyncio.AbstractEventLoop, asyncio.Event, bool]  # wake this; True: only for the last event
+_Delivery = tuple[Union["_core.Event", EngineClosed], float]  # an event, or the end of the engine; when it came
 
 
 class Generation:
@@ -26,9 +24,20 @@ class Generation:
 
     Both work from threads (`for`, `result`) and from asyncio (`async for`, `aresult`). A result may be asked for after
     part of the chunks was read; it is always the whole completion.
+
+    Attributes:
+        request_id: the engine's number of this request.
+        prompt_token_ids: what it continues.
+        submitted_at: time.perf_counter() when it was submitted.
     """
 
-    def __init__(self, dispatcher: Dispatcher, prompt_token_ids: tuple[int, ...], text: OutputText | None) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        prompt_token_ids: tuple[int, ...],
+        text: OutputText | None,
+        max_unread_tokens: int | None = None,
+    ) -> None:
         self.request_id = -1
         self.prompt_token_ids = prompt_token_ids
         self.submitted_at = time.perf_counter()
@@ -36,7 +45,12 @@ class Generation:
         self._text = text
         self._deliveries: queue.SimpleQueue[_Delivery] = queue.SimpleQueue()
         self._last_delivered = threading.Event()
-        self._waiter: _Waiter | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._awaits_last = False
+        # Flow control, guarded by the dispatcher's lock; None: never pauses.
+        self._max_unread = max_unread_tokens
+        self._unread = 0
+        self._paused = False
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._drafted: list[bool] = []
@@ -56,18 +70,37 @@ class Generation:
         self._dispatcher.cancel(self.request_id)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits until the engine is done with the request, reading nothing. False if `timeout` seconds passed."""
+        """Waits until the engine is done with the request, reading nothing. False if `timeout` seconds passed.
+
+        Lifts max_unread_tokens, as result() and aresult() do: whoever waits for the end does not read before it.
+        """
+        if self.done:
+            return True
+        self._dispatcher.check_may_block()
+        self._lift_unread_limit()
         return self._last_delivered.wait(timeout)
 
-    def __iter__(self) -> Iterator[Chunk]:
-        while self._finish_reason is None:
-            yield self._read(self._deliveries.get())
-        self._raise_failure()
+    def __iter__(self) -> Generation:
+        return self
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        while self._finish_reason is None:
-            yield self._read(await self._next_delivery())
-        self._raise_failure()
+    def __next__(self) -> Chunk:
+        if self._finish_reason is not None:
+            self._raise_failure()
+            raise StopIteration
+        if self._deliveries.empty():
+            self._dispatcher.check_may_block()
+        return self._read(self._deliveries.get())
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self._finish_reason is not None:
+            self._raise_failure()
+            raise StopAsyncIteration
+        while self._deliveries.empty():
+            await self._wait_async(last_only=False)
+        return self._read(self._deliveries.get_nowait())
 
     def result(self, timeout: float | None = None) -> Completion:
         """Waits for the end and returns the completion.
@@ -83,6 +116,7 @@ class Generation:
 
     async def aresult(self) -> Completion:
         """Like result(), for asyncio. Cancelling the task that awaits this cancels the request."""
+        self._lift_unread_limit()
         try:
             while not self.done:
                 await self._wait_async(last_only=True)
@@ -93,35 +127,47 @@ class Generation:
 
     # --- the dispatcher's side ---------------------------------------------------------------------------------
 
-    def deliver(self, delivery: _Delivery) -> _Waiter | None:
-        """Takes in one event; returns whom to wake for it, if anyone."""
-        event, _ = delivery
-        last = isinstance(event, EngineClosed) or event.finish_reason != ""
-        self._deliveries.put(delivery)
+    def deliver(self, event: _core.Event | EngineClosed, received_at: float, last: bool) -> asyncio.Future[None] | None:
+        """Takes in one event, under the dispatcher's lock; returns the future of whoever waits for it, if anyone."""
+        self._deliveries.put((event, received_at))
         if last:
             self._last_delivered.set()
+        elif self._max_unread is not None:
+            self._unread += len(cast("_core.Event", event).token_ids)
+            if self._unread > self._max_unread and not self._paused:
+                self._paused = True
+                self._dispatcher.core.pause(self.request_id)
         waiter = self._waiter
-        return waiter if waiter is not None and (last or not waiter[2]) else None
+        return waiter if last or not self._awaits_last else None
 
     # --- the consumer's side -----------------------------------------------------------------------------------
 
-    async def _next_delivery(self) -> _Delivery:
-        while True:
-            try:
-                return self._deliveries.get_nowait()
-            except queue.Empty:
-                await self._wait_async(last_only=False)
-
     async def _wait_async(self, *, last_only: bool) -> None:
         """Waits for something to be delivered, or for the last delivery; returns at once if that has happened."""
-        wake = asyncio.Event()
-        self._waiter = (asyncio.get_running_loop(), wake, last_only)
+        self._awaits_last = last_only
+        self._waiter = waiter = asyncio.get_running_loop().create_future()
         try:
             # Looked at again after the waiter is in place: what came in between woke nobody.
             if not self.done and (last_only or self._deliveries.empty()):
-                await wake.wait()
+                await waiter
         finally:
             self._waiter = None
+
+    def _count_read(self, tokens: int) -> None:
+        with self._dispatcher.lock:
+            self._unread -= tokens
+            if self._paused and self._unread == 0:
+                self._resume()
+
+    def _lift_unread_limit(self) -> None:
+        with self._dispatcher.lock:
+            self._max_unread = None
+            if self._paused:
+                self._resume()
+
+    def _resume(self) -> None:
+        self._paused = False
+        self._dispatcher.core.resume(self.request_id)
 
     def _completion(self) -> Completion:
         while self._finish_reason is None:
@@ -148,6 +194,8 @@ class Generation:
             raise event
         reason = cast("FinishReason | None", event.finish_reason or None)
         token_ids, drafted = tuple(event.token_ids), tuple(event.drafted)
+        if self._max_unread is not None and reason is None:
+            self._count_read(len(token_ids))
         text = ""
         if self._text is not None:
             if reason is None:
@@ -180,77 +228,3 @@ class Generation:
             finish_reason=reason,
             stats=self._stats if reason is not None else None,
         )
-
-
-class Dispatcher:
-    """Brings the events of the native engine to their generations: one thread, one wake-up per engine step."""
-
-    def __init__(self, core: _core.Engine) -> None:
-        self.core = core
-        self._running: dict[int, Generation] = {}
-        self._lock = threading.Lock()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="draftwerk-events", daemon=True)
-        self._thread.start()
-
-    def submit(self, request: _core.Request, generation: Generation) -> None:
-        # Under the lock, so that the first event cannot be routed before the generation is known.
-        with self._lock:
-            if self._closed:
-                raise EngineClosed("the engine is closed")
-            try:
-                generation.request_id = self.core.submit(request)
-            except _core.RequestError as error:
-                raise RequestError(*error.args) from None
-            except _core.QueueFull as error:
-                raise QueueFull(*error.args) from None
-            self._running[generation.request_id] = generation
-
-    def cancel(self, request_id: int) -> None:
-        with self._lock:
-            if request_id in self._running and not self._closed:
-                self.core.cancel(request_id)
-
-    def close(self) -> None:
-        """Stops the engine. What was running ends with EngineClosed."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        self.core.close()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            events = self.core.wait_events(60.0)
-            received_at = time.perf_counter()
-            with self._lock:
-                if not events and self._closed:
-                    break
-                deliveries = [(self._running[e.request_id], e) for e in events if e.request_id in self._running]
-                for event in events:
-                    if event.finish_reason:
-                        self._running.pop(event.request_id, None)
-            _wake(generation.deliver((event, received_at)) for generation, event in deliveries)
-        with self._lock:
-            abandoned = list(self._running.values())
-            self._running.clear()
-        closed_at = time.perf_counter()
-        _wake(g.deliver((EngineClosed("the engine was closed"), closed_at)) for g in abandoned)
-
-
-def _wake(waiters: Iterator[_Waiter | None]) -> None:
-    """Wakes every waiting task, with one call per event loop however many tasks it runs."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Event]] = {}
-    for waiter in waiters:
-        if waiter is not None:
-            by_loop.setdefault(waiter[0], []).append(waiter[1])
-    for loop, wakes in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-            loop.call_soon_threadsafe(_set_all, wakes)
-
-
-def _set_all(wakes: list[asyncio.Event]) -> None:
-    for wake in wakes:
-        wake.set()

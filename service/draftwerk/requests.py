@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
 
 if TYPE_CHECKING:
     from draftwerk import _core
@@ -17,6 +21,9 @@ Prompt = Union[str, Sequence[int], Sequence[Message]]
 """Raw text (<bos> is added), token ids (taken as they are), or chat messages for the model's chat template."""
 
 _INT32_MAX = 2**31 - 1
+# The fields of SamplingParams that are plain numbers.
+_INTEGERS = ("max_tokens", "min_tokens", "top_k")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 class RequestError(ValueError):
@@ -107,10 +114,37 @@ def _number(name: str, value: Any) -> float:
         raise RequestError(name, repr(value), "a number") from None
 
 
-def _token_ids(name: str, values: object) -> list[int]:
+def token_id_list(name: str, values: object) -> list[int]:
+    """`values` as a list of integers that may be token ids.
+
+    Raises:
+        RequestError: they are no such thing; `name` is the field.
+    """
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise RequestError(name, repr(values), "a sequence of token ids")
-    return [_integer(f"{name}[{i}]", value, 0, _INT32_MAX) for i, value in enumerate(values)]
+    ids = list(values)
+    if ids and set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= _INT32_MAX:  # a long prompt, checked fast
+        return ids
+    return [_integer(f"{name}[{i}]", value, 0, _INT32_MAX) for i, value in enumerate(ids)]
+
+
+def _float32(number: float) -> float:
+    """`number` as precise as the engine takes it, and as the API transports it."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(number))
+
+
+def _logit_bias(params: SamplingParams) -> dict[int, float]:
+    if not isinstance(params.logit_bias, Mapping):
+        raise RequestError("logit_bias", repr(params.logit_bias), "a mapping from token id to number")
+    return {
+        _integer("logit_bias", token, 0, _INT32_MAX): _number(f"logit_bias[{token}]", bias)
+        for token, bias in params.logit_bias.items()
+    }
+
+
+def _seed(params: SamplingParams) -> int:
+    return _integer("seed", params.seed, 0, 2**64 - 1)
 
 
 def native_request(prompt_ids: Sequence[int], params: SamplingParams) -> _core.Request:
@@ -122,28 +156,16 @@ def native_request(prompt_ids: Sequence[int], params: SamplingParams) -> _core.R
     from draftwerk import _core
 
     request = _core.Request()
-    request.prompt = _token_ids("prompt", prompt_ids)
-    for name in ("max_tokens", "min_tokens", "top_k"):
+    request.prompt = token_id_list("prompt", prompt_ids)
+    for name in _INTEGERS:
         setattr(request, name, _integer(name, getattr(params, name), -_INT32_MAX - 1, _INT32_MAX))
-    for name in (
-        "temperature",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    ):
+    for name in _NUMBERS:
         setattr(request, name, _number(name, getattr(params, name)))
-    if not isinstance(params.logit_bias, Mapping):
-        raise RequestError("logit_bias", repr(params.logit_bias), "a mapping from token id to number")
-    request.logit_bias = {
-        _integer("logit_bias", token, 0, _INT32_MAX): _number(f"logit_bias[{token}]", bias)
-        for token, bias in params.logit_bias.items()
-    }
-    request.seed = _integer("seed", params.seed, 0, 2**64 - 1)
+    request.logit_bias = _logit_bias(params)
+    request.seed = _seed(params)
     if params.logprobs is not None:
         request.logprobs = _integer("logprobs", params.logprobs, 0, _INT32_MAX)
-    request.stop_token_ids = _token_ids("stop_token_ids", params.stop_token_ids)
+    request.stop_token_ids = token_id_list("stop_token_ids", params.stop_token_ids)
     request.stop_strings = stop_bytes(params.stop)
     request.ignore_eos = bool(params.ignore_eos)
     request.drafting = bool(params.drafting)
@@ -159,6 +181,15 @@ def native_request(prompt_ids: Sequence[int], params: SamplingParams) -> _core.R
     return request
 
 
+def unread_limit(max_unread_tokens: int | None) -> int | None:
+    """`max_unread_tokens`, checked.
+
+    Raises:
+        RequestError: it is no number of tokens.
+    """
+    return None if max_unread_tokens is None else _integer("max_unread_tokens", max_unread_tokens, 0, _INT32_MAX)
+
+
 def stop_bytes(stop: Sequence[str]) -> list[bytes]:
     """Stop texts in UTF-8, the form in which the engine looks for them."""
     if isinstance(stop, (str, bytes)) or not isinstance(stop, Iterable):
@@ -172,3 +203,30 @@ def stop_bytes(stop: Sequence[str]) -> list[bytes]:
         except UnicodeEncodeError:
             raise RequestError(f"stop[{i}]", repr(text), "valid Unicode text") from None
     return encoded
+
+
+def output_fingerprint(weights: int, prompt_ids: Sequence[int], params: SamplingParams) -> int:
+    """64 bits that identify an output: of everything that determines its tokens and its text.
+
+    Equal for equal requests on any engine with the same weights. What has no influence on the output (`drafting`,
+    `max_draft_length`, `salt`, `logprobs`) and the order of stop conditions make no difference.
+
+    Args:
+        weights: `Engine.info.fingerprint`.
+
+    Raises:
+        RequestError: a value has the wrong type or cannot be represented.
+    """
+    values = {
+        **{name: _integer(name, getattr(params, name), -_INT32_MAX - 1, _INT32_MAX) for name in _INTEGERS},
+        **{name: _float32(_number(name, getattr(params, name))) for name in _NUMBERS},
+        "logit_bias": sorted((token, _float32(bias)) for token, bias in _logit_bias(params).items()),
+        "seed": _seed(params),
+        "stop": sorted({text.hex() for text in stop_bytes(params.stop)}),
+        "stop_token_ids": sorted(set(token_id_list("stop_token_ids", params.stop_token_ids))),
+        "ignore_eos": bool(params.ignore_eos),
+    }
+    digest = hashlib.blake2b(weights.to_bytes(8, "little"), digest_size=8)
+    digest.update(json.dumps(values, sort_keys=True).encode())
+    digest.update(np.asarray(token_id_list("prompt", prompt_ids), dtype="<i4").tobytes())
+    return int.from_bytes(digest.digest(), "little")

@@ -14,7 +14,7 @@ class GenerationError(RuntimeError):
     """A request that was accepted and then failed inside the engine."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Log-probability of a generated token, and the most probable alternatives (token id, log-probability)."""
 
@@ -28,7 +28,7 @@ class GenerationStats:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Prompt tokens whose keys and values came from the prefix cache."""
+    """Prompt tokens whose keys and values were there already: cached prefixes, and what a conversation keeps."""
     generated_tokens: int = 0
     steps: int = 0
     """Passes of the model in which this request received tokens."""
@@ -85,7 +85,7 @@ class GenerationStats:
         return values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """What one step of the engine added to one generation.
 

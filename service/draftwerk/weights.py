@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,7 @@ WEIGHT_CHOICES = ("auto", "int8", "f32", "f16", "bf16")
 
 _FLOAT_TYPES = {"f32", "f16", "bf16"}
 _CHUNK_BYTES = 4 << 20
+_SAMPLE_BYTES = 4 << 10
 _ROW_GROUP = 16  # the native model repacks whole groups of this many rows
 
 
@@ -78,6 +81,32 @@ def load_model(
                     progress("loading weights", done, total)
     model.finish()
     return model
+
+
+def fingerprint(checkpoint: Checkpoint, weights: str, arithmetic: str) -> int:
+    """64 bits that identify a model as it computes, whatever its file is called.
+
+    Of the configuration, the end tokens, the arithmetic, and of each tensor name, shape, types, and the first and last
+    4 KiB. No more of the file is read: a change in the middle of a tensor alone is not seen.
+
+    Args:
+        weights: as for load_model().
+        arithmetic: the backend and its instruction set, such as "cpu avx512": others round differently.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    about = {
+        "config": dataclasses.asdict(checkpoint.config),
+        "end_token_ids": list(checkpoint.eos_token_ids),
+        "arithmetic": arithmetic,
+    }
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    for tensor in checkpoint.tensors():
+        vector = len(tensor.shape) == 1
+        stored = tensor.dtype if vector else _stored_type(tensor, weights)
+        digest.update(json.dumps([tensor.name, tensor.dtype, stored, tensor.shape]).encode())
+        digest.update(tensor.data[:_SAMPLE_BYTES].tobytes() + tensor.data[-_SAMPLE_BYTES:].tobytes())
+        tensor.release(0, tensor.data.nbytes)  # reading a page makes its neighbours resident as well
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _stored_type(tensor: TensorView, weights: str) -> str:

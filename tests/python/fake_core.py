@@ -6,6 +6,8 @@ expected output can be written down.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,6 +84,7 @@ class Request:
     drafting: bool = True
     max_draft_length: int = -1
     salt: str = ""
+    conversation: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,27 @@ def repeat_prompt(request: Request, index: int) -> int:
     return request.prompt[index % len(request.prompt)]
 
 
+class Gate(threading.Event):
+    """Whether the engine may step; says when that changes."""
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        super().__init__()
+        self._changed = changed
+
+    def set(self) -> None:
+        super().set()
+        self._changed()
+
+    def clear(self) -> None:
+        super().clear()
+        self._changed()
+
+
 class Engine:
-    """Steps only while someone waits for events, and only while `gate` is set: tests decide when time passes."""
+    """Makes one step whenever someone takes events, and only while `gate` is set: tests decide when time passes.
+
+    The event descriptor is readable while there is a step to make.
+    """
 
     instances: ClassVar[list[Engine]] = []
     default_failure: ClassVar[str] = ""
@@ -116,15 +138,29 @@ class Engine:
         self.next_token: Callable[[Request, int], int] = repeat_prompt
         self.fail_with = self.default_failure
         self.refuse_with: Exception | None = None
-        self.gate = threading.Event()
-        self.gate.set()
         self.waits = 0
         self.requests: list[Request] = []
         self.cancelled: list[int] = []
+        self.pauses: list[int] = []
+        self.resumes: list[int] = []
+        self.takers: list[str] = []
+        """Names of the threads that took events, each once for every time."""
+        self.conversations: dict[int, list[int]] = {}
+        """Of each open conversation, the tokens whose keys and values are parked."""
         self.closed = False
-        self._condition = threading.Condition()
-        self._running: dict[int, tuple[Request, list[int]]] = {}
+        self.pause_lag = 0
+        """Steps that a request still makes after pause(): those that were under way."""
+        self._paused: dict[int, int] = {}  # with the steps it still makes
+        self._conversations_opened = 0
+        self._condition = threading.Condition(threading.RLock())
+        self._running: dict[int, tuple[Request, list[int], int]] = {}  # with its output and number of cached tokens
+        self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.gate = Gate(self._changed)
+        self.gate.set()
         Engine.instances.append(self)
+
+    def __del__(self) -> None:
+        os.close(self._descriptor)
 
     def submit(self, request: Request) -> int:
         if self.refuse_with is not None:
@@ -136,29 +172,82 @@ class Engine:
         with self._condition:
             self.requests.append(request)
             request_id = len(self.requests)
-            self._running[request_id] = (request, [])
-            self._condition.notify_all()
+            parked = self.conversations.get(request.conversation, [])
+            if request.conversation in self.conversations:
+                self.conversations[request.conversation] = []
+            warm = len(parked) < len(request.prompt) and request.prompt[: len(parked)] == parked
+            self._running[request_id] = (request, [], len(parked) if warm else 0)
+            self._changed()
             return request_id
 
     def cancel(self, request_id: int) -> None:
         with self._condition:
             self.cancelled.append(request_id)
-            self._condition.notify_all()
+            self._changed()
+
+    def pause(self, request_id: int) -> None:
+        with self._condition:
+            self.pauses.append(request_id)
+            self._paused[request_id] = self.pause_lag
+            self._changed()
+
+    def resume(self, request_id: int) -> None:
+        with self._condition:
+            self.resumes.append(request_id)
+            self._paused.pop(request_id, None)
+            self._changed()
+
+    def open_conversation(self) -> int:
+        with self._condition:
+            self._conversations_opened += 1
+            self.conversations[self._conversations_opened] = []
+            return self._conversations_opened
+
+    def close_conversation(self, conversation: int) -> None:
+        with self._condition:
+            self.conversations.pop(conversation, None)
+
+    def event_fd(self) -> int:
+        return self._descriptor
 
     def wait_events(self, timeout: float) -> list[Event]:
-        self.waits += 1
         with self._condition:
-            while not self.closed and (not self._running or not self.gate.is_set()):
-                if not self._condition.wait(0.002) and self.closed:
-                    return []
-                if self._running and set(self.cancelled) & set(self._running):
-                    break
-            if self.closed:
-                return []
-            return [self._step(i) for i in list(self._running) if self.gate.is_set() or i in self.cancelled]
+            self.waits += 1
+            self.takers.append(threading.current_thread().name)
+            self._condition.wait_for(lambda: self.closed or self._stepping(), timeout)
+            events = [self._step(request_id) for request_id in self._stepping()]
+            if self.closed:  # as the native engine does: what still runs after that step is cancelled
+                self.cancelled += list(self._running)
+                events += [self._step(request_id) for request_id in list(self._running)]
+            self._changed()
+            return events
+
+    def wait_for(self, predicate: Callable[[], object]) -> None:
+        """Waits until something that this engine was told or did makes `predicate` true."""
+        with self._condition:
+            assert self._condition.wait_for(predicate, timeout=10), "it did not happen within 10 s"
+
+    def written(self, request_id: int) -> int:
+        """How many tokens the request has been given so far; it must be running."""
+        return len(self._running[request_id][1])
+
+    def _stepping(self) -> list[int]:
+        """The requests for which the next step has an event."""
+        return [i for i in self._running if i in self.cancelled or (self.gate.is_set() and self._paused.get(i, 1) > 0)]
+
+    def _changed(self) -> None:
+        with self._condition:
+            if self.closed or self._stepping():
+                os.eventfd_write(self._descriptor, 1)
+            else:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._descriptor)
+            self._condition.notify_all()
 
     def _step(self, request_id: int) -> Event:
-        request, output = self._running[request_id]
+        request, output, cached = self._running[request_id]
+        if request_id in self._paused:
+            self._paused[request_id] -= 1
         position = len(request.prompt) + len(output)
         tokens: list[int] = []
         reason, error, text_bytes = "", "", -1
@@ -181,6 +270,8 @@ class Engine:
                     break
         if reason:
             del self._running[request_id]
+            if request.conversation in self.conversations:
+                self.conversations[request.conversation] = (request.prompt + output)[:-1]  # the last was not computed
         wants_logprobs = request.logprobs >= 0
         return Event(
             request_id=request_id,
@@ -192,7 +283,7 @@ class Engine:
             finish_reason=reason,
             error=error,
             text_bytes=text_bytes,
-            stats=self._stats(request, output) if reason else {},
+            stats=self._stats(request, output, cached) if reason else {},
         )
 
     def _stop_position(self, request: Request, output: list[int]) -> int:
@@ -203,10 +294,10 @@ class Engine:
         found = [position for stop in request.stop_strings if (position := text.find(stop)) >= 0]
         return min(found) if found else -1
 
-    def _stats(self, request: Request, output: list[int]) -> dict[str, Any]:
+    def _stats(self, request: Request, output: list[int], cached: int) -> dict[str, Any]:
         return {
             "prompt_tokens": len(request.prompt),
-            "cached_tokens": 0,
+            "cached_tokens": cached,
             "generated_tokens": len(output),
             "steps": (len(output) + 1) // 2,
             "drafted": len(output),
@@ -220,9 +311,9 @@ class Engine:
         }
 
     def stats(self) -> dict[str, Any]:
-        return {"steps": self.waits}
+        return {"steps": self.waits, "paused": len(self._paused), "conversations": len(self.conversations)}
 
     def close(self) -> None:
         with self._condition:
             self.closed = True
-            self._condition.notify_all()
+            self._changed()

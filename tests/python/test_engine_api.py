@@ -6,15 +6,16 @@ import asyncio
 import gc
 import threading
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
+import numpy as np
 import pytest
 
-from conftest import FakeCheckpoint
 from draftwerk import Engine, EngineClosed, GenerationError, QueueFull, RequestError, SamplingParams
+from fake_checkpoint import FakeCheckpoint
 from fake_core import Engine as ScriptedEngine
 from fake_core import QueueFull as CoreQueueFull
-from fake_core import Request
 
 
 def script(text: bytes):
@@ -59,6 +60,36 @@ def test_prompt_forms(engine: Engine, checkpoint: FakeCheckpoint) -> None:
     assert engine.encode_prompt("a") == [2, 101]
     assert engine.encode_prompt((101, 102)) == [101, 102]
     assert engine.detokenize(engine.encode_prompt([{"role": "user", "content": "hi"}])) == "<user>hi"
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 5, b"text", [1.5], [[1]], [{"role": "user", "content": "x"}, 5], [-1], "\ud800"]
+)
+def test_what_is_no_prompt(engine: Engine, prompt: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        engine.submit(prompt)
+    assert caught.value.field.startswith("prompt")
+
+
+def test_bytes_and_text_of_tokens(engine: Engine) -> None:
+    ids = [2, *(4 + byte for byte in "né".encode())]
+    assert engine.token_bytes(ids) == [b"", b"n", b"\xc3", b"\xa9"]
+    assert engine.detokenize(ids) == "né"
+    for wrong in ([-1], [1.5], "text", 5):
+        for method in (engine.token_bytes, engine.detokenize):
+            with pytest.raises(RequestError) as caught:
+                method(wrong)  # type: ignore[arg-type]
+            assert caught.value.field.startswith("token_ids")
+
+
+def test_a_long_prompt_of_any_integers_is_taken_as_it_is(engine: Engine, scripted: ScriptedEngine) -> None:
+    ids = [4 + i % 250 for i in range(100_000)]
+    for prompt in (ids, tuple(ids), np.array(ids)):
+        generation = engine.submit(prompt, SamplingParams(max_tokens=1))
+        assert generation.prompt_token_ids == tuple(ids)
+        assert scripted.requests[-1].prompt == ids
+    with pytest.raises(RequestError, match=r"prompt\[99999\] = -5"):
+        engine.submit([*ids[:-1], -5])
 
 
 def test_a_chat_prompt_needs_a_template(checkpoint: FakeCheckpoint) -> None:
@@ -155,9 +186,8 @@ def test_every_parameter_reaches_the_core(engine: Engine, scripted: ScriptedEngi
     )
     engine.generate([101], params)
     sent = scripted.requests[-1]
-    for name in vars(Request()):
-        if name not in ("prompt", "stop_strings"):
-            assert getattr(sent, name) == getattr(params, name), name
+    for name in (field.name for field in fields(SamplingParams) if field.name != "stop"):
+        assert getattr(sent, name) == getattr(params, name), name
     assert sent.stop_strings == ["é".encode()]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import ByteTokenizer
 from draftwerk.output_text import OutputText
+from fake_checkpoint import ByteTokenizer
 
 ALPHABET = st.sampled_from("aab é🦜")
 
@@ -62,3 +62,12 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
     output = OutputText(ByteTokenizer(), [b"END"])
     pieces = [output.push([4 + byte]) for byte in b"xEEN!"]
     assert pieces == ["x", "", "E", "", "EN!"]
+
+
+def test_an_incomplete_character_waits_only_as_long_as_it_must() -> None:
+    output = OutputText(ByteTokenizer())
+    assert [output.push([4 + byte]) for byte in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
+    assert output.push([4 + 0xFF]) == "\ufffd"  # can never begin a character
+    assert [output.push([4 + byte]) for byte in (0xE2, 0x41)] == ["", "\ufffdA"]
+    assert output.push([4 + 0xE2]) == ""
+    assert output.finish([]) == "\ufffd"

@@ -14,6 +14,7 @@ EXPECTED = {
     "stream.py": "drafts accepted",
     "many_requests.py": "the same tokens alone and together",
     "asyncio_cancel.py": "cancelled: CancelledError",
+    "conversation.py": "prompt tokens computed",
 }
 
 

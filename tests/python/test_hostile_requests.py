@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import NATIVE_MODULE_BUILT
 from draftwerk import Engine, SamplingParams
+from fake_checkpoint import NATIVE_MODULE_BUILT
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
 import fuzz_requests

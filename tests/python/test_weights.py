@@ -7,8 +7,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from conftest import FakeCheckpoint
 from draftwerk.weights import load_model
+from fake_checkpoint import FakeCheckpoint
 
 
 class View:

@@ -8,7 +8,7 @@ from draftwerk.loading.chat_template import ChatTemplate, ChatTemplateError
 from draftwerk.loading.checkpoint import Checkpoint, TensorView, open_checkpoint
 from draftwerk.loading.config import TextConfig
 from draftwerk.loading.errors import CheckpointError
-from draftwerk.loading.tokenizer import StreamDecoder, Tokenizer
+from draftwerk.loading.tokenizer import Tokenizer
 
 __all__ = [
     "BUILTIN_MODELS",
@@ -17,7 +17,6 @@ __all__ = [
     "ChatTemplateError",
     "Checkpoint",
     "CheckpointError",
-    "StreamDecoder",
     "TensorView",
     "TextConfig",
     "Tokenizer",

@@ -20,6 +20,11 @@ class ChatTemplateError(ValueError):
     """A template that cannot be read, or a conversation that it refuses (roles that do not alternate, say)."""
 
 
+# Stands for an answer of the model where the template's own text around it is looked for.
+_ANSWER = "AnswerOfTheModel"
+_ANSWERED = ({"role": "user", "content": "Question"}, {"role": "assistant", "content": _ANSWER})
+
+
 class _GenerationBlock(Extension):
     """``{% generation %}`` marks the assistant's part for training; for a prompt its content is what counts."""
 
@@ -94,3 +99,26 @@ class ChatTemplate:
             )
         except Exception as error:  # a template is a program: it can raise anything
             raise ChatTemplateError(f"the chat template failed: {printable(str(error) or repr(error), 200)}") from error
+
+    def after_answer(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+        """What follows an answer of the model when the conversation goes on with `messages`.
+
+        Returns:
+            what closes the answer (for Gemma 3 ``<end_of_turn>`` and a line break), and the whole text: it begins with
+            that and ends with the beginning of the model's turn.
+
+        Raises:
+            ChatTemplateError: the template refuses these messages or fails, or it writes them elsewhere than behind the
+                answer.
+        """
+        before = self.render(_ANSWERED, add_generation_prompt=False)
+        after = self.render([*_ANSWERED, *messages])
+        if before.count(_ANSWER) != 1:
+            raise ChatTemplateError("the chat template does not write the model's answers as they are")
+        if not after.startswith(before):
+            raise ChatTemplateError(
+                "the chat template changes what stands before them when these messages follow an answer, so that no "
+                "sequence can go on with them; render the whole conversation as a new prompt"
+            )
+        closing = before.partition(_ANSWER)[2]
+        return closing, closing + after[len(before) :]

@@ -1,4 +1,4 @@
-"""Tokenizers of Gemma checkpoints, and turning a stream of tokens back into text.
+"""Tokenizers of Gemma checkpoints.
 
 Three sources, one behaviour: the SentencePiece data in a GGUF file and ``tokenizer.model`` (both through
 ``sentencepiece``), and ``tokenizer.json`` (through ``tokenizers``). All are BPE with byte fallback over text whose
@@ -13,7 +13,6 @@ Any Unicode text survives ``decode(encode(text, add_bos=False), skip_special_tok
 
 from __future__ import annotations
 
-import codecs
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -157,28 +156,6 @@ class Tokenizer(ABC):
     def token_bytes_table(self) -> tuple[npt.NDArray[np.uint32], bytes]:
         """(offsets [vocab_size + 1], blob): token ``i`` adds ``blob[offsets[i] : offsets[i + 1]]`` to the text."""
         return self._offsets, self._blob
-
-
-class StreamDecoder:
-    """Text of a growing sequence of tokens, never half a character.
-
-    Bytes that may yet become a character are held back; bytes that cannot become U+FFFD. All pieces of text together
-    equal :meth:`Tokenizer.decode` of all tokens.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token_id: int) -> str:
-        """The text that is certain once ``token_id`` follows; may be empty."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
-
-    def flush(self) -> str:
-        """The end of the text: U+FFFD if a character was left unfinished. The decoder starts anew."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
 
 
 class SentencePieceTokenizer(Tokenizer):

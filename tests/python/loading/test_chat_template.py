@@ -77,6 +77,79 @@ def test_a_refused_conversation_says_why() -> None:
         ChatTemplate(GEMMA).render([{"role": "assistant", "content": "x"}])
 
 
+# In the manner of Gemma 4's: other markers, a system turn of its own, any order of roles.
+GEMMA_4 = """{{ bos_token }}
+{%- for message in messages -%}
+    {{ '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}
+    {{- message.content | trim + '<turn|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|turn>model\\n' }}{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "closing", "text"),
+    [
+        (GEMMA, "<end_of_turn>\n", "<start_of_turn>user\nBye.<end_of_turn>\n<start_of_turn>model\n"),
+        (GEMMA_4, "<turn|>\n", "<|turn>user\nBye.<turn|>\n<|turn>model\n"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:", None, None),
+        ("{% for m in messages %}[{{ m.content }}]{% endfor %}", "]", "[Bye.]"),
+    ],
+)
+def test_what_follows_an_answer(source: str, closing: str | None, text: str | None) -> None:
+    template = ChatTemplate(source, {"bos_token": "<bos>"})
+    messages = [{"role": "user", "content": "Bye."}]
+    if closing is None:  # it writes "assistant:" always, so what it wrote is not what a longer conversation begins with
+        with pytest.raises(ChatTemplateError, match="changes what stands before"):
+            template.after_answer(messages)
+    else:
+        assert template.after_answer(messages) == (closing, f"{closing}{text}")
+
+
+def test_a_continued_conversation_is_the_whole_one() -> None:
+    for source in (GEMMA, GEMMA_4):
+        template = ChatTemplate(source, {"bos_token": "<bos>"})
+        turns = [{"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}]
+        more = [*turns, {"role": "user", "content": " AnswerOfTheModel "}]
+        assert template.render(turns[:1]) + "Two" + template.after_answer(more[2:])[1] == template.render(more)
+        several = [{"role": "user", "content": "Three"}, *more[1:]]
+        assert template.render(turns[:1]) + "Two" + template.after_answer(several)[1] == template.render(
+            [*turns, *several]
+        )
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("{{ messages[-1].content }}", "changes what stands before"),  # the last message only
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "not write the model's answers"),
+        ("{% for m in messages | reverse %}<{{ m.content }}>{% endfor %}", "changes what stands before"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "not write the model's answers"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "not write the model's answers"),
+        # Thinking of all answers but the last is taken out, by a template that takes the answer for that.
+        (
+            "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            "changes",
+        ),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "changes what stands before"),
+        ("{% if messages | length > 1 %}{{ raise_exception('one at a time') }}{% endif %}", "one at a time"),
+        (GEMMA.replace("'user'", "'guest'"), "roles must alternate"),
+    ],
+)
+def test_a_template_that_rewrites_is_refused(source: str, why: str) -> None:
+    with pytest.raises(ChatTemplateError, match=why):
+        ChatTemplate(source).after_answer([{"role": "user", "content": "Bye."}])
+
+
+def test_messages_that_belong_to_the_beginning_are_refused() -> None:
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Bye."}]
+    with pytest.raises(ChatTemplateError, match="roles must alternate"):
+        ChatTemplate(GEMMA).after_answer(system)
+    first = "{% for m in messages | sort(attribute='role', reverse=true) %}<{{ m.content }}>{% endfor %}"
+    with pytest.raises(ChatTemplateError, match="changes what stands before"):
+        ChatTemplate(first).after_answer([{"role": "z", "content": "Be brief."}])
+
+
 def test_the_date_is_at_hand() -> None:
     assert ChatTemplate("{{ strftime_now('%Y') }}").render([]) == str(datetime.datetime.now().year)
 

@@ -13,7 +13,7 @@ import tiny_files as tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draftwerk.loading import CheckpointError, StreamDecoder, Tokenizer, open_checkpoint
+from draftwerk.loading import CheckpointError, Tokenizer, open_checkpoint
 from draftwerk.loading import sentencepiece_model as proto
 
 PIECES = tiny.vocabulary()
@@ -114,45 +114,6 @@ def test_bos_is_added_once(source: str, tokenizers: dict[str, Tokenizer]) -> Non
 def test_lone_surrogates_are_refused(source: str, tokenizers: dict[str, Tokenizer]) -> None:
     with pytest.raises(ValueError, match="lone surrogate at character 1"):
         tokenizers[source].encode("a\ud800")
-
-
-@settings(max_examples=300, deadline=None)
-@given(ids=st.lists(st.integers(0, len(PIECES) + 3), max_size=40))
-def test_streaming_gives_the_text_of_the_whole(ids: list[int], tokenizers: dict[str, Tokenizer]) -> None:
-    tokenizer = tokenizers["gguf"]
-    decoder = StreamDecoder(tokenizer)
-    parts = [decoder.push(index) for index in ids]
-    assert "".join(parts) + decoder.flush() == tokenizer.decode(ids)
-    assert decoder.flush() == ""
-
-
-@settings(max_examples=200, deadline=None)
-@given(text=TEXTS)
-def test_streaming_never_emits_half_a_character(text: str, tokenizers: dict[str, Tokenizer]) -> None:
-    tokenizer = tokenizers["gguf"]
-    decoder = StreamDecoder(tokenizer)
-    ids = tokenizer.encode(text, add_bos=False)
-    whole = tokenizer.decode(ids)
-    seen = ""
-    for index in ids:
-        seen += decoder.push(index)
-        assert whole.startswith(seen)  # no U+FFFD that a later byte would have made a character
-    assert decoder.flush() == ""
-    assert seen == whole
-
-
-def test_streaming_waits_only_as_long_as_it_must(tokenizers: dict[str, Tokenizer]) -> None:
-    tokenizer = tokenizers["gguf"]
-    byte = [tokenizer.id_of(f"<0x{value:02X}>") or 0 for value in range(256)]
-    decoder = StreamDecoder(tokenizer)
-    assert [decoder.push(byte[value]) for value in "é".encode()] == ["", "é"]
-    assert [decoder.push(byte[value]) for value in "🙂".encode()] == ["", "", "", "🙂"]
-    assert decoder.push(byte[0xFF]) == "\ufffd"  # can never begin a character
-    assert decoder.push(byte[0xE2]) == ""
-    assert decoder.push(byte[0x41]) == "\ufffdA"
-    assert decoder.push(byte[0xE2]) == ""
-    assert decoder.flush() == "\ufffd"
-    assert decoder.push(byte[0x41]) == "A"
 
 
 @settings(max_examples=100, deadline=None)
