@@ -1,7 +1,8 @@
 # make demo    see it work: sets up everything that is missing, then runs `draftwerk demo`
 # make test    every test, Python and C++
-# make lint    ruff, mypy, clang-format, clang-tidy
-# make build   the package, installed into .venv
+# make lint    ruff, mypy, buf, clang-format, clang-tidy
+# make api     what is made from the protos: stubs, docs/api.md, the API to which later changes are held
+# make build   the packages, installed into .venv
 # make clean   removes what these made
 #
 # Needs python3 (3.10 or newer, with venv), g++ and make. Each step leaves a stamp in build/stamps and runs again only
@@ -16,9 +17,10 @@ BUILD := build/cpp
 
 PACKAGE_SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
 	$(shell find cpp service -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \))
+CLIENT_SOURCES := $(shell find client -type f \( -name '*.py' -o -name '*.pyi' -o -name py.typed -o -name pyproject.toml -o -name README.md \))
 CPP_SOURCES := $(shell find cpp tests/cpp -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' \))
 
-.PHONY: demo test test-cpp test-python lint build clean
+.PHONY: demo test test-cpp test-python lint api build clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/weights
@@ -38,11 +40,24 @@ test-cpp: $(STAMPS)/cpp-tests
 lint: $(STAMPS)/dev $(STAMPS)/package
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy --strict service/draftwerk
+	$(BIN)/mypy --strict
+	$(BIN)/python proto/generate.py --check
+	$(BIN)/python proto/document.py --check
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against proto/api.lock.yaml
+	$(BIN)/buf build proto --exclude-source-info -o -#format=yaml | diff proto/api.lock.yaml - \
+	  || { echo "proto/api.lock.yaml is not that of the protos; run: make api" >&2; exit 1; }
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 	@echo "clang-tidy on $(words $(filter cpp/%.cc,$(CPP_SOURCES))) files"
 	@printf '%s\n' $(filter cpp/%.cc,$(CPP_SOURCES)) | grep -v '^cpp/bindings/' \
 	  | xargs -P "$$(nproc)" -n 1 $(BIN)/clang-tidy --quiet -p $(BUILD)
+
+# Refuses a change that would break clients of the API as last agreed, which is proto/api.lock.yaml.
+api: $(STAMPS)/dev
+	$(BIN)/buf breaking proto --against proto/api.lock.yaml
+	$(BIN)/buf build proto --exclude-source-info -o proto/api.lock.yaml
+	$(BIN)/python proto/generate.py
+	$(BIN)/python proto/document.py
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -61,10 +76,18 @@ $(STAMPS)/venv: constraints.txt
 	@echo "--- setting up .venv"
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt pip
-	$(PIP) install -c constraints.txt cmake ninja pybind11 scikit-build-core
+	$(PIP) install -c constraints.txt cmake hatchling ninja pybind11 scikit-build-core
 	@touch $@
 
-$(STAMPS)/package: $(PACKAGE_SOURCES) $(STAMPS)/venv
+$(STAMPS)/client: $(CLIENT_SOURCES) $(STAMPS)/venv
+	@echo "--- building and installing draftwerk-client"
+	@rm -f dist/draftwerk_client-*.whl
+	$(PIP) wheel -q --no-deps --no-build-isolation -w dist ./client
+	$(PIP) install -q --no-deps --force-reinstall dist/draftwerk_client-*.whl
+	$(PIP) install -q -c constraints.txt dist/draftwerk_client-*.whl
+	@touch $@
+
+$(STAMPS)/package: $(PACKAGE_SOURCES) $(STAMPS)/venv | $(STAMPS)/client
 	@echo "--- building and installing draftwerk (some minutes the first time)"
 	@rm -f dist/draftwerk-*.whl
 	PATH="$(abspath $(BIN)):$$PATH" CMAKE_GENERATOR=Ninja $(PIP) wheel -v --no-deps --no-build-isolation -w dist \

@@ -1,0 +1,211 @@
+"""The client of synchronous code."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
+
+import grpc
+from google.protobuf.message import Message as ProtoMessage
+
+from draftwerk_client import health
+from draftwerk_client.channel import Endpoint, metadata_of
+from draftwerk_client.errors import CallContext, from_rpc_error
+from draftwerk_client.parameters import Prompt, generate_request, prompt_message, session_open, token_ids
+from draftwerk_client.results import Completion, Model, Stats, Tokens, model_of, stats_of
+from draftwerk_client.session import Session, SessionCall
+from draftwerk_client.stream import Stream
+from draftwerk_client.v1 import models_pb2, operations_pb2
+from draftwerk_client.v1.generation_pb2_grpc import GenerationStub
+from draftwerk_client.v1.models_pb2_grpc import ModelsStub
+from draftwerk_client.v1.operations_pb2_grpc import OperationsStub
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from draftwerk_client.parameters import RequestOptions
+
+_Response = TypeVar("_Response", bound=ProtoMessage)
+
+
+class Client:
+    """Talks to one Draftwerk server, or to several that serve the same model. Methods may be called from any thread.
+
+    Calls that fail before their first message because a server is down or full are tried again; sessions are not.
+    """
+
+    def __init__(
+        self,
+        addresses: str | Sequence[str] = "127.0.0.1:50051",
+        *,
+        timeout: float | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        server_name: str | None = None,
+        retries: int = 3,
+    ) -> None:
+        """Connects when the first call is made.
+
+        Args:
+            addresses: HOST:PORT, [IPV6]:PORT or unix:PATH; or several, which take calls in turn as long as they are
+                healthy. Host names are resolved once if there are several addresses.
+            timeout: seconds for each call that brings none of its own, retries included. None: no limit.
+            credentials: for TLS, from grpc.ssl_channel_credentials(). None: no encryption.
+            server_name: the name that the servers' certificate is for, if it is not that of the (first) address.
+            retries: how many times a call is tried again, 0 to 4.
+
+        Raises:
+            ValueError: an address that is none, or a value out of range.
+            OSError: one of several host names cannot be resolved.
+        """
+        self._endpoint = Endpoint.of(
+            addresses, timeout=timeout, credentials=credentials, server_name=server_name, retries=retries
+        )
+        self._channel = self._endpoint.open()
+        self._generation = GenerationStub(self._channel)
+        self._models = ModelsStub(self._channel)
+        self._operations = OperationsStub(self._channel)
+        self._running: WeakValueDictionary[str, Stream | SessionCall] = WeakValueDictionary()
+        self._closed = False
+
+    # --- generating --------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Completion:
+        """Generates from one prompt.
+
+        Args:
+            prompt: text, token ids or chat messages.
+            timeout: seconds. None: the client's; math.inf: no limit.
+            request_id: 1 to 128 printable ASCII characters, for cancel() and the server's log. None: a new one.
+            options: see RequestOptions.
+
+        Raises:
+            DraftwerkError: the generation failed.
+            TypeError: an option that does not exist.
+        """
+        with self.stream(prompt, timeout=timeout, request_id=request_id, **options) as stream:
+            return stream.completion()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Stream:
+        """Generates from one prompt, step by step. Arguments and errors are those of generate()."""
+        request = generate_request(prompt, options)
+        context = self._context(timeout, request_id)
+        call = self._generation.Generate(request, timeout=context.timeout, metadata=metadata_of(context))
+        stream = Stream(context, read=call.__next__, cancel=call.cancel, leave=call.cancel)
+        self._running[context.request_id] = stream
+        return stream
+
+    def session(
+        self, *, timeout: float | None = None, request_id: str | None = None, **options: Unpack[RequestOptions]
+    ) -> Session:
+        """Opens a conversation whose state stays on the server, to be used in a `with` statement.
+
+        Args:
+            timeout: seconds, for each action of the session that brings none of its own; the session itself may last.
+                None: the client's; math.inf: no limit.
+            request_id: 1 to 128 printable ASCII characters, for cancel() and the server's log. None: a new one.
+            options: for every generation that does not bring its own. See RequestOptions.
+
+        Raises:
+            DraftwerkError: the session cannot be opened.
+            TypeError: an option that does not exist.
+        """
+        opening = session_open(options)
+        context = self._context(timeout, request_id)
+        return Session.open(self._generation, context, opening, options, self._running)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a generation or a whole session of this client, from any thread.
+
+        A cancelled generation raises Cancelled where it is read; that of a session ends with what it has.
+
+        Returns:
+            Whether it was running.
+        """
+        running = self._running.get(request_id)
+        return running is not None and running.cancel()
+
+    # --- the server --------------------------------------------------------------------------------------------
+
+    def model(self, *, timeout: float | None = None) -> Model:
+        """The model that is served."""
+        return model_of(self._ask(self._models.GetModel, models_pb2.GetModelRequest(), timeout).model)
+
+    def tokenize(self, prompt: Prompt, *, add_bos: bool = True, timeout: float | None = None) -> Tokens:
+        """Token ids of a text, <bos> first unless `add_bos` is False, or of chat messages."""
+        request = models_pb2.TokenizeRequest(prompt=prompt_message(prompt), no_bos=not add_bos)
+        response = self._ask(self._models.Tokenize, request, timeout)
+        return Tokens(tuple(response.token_ids), tuple(response.token_bytes))
+
+    def detokenize(self, ids: Sequence[int], *, timeout: float | None = None) -> str:
+        """Text of token ids; control tokens have none."""
+        request = models_pb2.DetokenizeRequest(token_ids=token_ids("token_ids", ids))
+        return self._ask(self._models.Detokenize, request, timeout).text
+
+    def stats(self, *, timeout: float | None = None) -> Stats:
+        """Figures of the server. One that answers them on a port of its own needs a client of its own."""
+        return stats_of(self._ask(self._operations.GetStats, operations_pb2.GetStatsRequest(), timeout))
+
+    def wait_ready(self, timeout: float) -> None:
+        """Returns when a server is connected and healthy.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            Unavailable: none was in time; with the reason.
+        """
+        context = self._context(timeout, None)
+        check: Any = self._channel.unary_unary(health.METHOD)
+        end = time.monotonic() + timeout
+        while (remaining := end - time.monotonic()) > 0:
+            try:
+                if check(health.REQUEST, timeout=remaining, wait_for_ready=True) == health.SERVING:
+                    return
+            except grpc.RpcError as error:
+                if error.code() not in health.PASSING:
+                    raise from_rpc_error(error, context) from None
+            time.sleep(min(health.INTERVAL, max(0.0, end - time.monotonic())))
+        try:
+            check(health.REQUEST, timeout=health.INTERVAL)
+            raise health.not_ready(context, None)
+        except grpc.RpcError as error:
+            raise health.not_ready(context, error) from None
+
+    def close(self) -> None:
+        """Ends what still runs, with Cancelled, and the connection. May be called more than once."""
+        self._closed = True
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _context(self, timeout: float | None, request_id: str | None) -> CallContext:
+        if self._closed:
+            raise RuntimeError("this client is closed; make another")
+        return self._endpoint.call(timeout, request_id)
+
+    def _ask(self, method: Callable[..., _Response], request: Any, timeout: float | None) -> _Response:
+        context = self._context(timeout, None)
+        try:
+            return method(request, timeout=context.timeout, metadata=metadata_of(context))
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, context) from None
