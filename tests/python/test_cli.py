@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from conftest import FakeCheckpoint
-from draftwerk import CheckpointError, __version__
+from draftwerk import CheckpointError, Completion, Engine, SamplingParams, __version__
 from draftwerk.cli.main import app
 from fake_core import Engine as ScriptedEngine
 
 
 @pytest.fixture
-def run(checkpoint: FakeCheckpoint):
+def run(checkpoint: Any):
     def run_command(*arguments: str, stdin: str | None = None):
         return CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, list(arguments), input=stdin)
 
@@ -37,7 +42,8 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("generate",), ("bench",), ("bench", "rows"), ("models",), ("tokenize",), ("demo",)]
+    "command",
+    [(), ("generate",), ("chat",), ("serve",), ("bench",), ("bench", "rows"), ("models",), ("tokenize",), ("demo",)],
 )
 def test_help_has_examples(run, command: tuple[str, ...]) -> None:
     result = run(*command, "--help")
@@ -87,7 +93,7 @@ def test_generate_stop_chat_and_logprobs(run) -> None:
     assert values["logprobs"][0] == {"logprob": -0.5, "top": [{"id": values["token_ids"][0], "logprob": -0.5}]}
 
 
-def test_generate_without_tokenizer_prints_ids(run, checkpoint: FakeCheckpoint) -> None:
+def test_generate_without_tokenizer_prints_ids(run, checkpoint: Any) -> None:
     checkpoint.tokenizer = None
     assert run("generate", "--prompt-ids", "101 102", "-n", "3").stdout == "101 102 101 \n"
 
@@ -256,16 +262,78 @@ def test_bench_rows(run, tmp_path: Path) -> None:
     assert "relative to 1 row" in result.stdout
 
 
-def test_demo_shows_terms_colours_and_that_both_agree(run) -> None:
-    result = run("demo", "--max-tokens", "8", "--prompt", "abcd")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("bench --model m", "--model and --target exclude each other"),
+        ("bench --drafter none", "--drafter and --target exclude each other"),
+        ("bench --draft-length 2", "--draft-length and --target exclude each other"),
+        ("bench --weights int8", "--weights and --target exclude each other"),
+        ("bench --threads 1", "--threads and --target exclude each other"),
+        ("bench --kv-memory 1MiB", "--kv-memory and --target exclude each other"),
+        ("bench --no-prefix-cache", "--no-prefix-cache and --target exclude each other"),
+        ("chat --model m", "--model and --target exclude each other"),
+        ("chat -t 1", "--threads and --target exclude each other"),
+    ],
+)
+def test_a_running_server_has_its_own_options(run, arguments: str, message: str) -> None:
+    result = run(*arguments.split(), "--target", "127.0.0.1:1")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_is_imported_only_when_needed() -> None:
+    """`draftwerk --help` and `draftwerk generate` do not wait for libraries that only other commands need."""
+    heavy = ("draftwerk_client", "grpc", "google.protobuf", "prompt_toolkit", "pydantic", "structlog", "numpy")
+    program = f"import sys, draftwerk.cli.main; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "[]"
+
+
+class ClientOfEngine:
+    """A client whose server is an engine of this process: as much of draftwerk_client.Client as the demo uses."""
+
+    def __init__(self, address: str) -> None:
+        self.engine = Engine(address)
+
+    def __enter__(self) -> ClientOfEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.close()
+
+    def model(self) -> SimpleNamespace:
+        return SimpleNamespace(name="fake-model", backend="fake backend", drafter="lookup")
+
+    def generate(self, prompt: str, **options: Any) -> Completion:
+        return self.engine.generate(prompt, SamplingParams(**options))
+
+    def stream(self, prompt: str, *, token_bytes: bool, **options: Any) -> Iterator[SimpleNamespace]:
+        assert token_bytes
+        for chunk in self.engine.stream(prompt, SamplingParams(**options)):
+            pieces = tuple(self.engine.token_bytes(chunk.token_ids))
+            yield SimpleNamespace(text=chunk.text, drafted=chunk.drafted, token_bytes=pieces)
+
+
+@pytest.fixture
+def demo(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("draftwerk.cli.options.server", lambda model, **_: nullcontext(model))
+    monkeypatch.setattr("draftwerk_client.Client", ClientOfEngine)
+    return lambda *arguments: run("demo", *arguments)
+
+
+def test_demo_shows_terms_colours_and_that_both_agree(demo) -> None:
+    result = demo("--max-tokens", "8", "--prompt", "abcd")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.index("Gemma Terms of Use") < result.stdout.index("drafted and accepted")
+    assert "abcdabcdab\n" in result.stdout  # the prompt, <bos>, and what the scripted core makes of it
     assert "with drafting" in result.stdout
     assert "All 6 outputs are identical" in result.stdout
 
 
-def test_demo_fails_if_drafting_changed_the_text(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_fails_if_drafting_changed_the_text(demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fake_core.repeat_prompt", lambda request, index: 101 + request.drafting)
-    result = run("demo", "--max-tokens", "8")
+    result = demo("--max-tokens", "8")
     assert result.exit_code == 1
     assert "differ" in result.stderr

@@ -73,3 +73,10 @@ def test_bench_hash_does_not_depend_on_drafting(real_model: str, tmp_path: Path,
         assert result.returncode == 0, result.stderr
         hashes.add(json.loads(out.read_text(encoding="utf-8"))["output_sha256"])
     assert len(hashes) == 1
+
+
+def test_the_demo_serves_streams_and_compares(real_model: str) -> None:
+    result = run("demo", "--model", real_model, "-n", "24")
+    assert result.returncode == 0, result.stderr
+    assert "- On Wednesday the library opens at 9:00" in result.stdout
+    assert "All 6 outputs are identical" in result.stdout

@@ -1,1 +1,1 @@
-"""The command line: `draftwerk generate | bench | models | tokenize | demo`."""
+"""The command line: `draftwerk generate | chat | serve | bench | models | tokenize | demo`."""

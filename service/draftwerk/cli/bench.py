@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -13,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from draftwerk.cli import options
-from draftwerk.cli.failures import file_error, reports_failures, usage_error
+from draftwerk.cli.failures import file_error, reports_failures, reports_server_failures, usage_error
 
 if TYPE_CHECKING:
-    from draftwerk.cli.measurement import BenchPrompt, StreamRecord
+    from draftwerk.cli.measurement import BenchPrompt, StreamRecord, TokenStream
     from draftwerk.engine import Engine
-    from draftwerk.requests import Prompt, SamplingParams
+    from draftwerk.requests import SamplingParams
 
 EPILOG = """
 [bold]Examples[/]
@@ -26,6 +29,8 @@ EPILOG = """
   draftwerk bench --prompts prompts.jsonl --limit 20 --drafter lookup
 
   draftwerk bench --prompts prompts.jsonl --drafter none --concurrency 16 --json none.json
+
+  draftwerk bench --prompts prompts.jsonl --concurrency 16 --target 127.0.0.1:50051
 
   draftwerk bench rows --model gemma-3-270m
 """
@@ -35,6 +40,12 @@ ROWS_EPILOG = """
 
   draftwerk bench rows --threads 2 --json rows.json
 """
+
+# What a server that runs already has settled.
+_ENGINE_OPTIONS = ("model", "drafter", "draft_length", "weights", "threads", "kv_memory", "no_prefix_cache")
+_PARAMETERS = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+# Touches weights and clocks; under another salt, so that no prompt starts from a warm prefix cache.
+_WARM_UP: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "salt": "warm-up"}
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -80,14 +91,24 @@ def bench(
     threads: options.Threads = 0,
     kv_memory: options.KvMemory = None,
     no_prefix_cache: options.NoPrefixCache = False,
+    target: Annotated[
+        Optional[str],
+        typer.Option(
+            "--target",
+            help="Measure through the server at HOST:PORT or unix:PATH instead of in this process.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure speed on a file of prompts."""
     if context.invoked_subcommand is not None:
         return
-    from draftwerk.cli.measurement import figures, read_prompts, run_prompts
+    from draftwerk.cli.measurement import figures, read_prompts
     from draftwerk.requests import SamplingParams
 
+    if target is not None:
+        options.refuse_beside_target(context, *_ENGINE_OPTIONS)
     if prompts is None:
         raise usage_error("--prompts FILE is missing (draftwerk bench --help)")
     try:
@@ -100,29 +121,26 @@ def bench(
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, ignore_eos=ignore_eos
     )
-    with options.open_engine(
-        model,
-        drafter=drafter,
-        draft_length=draft_length,
-        threads=threads,
-        kv_memory=kv_memory,
-        weights=weights,
-        prefix_cache=not no_prefix_cache,
-    ) as engine:
-        requests = [(prompt, _request(engine, prompt, chat)) for prompt in bench_prompts]
-        _warm_up(engine, requests[0][1])
-        with _progress() as bar:
-            task = bar.add_task("prompts", total=len(requests))
-
-            def on_done(_: StreamRecord) -> None:
-                bar.advance(task)
-
-            records, seconds = run_prompts(engine, requests, params, concurrency, on_done)
-        report = {
-            **figures(records, seconds),
-            "settings": _settings(engine, params, concurrency, draft_length),
-            "engine": engine.stats(),
-        }
+    workload = _Workload(bench_prompts, params, concurrency, chat)
+    if target is not None:
+        with reports_server_failures():
+            run = asyncio.run(_run_at(target, workload))
+    else:
+        with options.open_engine(
+            model,
+            drafter=drafter,
+            draft_length=draft_length,
+            threads=threads,
+            kv_memory=kv_memory,
+            weights=weights,
+            prefix_cache=not no_prefix_cache,
+        ) as engine:
+            run = asyncio.run(_run_in(engine, workload, draft_length))
+    report = {
+        **figures(run.records, run.seconds, run.peak_memory),
+        "settings": {"target": target, **run.model, **_settings(params, concurrency)},
+        "engine": run.engine,
+    }
     _print_report(report, json_file)
     _write_json(report, json_file)
 
@@ -155,32 +173,88 @@ def rows(
     _write_json({"rows": {str(count): ms for count, ms in measured.items()}}, json_file)
 
 
-def _request(engine: Engine, prompt: BenchPrompt, chat: bool) -> Prompt:
-    # Tokenised beforehand: the engine is measured, not the tokenizer.
-    return engine.encode_prompt([{"role": "user", "content": prompt.text}] if chat else prompt.text)
+@dataclass(frozen=True)
+class _Workload:
+    """What is measured, wherever it runs."""
+
+    prompts: Sequence[BenchPrompt]
+    params: SamplingParams
+    concurrency: int
+    chat: bool
+
+    def prompt(self, index: int) -> str | list[dict[str, str]]:
+        text = self.prompts[index].text
+        return [{"role": "user", "content": text}] if self.chat else text
 
 
-def _warm_up(engine: Engine, prompt: Prompt) -> None:
-    """Touches weights and clocks; under another salt, so that no prompt starts from a warm prefix cache."""
-    from draftwerk.requests import SamplingParams
+@dataclass(frozen=True)
+class _Run:
+    """What came of it."""
 
-    engine.generate(prompt, SamplingParams(max_tokens=8, ignore_eos=True, salt="warm-up"))
+    records: Sequence[StreamRecord]
+    seconds: float
+    peak_memory: int
+    """Bytes that the process with the model had resident at most."""
+    model: dict[str, Any]
+    engine: dict[str, Any]
 
 
-def _settings(engine: Engine, params: SamplingParams, concurrency: int, draft_length: int | None) -> dict[str, Any]:
-    return {
-        "model": engine.info.model,
-        "backend": engine.info.backend,
-        "weight_bytes": engine.info.weight_bytes,
-        "kv_memory_bytes": engine.info.kv_memory_bytes,
-        "drafter": engine.info.drafter,
+async def _run_in(engine: Engine, workload: _Workload, draft_length: int | None) -> _Run:
+    """The workload in an engine of this process."""
+    from draftwerk.memory import peak_resident_bytes
+
+    engine.deliver_on(asyncio.get_running_loop())
+    token_ids = [engine.encode_prompt(workload.prompt(i)) for i in range(len(workload.prompts))]
+    await engine.submit(token_ids[0], replace(workload.params, **_WARM_UP)).aresult()
+    records, seconds = await _measure(lambda ids: engine.submit(ids, workload.params), workload, token_ids)
+    info = engine.info
+    model = {
+        "model": info.model,
+        "backend": info.backend,
+        "weight_bytes": info.weight_bytes,
+        "kv_memory_bytes": info.kv_memory_bytes,
+        "drafter": info.drafter,
         "draft_length": draft_length,
-        "max_tokens": params.max_tokens,
-        "temperature": params.temperature,
-        "top_k": params.top_k,
-        "top_p": params.top_p,
-        "seed": params.seed,
-        "ignore_eos": params.ignore_eos,
+    }
+    return _Run(records, seconds, peak_resident_bytes(), model, engine.stats())
+
+
+async def _run_at(target: str, workload: _Workload) -> _Run:
+    """The workload at a server."""
+    from draftwerk_client import AsyncClient
+
+    params: dict[str, Any] = {name: getattr(workload.params, name) for name in _PARAMETERS}
+    async with AsyncClient(target) as client:
+        info = await client.model()
+        token_ids = [(await client.tokenize(workload.prompt(i))).token_ids for i in range(len(workload.prompts))]
+        await client.generate(token_ids[0], **{**params, **_WARM_UP})
+        records, seconds = await _measure(lambda ids: client.stream(ids, **params), workload, token_ids)
+        stats = await client.stats()
+    model = {
+        "model": info.name,
+        "backend": info.backend,
+        "weight_bytes": info.weight_bytes,
+        "kv_memory_bytes": stats.cache.budget_bytes,
+        "drafter": info.drafter,
+        "server_version": info.server_version,
+    }
+    return _Run(records, seconds, stats.peak_resident_bytes, model, asdict(stats))
+
+
+async def _measure(
+    start: Callable[[Sequence[int]], TokenStream], workload: _Workload, token_ids: Sequence[Sequence[int]]
+) -> tuple[list[StreamRecord], float]:
+    from draftwerk.cli.measurement import run_prompts
+
+    with _progress() as bar:
+        task = bar.add_task("prompts", total=len(token_ids))
+        prompts = list(zip(workload.prompts, token_ids, strict=True))
+        return await run_prompts(start, prompts, workload.concurrency, lambda: bar.advance(task))
+
+
+def _settings(params: SamplingParams, concurrency: int) -> dict[str, Any]:
+    return {
+        **{name: getattr(params, name) for name in _PARAMETERS},
         "concurrency": concurrency,
     }
 
@@ -193,6 +267,7 @@ def _progress() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=options.messages,
+        refresh_per_second=4,  # it shares the machine with what it measures
         transient=True,
         disable=not options.messages.is_terminal,
     )
@@ -207,6 +282,8 @@ def _print_report(report: dict[str, Any], json_file: Path | None) -> None:
     console = _result_console(json_file)
     settings = report["settings"]
     title = f"{settings['model']}, {settings['backend']}, drafter {settings['drafter']}"
+    if settings["target"] is not None:
+        title += f", at {settings['target']}"
     table = Table("category", "tokens", "steps", "tokens/step", "accepted", "tokens/s", title=Text(title))
     for category, values in report["per_category"].items():
         table.add_row(Text(category or "-"), *_speculation_cells(values))

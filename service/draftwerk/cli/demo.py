@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,12 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from draftwerk.cli import options
-from draftwerk.cli.failures import CommandError, reports_failures
+from draftwerk.cli.draft_colours import DraftColours, legend
+from draftwerk.cli.failures import CommandError, reports_failures, reports_server_failures
 
 if TYPE_CHECKING:
-    from draftwerk.engine import Engine
-    from draftwerk.requests import SamplingParams
-    from draftwerk.results import Completion
+    from draftwerk_client import Client, Completion
 
 EPILOG = """
 [bold]Examples[/]
@@ -39,8 +37,6 @@ The opening hours of the library, day by day:
 - On Tuesday the library opens at 9:00 and closes at 18:00. The reading room upstairs closes one hour earlier.
 - On Wednesday"""
 
-_DRAFTED = "bold green"
-_OWN = "yellow"
 _ROUNDS = 3
 
 
@@ -57,7 +53,7 @@ def demo(
     drafter: options.Drafter = "auto",
     threads: options.Threads = 0,
 ) -> None:
-    """Generate with and without drafting; show which tokens were drafted, the speed of both, and that both agree."""
+    """Serve a model, generate with and without drafting; show what was drafted, both speeds, and that both agree."""
     show(Console(), model, prompt=prompt, max_tokens=max_tokens, drafter=drafter, threads=threads)
 
 
@@ -73,20 +69,22 @@ def show(
     """The demo on any console.
 
     Raises:
-        CommandError: the outputs with and without drafting differ.
+        CommandError: the server failed, or the outputs with and without drafting differ.
     """
-    from draftwerk.requests import SamplingParams
-
     if model == options.DEFAULT_MODEL:
         console.print(TERMS, style="dim", highlight=False, soft_wrap=True)
         console.print()
-    with options.open_engine(
-        model, drafter=drafter, draft_length=None, threads=threads, kv_memory=None, weights="auto", prefix_cache=False
-    ) as engine:
-        console.print(Text(f"{engine.info.model} on {engine.info.backend}, drafter: {engine.info.drafter}"))
-        with_drafting = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        _show_stream(console, engine, prompt, with_drafting)
-        plain, drafted = _compare(engine, prompt, with_drafting)
+    with (
+        options.server(model, drafter=drafter, threads=threads, prefix_cache=False) as address,
+        reports_server_failures(),
+    ):
+        from draftwerk_client import Client
+
+        with Client(address) as client:
+            served = client.model()
+            console.print(Text(f"{served.name} on {served.backend}, drafter: {served.drafter}"))
+            _show_stream(console, client, prompt, max_tokens)
+            plain, drafted = _compare(client, prompt, max_tokens)
     console.print(_speed_table(plain, drafted))
     if len({completion.token_ids for completion in (*plain, *drafted)}) != 1:
         raise CommandError("the outputs with and without drafting differ")
@@ -97,35 +95,24 @@ def show(
     )
 
 
-def _show_stream(console: Console, engine: Engine, prompt: str, params: SamplingParams) -> None:
-    console.print(
-        Text.assemble(
-            ("drafted and accepted", _DRAFTED), "  ", ("chosen by the model itself", _OWN), "  ", ("prompt", "dim")
-        )
-    )
+def _show_stream(console: Console, client: Client, prompt: str, max_tokens: int) -> None:
+    console.print(Text.assemble(legend(), "  ", ("prompt", "dim")))
     console.print()
     console.print(Text(prompt, style="dim"), end="", soft_wrap=True)
-    for chunk in engine.stream(prompt, params):
-        console.print(_coloured(engine, chunk.text, chunk.token_ids, chunk.drafted), end="", soft_wrap=True)
+    colours = DraftColours()
+    for chunk in client.stream(prompt, max_tokens=max_tokens, ignore_eos=True, token_bytes=True):
+        console.print(colours.coloured(chunk.text, chunk.token_bytes or (), chunk.drafted), end="", soft_wrap=True)
     console.print("\n")
 
 
-def _coloured(engine: Engine, text: str, token_ids: tuple[int, ...], drafted: tuple[bool, ...]) -> Text:
-    """The chunk's text with every token in its colour."""
-    pieces = [engine.detokenize([token]) for token in token_ids]
-    if "".join(pieces) != text:  # a character spread over several tokens: one colour for the chunk
-        return Text(text, style=_DRAFTED if any(drafted) else _OWN)
-    return Text.assemble(*((piece, _DRAFTED if d else _OWN) for piece, d in zip(pieces, drafted, strict=True)))
-
-
-def _compare(engine: Engine, prompt: str, params: SamplingParams) -> tuple[list[Completion], list[Completion]]:
+def _compare(client: Client, prompt: str, max_tokens: int) -> tuple[list[Completion], list[Completion]]:
     """Completions without and with drafting, taking turns so that both meet the same machine."""
     plain: list[Completion] = []
     drafted: list[Completion] = []
     with options.messages.status("comparing with and without drafting"):
         for _ in range(_ROUNDS):
-            plain.append(engine.generate(prompt, replace(params, drafting=False)))
-            drafted.append(engine.generate(prompt, params))
+            for drafting, completions in ((False, plain), (True, drafted)):
+                completions.append(client.generate(prompt, max_tokens=max_tokens, ignore_eos=True, drafting=drafting))
     return plain, drafted
 
 

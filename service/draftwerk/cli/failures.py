@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from typing_extensions import ParamSpec
-
-from draftwerk.requests import EngineClosed, QueueFull
-from draftwerk.results import GenerationError
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2  # also: a model file that cannot be used
@@ -41,6 +39,23 @@ def file_error(error: OSError) -> str:
     return reason if error.filename is None else f"{error.filename}: {reason}"
 
 
+@contextmanager
+def reports_server_failures() -> Iterator[None]:
+    """Turns what the client raises into the one line that ends a command. Imports the client, which takes its time.
+
+    Raises:
+        CommandError: the client raised a DraftwerkError.
+    """
+    from draftwerk_client import DraftwerkError, InvalidRequest
+
+    try:
+        yield
+    except InvalidRequest as error:
+        raise usage_error(str(error)) from None
+    except DraftwerkError as error:
+        raise CommandError(str(error)) from None
+
+
 def reports_failures(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorates a command: expected failures end in one line and their exit code, without a traceback."""
 
@@ -62,11 +77,20 @@ def reports_failures(command: Callable[_P, _R]) -> Callable[_P, _R]:
         except OSError as error:
             _say(file_error(error))
             raise typer.Exit(EXIT_FAILURE) from None
-        except (GenerationError, EngineClosed, QueueFull, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_expected(error):
+                raise
             _say(str(error) or type(error).__name__)
             raise typer.Exit(EXIT_FAILURE) from None
 
     return wrapped
+
+
+def _is_expected(error: Exception) -> bool:
+    from draftwerk.requests import EngineClosed, QueueFull
+    from draftwerk.results import GenerationError
+
+    return isinstance(error, (GenerationError, EngineClosed, QueueFull, MemoryError))
 
 
 def _say(message: str) -> None:

@@ -13,9 +13,10 @@ from draftwerk.cli import options
 from draftwerk.cli.failures import file_error, reports_failures, usage_error
 
 if TYPE_CHECKING:
+    from draftwerk.cli.measurement import Stats
     from draftwerk.engine import Engine
     from draftwerk.requests import Prompt, SamplingParams
-    from draftwerk.results import Completion, GenerationStats
+    from draftwerk.results import Completion
 
 EPILOG = """
 [bold]Examples[/]
@@ -46,14 +47,12 @@ def generate(
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
-    min_p: Annotated[float, typer.Option("--min-p", help="Keep tokens this probable relative to the best.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="1 is off.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option("--presence-penalty", help="0 is off.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option("--frequency-penalty", help="0 is off.")] = 0.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    presence_penalty: options.PresencePenalty = 0.0,
+    frequency_penalty: options.FrequencyPenalty = 0.0,
     seed: options.Seed = 0,
-    stop: Annotated[
-        Optional[list[str]], typer.Option("--stop", help="End before this text. May be repeated.", metavar="TEXT")
-    ] = None,
+    stop: options.Stop = None,
     stop_token_id: Annotated[
         Optional[list[int]], typer.Option("--stop-token-id", help="End with this token. May be repeated.", metavar="ID")
     ] = None,
@@ -161,7 +160,7 @@ def _print_stream(engine: Engine, prompt: Prompt, params: SamplingParams) -> Non
         options.messages.print(summary(stats), style="dim", highlight=False)
 
 
-def summary(stats: GenerationStats) -> str:
+def summary(stats: Stats) -> str:
     """One line about what a generation cost."""
     line = (
         f"{stats.generated_tokens} tokens in {stats.steps} steps "

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from draftwerk import __version__
-from draftwerk.cli import bench, demo, generate, models, tokenize
+from draftwerk.cli import bench, chat, demo, generate, models, tokenize
 
 EPILOG = """
 [bold]Examples[/]
 
   draftwerk demo
 
+  draftwerk chat
+
   draftwerk generate --prompt "The history of the steam engine begins"
 
   draftwerk COMMAND --help
 """
 
+
+class _Commands(TyperGroup):
+    """Makes `serve` when it is called, and not before: its options come from Settings, whose library takes its time."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[:1] == ["serve"]:
+            from draftwerk.cli import serve
+
+            alone = typer.Typer(rich_markup_mode="rich", add_completion=False)
+            alone.command("serve", epilog=serve.EPILOG)(serve.serve)
+            self.commands["serve"] = get_command(alone)
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="draftwerk",
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
@@ -46,7 +65,13 @@ def main(
     """The options of `draftwerk` itself."""
 
 
+@app.command("serve")
+def _serve() -> None:
+    """Serve a model over gRPC, until SIGTERM or Ctrl-C."""
+
+
 app.command("generate", epilog=generate.EPILOG)(generate.generate)
+app.command("chat", epilog=chat.EPILOG)(chat.chat)
 app.add_typer(bench.app, name="bench")
 app.command("models", epilog=models.EPILOG)(models.models)
 app.command("tokenize", epilog=tokenize.EPILOG)(tokenize.tokenize)

@@ -1,28 +1,46 @@
-"""What `draftwerk bench` measures: running prompts at a fixed concurrency, and the figures made of it."""
+"""What `draftwerk bench` measures: prompts at a fixed concurrency, and the figures made of them."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import statistics
 import struct
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from draftwerk.memory import peak_resident_bytes
+from typing import TYPE_CHECKING, Any, Protocol, Union
 
 if TYPE_CHECKING:
+    import draftwerk_client
     from draftwerk import _core
-    from draftwerk.engine import Engine
-    from draftwerk.generation import Generation
-    from draftwerk.requests import Prompt, SamplingParams
     from draftwerk.results import GenerationStats
+
+    Stats = Union[GenerationStats, draftwerk_client.GenerationStats]
+
+
+class TokenChunk(Protocol):
+    """What one step added to a generation: the part that draftwerk.Chunk and draftwerk_client.Chunk share."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def received_at(self) -> float: ...
+
+    @property
+    def stats(self) -> Stats | None: ...
+
+
+class TokenStream(Protocol):
+    """A running generation: a draftwerk.Generation, or a stream of draftwerk_client.AsyncClient."""
+
+    def __aiter__(self) -> AsyncIterator[TokenChunk]: ...
+
+    def cancel(self) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,7 @@ class StreamRecord:
 
     prompt: BenchPrompt
     token_ids: tuple[int, ...]
-    stats: GenerationStats
+    stats: Stats
     submitted_at: float
     arrivals: tuple[tuple[float, int], ...]
     """Per step that brought tokens: when they arrived, and how many."""
@@ -93,68 +111,69 @@ def read_prompts(path: Path, limit: int | None) -> list[BenchPrompt]:
     return prompts
 
 
-def run_prompts(
-    engine: Engine,
-    prompts: Sequence[tuple[BenchPrompt, Prompt]],
-    params: SamplingParams,
+async def run_prompts(
+    start: Callable[[Sequence[int]], TokenStream],
+    prompts: Sequence[tuple[BenchPrompt, Sequence[int]]],
     concurrency: int,
-    on_done: Callable[[StreamRecord], None],
+    on_done: Callable[[], None],
 ) -> tuple[list[StreamRecord], float]:
     """Keeps `concurrency` requests in flight until all prompts are done.
+
+    Args:
+        start: begins to generate from token ids: in an engine of this process or at a server.
+        prompts: each with its token ids, so that no tokenizer is measured.
+        concurrency: requests in flight.
+        on_done: called after each prompt.
 
     Returns:
         A record for each prompt, in the order of the prompts, and the seconds that it took.
     """
     records: dict[int, StreamRecord] = {}
-    running: set[Generation] = set()
     waiting = iter(enumerate(prompts))
-    lock = threading.Lock()
-    stopped = threading.Event()
 
-    def work() -> None:
-        while not stopped.is_set():
-            with lock:
-                index, (prompt, request) = next(waiting, (-1, (None, None)))
-                if prompt is None or request is None:
-                    return
-                generation = engine.submit(request, params)
-                running.add(generation)
-            # Woken once, at the end: the chunks carry their own times.
-            generation.wait()
-            record = _record(prompt, generation)
-            with lock:
-                running.discard(generation)
-                records[index] = record
-            on_done(record)
+    async def work() -> None:
+        for index, (prompt, token_ids) in waiting:
+            records[index] = await _record(prompt, start, token_ids)
+            on_done()
 
     started_at = time.perf_counter()
-    with ThreadPoolExecutor(concurrency) as pool:
-        workers = [pool.submit(work) for _ in range(concurrency)]
-        try:
-            for worker in workers:
-                worker.result()
-        except BaseException:  # also Ctrl-C: end the others at once instead of waiting for them
-            stopped.set()
-            with lock:
-                for generation in running:
-                    generation.cancel()
-            raise
+    workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(prompts)))]
+    try:
+        await asyncio.gather(*workers)
+    finally:  # after a failure or Ctrl-C: end the others at once instead of waiting for them
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
     seconds = time.perf_counter() - started_at
     return [records[i] for i in range(len(prompts))], seconds
 
 
-def _record(prompt: BenchPrompt, generation: Generation) -> StreamRecord:
-    arrivals = tuple((chunk.received_at, len(chunk.token_ids)) for chunk in generation if chunk.token_ids)
-    completion = generation.result()
-    return StreamRecord(prompt, completion.token_ids, completion.stats, generation.submitted_at, arrivals)
+async def _record(
+    prompt: BenchPrompt, start: Callable[[Sequence[int]], TokenStream], token_ids: Sequence[int]
+) -> StreamRecord:
+    output: list[int] = []
+    arrivals: list[tuple[float, int]] = []
+    stats: Stats | None = None
+    submitted_at = time.perf_counter()
+    stream = start(token_ids)
+    try:
+        async for chunk in stream:
+            if chunk.token_ids:
+                output.extend(chunk.token_ids)
+                arrivals.append((chunk.received_at, len(chunk.token_ids)))
+            stats = chunk.stats
+    finally:
+        stream.cancel()
+    assert stats is not None, "the last chunk of a generation has its statistics"
+    return StreamRecord(prompt, tuple(output), stats, submitted_at, tuple(arrivals))
 
 
-def figures(records: Sequence[StreamRecord], seconds: float) -> dict[str, Any]:
+def figures(records: Sequence[StreamRecord], seconds: float, peak_memory: int) -> dict[str, Any]:
     """The figures of a run, by the names of the JSON report.
 
     `steps` counts, for each request, the passes that gave it tokens, so that `tokens_per_step` says what drafting gave
     each stream at any concurrency. `prefill_tokens_per_second` is over prompt tokens that were not cached and the time
-    from leaving the queue to the first token. Memory is in MiB.
+    from leaving the queue to the first token. `peak_memory` is in bytes, its figure in MiB.
     """
     tokens = sum(len(record.token_ids) for record in records)
     computed = sum(record.stats.prompt_tokens - record.stats.cached_tokens for record in records)
@@ -168,7 +187,7 @@ def figures(records: Sequence[StreamRecord], seconds: float) -> dict[str, Any]:
         "inter_token_latency_ms": percentiles(
             gap * 1e3 for record in records for gap in record.inter_token_latencies()
         ),
-        "peak_rss_mb": peak_resident_bytes() / 2**20,
+        "peak_rss_mb": peak_memory / 2**20,
         "output_sha256": output_sha256(record.token_ids for record in records),
         "wall_seconds": seconds,
         "prompts": len(records),

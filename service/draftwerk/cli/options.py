@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from draftwerk.cli.failures import usage_error
 
 if TYPE_CHECKING:
     from draftwerk.engine import Engine
@@ -44,7 +47,14 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens 
 Temperature = Annotated[float, typer.Option("--temperature", help="0 takes the most probable token.", metavar="T")]
 TopK = Annotated[int, typer.Option("--top-k", help="Keep the K most probable tokens; 0 keeps all.", metavar="K")]
 TopP = Annotated[float, typer.Option("--top-p", help="Keep this probability mass; 1 keeps all.", metavar="P")]
+MinP = Annotated[float, typer.Option("--min-p", help="Keep tokens this probable relative to the best.")]
+RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="1 is off.")]
+PresencePenalty = Annotated[float, typer.Option("--presence-penalty", help="0 is off.")]
+FrequencyPenalty = Annotated[float, typer.Option("--frequency-penalty", help="0 is off.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same text.", metavar="S")]
+Stop = Annotated[
+    Optional[list[str]], typer.Option("--stop", help="End before this text. May be repeated.", metavar="TEXT")
+]
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put the prompt through the model's chat template, as a user's message.")
@@ -52,6 +62,19 @@ Chat = Annotated[
 
 messages = Console(stderr=True)
 """Where everything goes that is not the command's result."""
+
+
+def refuse_beside_target(context: typer.Context, *names: str) -> None:
+    """Refuses the options of a model of one's own, which a server that runs already has settled.
+
+    Raises:
+        CommandError: one of these parameters was given on the command line.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+            raise usage_error(f"{option} and --target exclude each other: the server that runs there has its own")
 
 
 @contextmanager
@@ -102,3 +125,18 @@ def open_engine(
         )
     with engine:
         yield engine
+
+
+@contextmanager
+def server(model: str, **settings: str | int | bool | None) -> Iterator[str]:
+    """A server of one's own with these settings, with a sign of life on stderr while it loads.
+
+    Yields:
+        Its address.
+    """
+    from draftwerk.cli.local_server import local_server
+
+    with ExitStack() as stack:
+        with messages.status(Text(f"loading {model}")):
+            address = stack.enter_context(local_server(model, **settings))
+        yield address

@@ -1,0 +1,1 @@
+"""The gRPC service: what proto/draftwerk/v1 describes, around one engine."""

@@ -1,0 +1,87 @@
+"""The Operations service: how the server is doing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf.duration_pb2 import Duration
+
+from draftwerk.memory import peak_resident_bytes
+from draftwerk_client.v1 import operations_pb2 as pb
+from draftwerk_client.v1 import operations_pb2_grpc
+
+if TYPE_CHECKING:
+    from draftwerk.engine import Engine
+    from draftwerk.server.metrics import Metrics
+
+
+class OperationsService(operations_pb2_grpc.OperationsServicer):
+    """Answers from the engine's published statistics; never waits for a step."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, max_queued_tokens: int) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._max_queued_tokens = max_queued_tokens
+
+    async def GetStats(self, request: pb.GetStatsRequest, context: Any) -> pb.GetStatsResponse:  # noqa: N802 (gRPC's name)
+        """Figures since the server started, and its state now."""
+        stats = self._engine.stats()
+        response = pb.GetStatsResponse(
+            uptime=_duration(self._metrics.uptime),
+            max_queued_tokens=self._max_queued_tokens,
+            sessions=self._metrics.sessions,
+            cache=_cache(stats["kv"]),
+            time=pb.EngineTime(**{phase: _duration(seconds) for phase, seconds in stats["seconds"].items()}),
+            resident_bytes=_resident_bytes(),
+            peak_resident_bytes=peak_resident_bytes(),
+            **{name: stats[name] for name in _SAME_NAMES},
+        )
+        for name in ("drafted", "accepted", "drafted_by_position", "accepted_by_position"):
+            if isinstance(stats[name], list):
+                getattr(response.drafts, name).extend(stats[name])
+            else:
+                setattr(response.drafts, name, stats[name])
+        return response
+
+
+_SAME_NAMES = (
+    "requests",
+    "finished",
+    "running",
+    "waiting",
+    "paused",
+    "queued_tokens",
+    "steps",
+    "rows",
+    "prefill_rows",
+    "generated_tokens",
+    "preemptions",
+)
+_SAME_CACHE_NAMES = (
+    "budget_bytes",
+    "used_bytes",
+    "peak_bytes",
+    "sliding_pages",
+    "full_pages",
+    "prefix_lookup_tokens",
+    "prefix_hit_tokens",
+    "evicted_pages",
+)
+
+
+def _cache(kv: dict[str, Any]) -> pb.CacheStatistics:
+    return pb.CacheStatistics(
+        reclaimable_bytes=kv["cached_bytes"] + kv["parked_bytes"], **{name: kv[name] for name in _SAME_CACHE_NAMES}
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
