@@ -30,8 +30,9 @@ constexpr std::uint32_t kJobMask = ~(kJob - 1);
 // waking a parked worker takes 30-60 us. So spinning for this long keeps workers hot within a generation and lets an
 // idle engine go to sleep at once.
 constexpr auto kSpin = std::chrono::microseconds(100);
-// A caller that waited this long probably waits for a worker without a core and offers its own.
-constexpr int kSpinsBeforeYield = 2000;
+// A caller that waited this long probably waits for a worker whose core does something else. It sleeps, so that its own
+// core takes over whatever waits for one: that other work, or the worker.
+constexpr int kSpinsBeforeSleep = 2000;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -45,6 +46,7 @@ struct WorkerPool::State {
   alignas(64) std::atomic<std::uint32_t> control{0};
   alignas(64) std::atomic<std::int64_t> next{0};
   alignas(64) std::atomic<int> parked{0};
+  std::atomic<bool> caller_sleeps{false};
   std::atomic<bool> stop{false};
   // The job; written while it is closed and nobody is inside.
   alignas(64) Invoke invoke = nullptr;
@@ -97,11 +99,24 @@ struct WorkerPool::State {
       while ((now & kOpen) != 0 && (now & kJobMask) == seen) {
         if (control.compare_exchange_weak(now, now + 1, std::memory_order_acquire, std::memory_order_acquire)) {
           take_pieces(worker);
-          control.fetch_sub(1, std::memory_order_release);
+          // Sequentially consistent with sleep_until_done(): either the caller sees that this worker has left, or this
+          // worker sees that the caller sleeps.
+          control.fetch_sub(1, std::memory_order_seq_cst);
+          if (caller_sleeps.load(std::memory_order_seq_cst)) control.notify_all();
           break;
         }
       }
     }
+  }
+
+  /// Returns when nobody is inside the closed job.
+  void sleep_until_done() {
+    caller_sleeps.store(true, std::memory_order_seq_cst);
+    for (std::uint32_t now = control.load(std::memory_order_seq_cst); (now & kInside) != 0;) {
+      control.wait(now, std::memory_order_seq_cst);
+      now = control.load(std::memory_order_seq_cst);
+    }
+    caller_sleeps.store(false, std::memory_order_relaxed);
   }
 
   /// Makes a new job known. Only the owning thread writes the job's number, and nobody is inside.
@@ -148,13 +163,10 @@ void WorkerPool::run(std::int64_t items, std::int64_t grain, Invoke invoke, void
   state.publish(kOpen);
   state.take_pieces(0);
   // The last piece is handed out: nobody else need join.
-  std::uint32_t now = state.control.fetch_and(~kOpen, std::memory_order_acquire) & ~kOpen;
+  std::uint32_t now = state.control.fetch_and(~kOpen, std::memory_order_acquire);
   for (int spins = 0; (now & kInside) != 0; ++spins) {
-    if (spins < kSpinsBeforeYield) {
-      pause();
-    } else {
-      std::this_thread::yield();
-    }
+    if (spins == kSpinsBeforeSleep) return state.sleep_until_done();
+    pause();
     now = state.control.load(std::memory_order_acquire);
   }
 }
