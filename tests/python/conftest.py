@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -16,6 +17,10 @@ import fake_core
 from fake_checkpoint import NATIVE_MODULE_BUILT, FakeCheckpoint
 
 sys.path.insert(0, str(Path(__file__).parent / "loading"))  # tiny_files
+
+# Shells start background jobs with SIGINT ignored, and every process that a test starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not NATIVE_MODULE_BUILT:
     sys.modules["draftwerk._core"] = fake_core  # the Python layer can be tested without it
