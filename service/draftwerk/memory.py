@@ -38,6 +38,11 @@ def available_memory() -> int:
     return available
 
 
+def resident_bytes() -> int:
+    """Memory that this process has resident now, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def peak_resident_bytes() -> int:
     """The most memory that this process had resident so far, in bytes."""
     try:

@@ -221,21 +221,19 @@ class _CallContext:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
-    def checked(self, message: Any) -> Any:
-        """The message that came in.
+    async def read(self) -> Any:
+        """The next message, or EOF.
 
         Raises:
             InvalidField: it could not be decoded.
         """
+        message = await self._context.read()
         if message is _UNDECODABLE:
             wanted = METHODS[_SERVICES + self._call.method]
             raise errors.InvalidField(
                 "request", "undecodable", f"a {wanted} as protobuf writes it, its strings in UTF-8"
             )
         return message
-
-    async def read(self) -> Any:
-        return self.checked(await self._context.read())
 
     async def read_only_message(self) -> Any:
         """The message of a call that has one.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf.duration_pb2 import Duration
-
-from draftwerk.memory import peak_resident_bytes
+from draftwerk.memory import peak_resident_bytes, resident_bytes
+from draftwerk.server.responses import duration
 from draftwerk_client.v1 import operations_pb2 as pb
 from draftwerk_client.v1 import operations_pb2_grpc
 
@@ -29,12 +26,12 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):
         """Figures since the server started, and its state now."""
         stats = self._engine.stats()
         response = pb.GetStatsResponse(
-            uptime=_duration(self._metrics.uptime),
+            uptime=duration(self._metrics.uptime),
             max_queued_tokens=self._max_queued_tokens,
             sessions=self._metrics.sessions,
             cache=_cache(stats["kv"]),
-            time=pb.EngineTime(**{phase: _duration(seconds) for phase, seconds in stats["seconds"].items()}),
-            resident_bytes=_resident_bytes(),
+            time=pb.EngineTime(**{phase: duration(seconds) for phase, seconds in stats["seconds"].items()}),
+            resident_bytes=resident_bytes(),
             peak_resident_bytes=peak_resident_bytes(),
             **{name: stats[name] for name in _SAME_NAMES},
         )
@@ -75,13 +72,3 @@ def _cache(kv: dict[str, Any]) -> pb.CacheStatistics:
     return pb.CacheStatistics(
         reclaimable_bytes=kv["cached_bytes"] + kv["parked_bytes"], **{name: kv[name] for name in _SAME_CACHE_NAMES}
     )
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration
-
-
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -57,11 +57,11 @@ def generation_statistics(stats: GenerationStats) -> statistics_pb2.GenerationSt
             accepted_by_position=stats.accepted_by_position,
         ),
         preemptions=_preemptions(stats),
-        queue_time=_duration(stats.queue_time),
+        queue_time=duration(stats.queue_time),
     )
     if stats.generated_tokens > 0:
-        statistics.time_to_first_token.CopyFrom(_duration(stats.time_to_first_token))
-        statistics.decode_time.CopyFrom(_duration(stats.decode_time))
+        statistics.time_to_first_token.CopyFrom(duration(stats.time_to_first_token))
+        statistics.decode_time.CopyFrom(duration(stats.decode_time))
     return statistics
 
 
@@ -110,6 +110,7 @@ def _token_logprobs(entry: TokenLogprobs) -> output_pb2.TokenLogprobs:
     )
 
 
-def _duration(seconds: float) -> Duration:
+def duration(seconds: float) -> Duration:
+    """The time as protobuf has it, to the nanosecond."""
     nanoseconds = round(seconds * 1e9)
     return Duration(seconds=nanoseconds // 10**9, nanos=nanoseconds % 10**9)

@@ -81,7 +81,7 @@ class Session:
                 unfinished: set[asyncio.Task[None]] = self._tasks if reading.done() else {reading, *self._tasks}
                 await asyncio.wait(unfinished, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
-                raise ShuttingDown("the server is shutting down; open the session again, here or at another one")
+                raise _shutting_down()
             reading.result()
         finally:
             await self._end(reading, draining)
@@ -247,7 +247,7 @@ class Session:
 
     def _refuse_when_draining(self) -> None:
         if self._draining.is_set():
-            raise ShuttingDown("the server is shutting down; open the session again, here or at another one")
+            raise _shutting_down()
 
     def _params(self, defaults: pb.SessionRequest.Open, own: pb.SessionRequest.Generate, room: int) -> SamplingParams:
         return sampling_params(
@@ -305,6 +305,10 @@ class Session:
             branch.conversation.close()
         self._call.note(branches=self._next_branch, generations=self._generations)
         await asyncio.gather(*unfinished, return_exceptions=True)
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the server is shutting down; open the session again, here or at another one")
 
 
 async def _stop(generation: BranchGeneration) -> None:
