@@ -203,6 +203,28 @@ class EngineTime:
 
 
 @dataclass(frozen=True, slots=True)
+class DrafterStats:
+    """How the drafts of one of the server's drafters fared, since the server started and over its latest rounds.
+
+    A round is what it drafts for one generation in one step.
+    """
+
+    name: str
+    """Such as "mtp" or "lookup"."""
+    drafted: int
+    accepted: int
+    drafted_by_position: tuple[int, ...]
+    """[i]: rounds that drafted more than i tokens."""
+    accepted_by_position: tuple[int, ...]
+    """[i]: rounds that accepted more than i drafts."""
+    recent_rounds: int
+    recent_drafted_by_position: tuple[int, ...]
+    recent_accepted_by_position: tuple[int, ...]
+    warning: str
+    """Figures and likely causes, while hardly any drafts of a drafter that was trained for it are accepted; else ""."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Figures since the server started, and its state now."""
 
@@ -230,6 +252,8 @@ class Stats:
     time: EngineTime
     resident_bytes: int
     peak_resident_bytes: int
+    drafters: tuple[DrafterStats, ...]
+    """Empty if the server is too old to tell."""
 
 
 def chunk_of(response: output_pb2.GenerateResponse) -> Chunk:
@@ -329,6 +353,7 @@ def stats_of(response: operations_pb2.GetStatsResponse) -> Stats:
         ),
         resident_bytes=response.resident_bytes,
         peak_resident_bytes=response.peak_resident_bytes,
+        drafters=tuple(map(_drafter_stats, response.drafters)),
     )
 
 
@@ -353,6 +378,21 @@ def _generation_stats(statistics: statistics_pb2.GenerationStatistics) -> Genera
         queue_time=_seconds(statistics.queue_time),
         time_to_first_token=_seconds(statistics.time_to_first_token),
         decode_time=_seconds(statistics.decode_time),
+    )
+
+
+def _drafter_stats(statistics: statistics_pb2.DrafterStatistics) -> DrafterStats:
+    drafts, recent = statistics.drafts, statistics.recent
+    return DrafterStats(
+        name=statistics.name,
+        drafted=drafts.drafted,
+        accepted=drafts.accepted,
+        drafted_by_position=tuple(drafts.drafted_by_position),
+        accepted_by_position=tuple(drafts.accepted_by_position),
+        recent_rounds=statistics.recent_rounds,
+        recent_drafted_by_position=tuple(recent.drafted_by_position),
+        recent_accepted_by_position=tuple(recent.accepted_by_position),
+        warning=statistics.warning,
     )
 
 

@@ -50,6 +50,21 @@ class Weight {
   [[nodiscard]] virtual std::size_t bytes() const = 0;
 };
 
+/// A table [rows, columns] that is read by row only and stays where its bytes are, in a mapped file for instance: its
+/// pages become resident as rows are read, and it takes no device memory of its own.
+class RowTable {
+ public:
+  RowTable() = default;
+  RowTable(const RowTable&) = delete;
+  RowTable& operator=(const RowTable&) = delete;
+  RowTable(RowTable&&) = delete;
+  RowTable& operator=(RowTable&&) = delete;
+  virtual ~RowTable() = default;
+  [[nodiscard]] virtual WeightType type() const = 0;
+  [[nodiscard]] virtual std::int64_t rows() const = 0;
+  [[nodiscard]] virtual std::int64_t columns() const = 0;
+};
+
 /// Device memory, released with the object.
 class Buffer {
  public:
@@ -68,10 +83,14 @@ class Buffer {
 struct Tensor {
   void* data = nullptr;
   int columns = 0;
+  int stride = 0;  ///< elements from row to row; 0: `columns`, rows follow each other
+
+  [[nodiscard]] int row_stride() const { return stride == 0 ? columns : stride; }
 };
 
 /// RMSNorm: x * rsqrt(mean(x^2) + epsilon) * scale, in float32. `scale` is a host-visible device pointer to
-/// [columns] float32 that already holds 1 + w where the checkpoint's convention is that.
+/// [columns] float32 that already holds 1 + w where the checkpoint's convention is that, and ones where a norm has no
+/// weight (multiplying by one is exact).
 struct Norm {
   const float* scale = nullptr;
   float epsilon = 1e-6F;
@@ -88,6 +107,34 @@ struct Rope {
   const float* inverse_frequency = nullptr;
 };
 
+/// Mixture of experts: which experts a row goes to, and with which weights.
+/// The scores are W * norm(input), [experts]; their softmax is taken in float32; the `chosen` largest (ties: lower
+/// expert first) are divided by their sum and multiplied by expert_scale.
+struct Router {
+  const Weight* weight = nullptr;  ///< [experts, hidden]
+  Norm norm;
+  const float* expert_scale = nullptr;  ///< [experts], host-visible device pointer
+  int chosen = 0;                       ///< experts per row
+};
+
+/// The experts themselves, one below the other: expert e is the gated MLP down_e * (gelu_tanh(gate_e x) * (up_e x)).
+struct Experts {
+  const Weight* gate_up = nullptr;  ///< [experts * 2 * mlp, hidden]; of each expert first the rows of gate, then of up
+  const Weight* down = nullptr;     ///< [experts * hidden, mlp]
+  int count = 0;
+  int mlp = 0;  ///< a multiple of 16, like hidden
+};
+
+/// A head that scores only the tokens of the clusters that look best: `centroids` scores the clusters, and the tokens
+/// of the `chosen` best (ties: lower cluster first) get logits. `head` has its rows in cluster order: row i belongs to
+/// token tokens[i] and to cluster i / (vocabulary / clusters).
+struct ClusteredHead {
+  const Weight* centroids = nullptr;     ///< [clusters, columns]
+  const Weight* head = nullptr;          ///< [vocabulary, columns]
+  const std::int32_t* tokens = nullptr;  ///< [vocabulary], host-visible device pointer: a permutation of the vocabulary
+  int chosen = 0;
+};
+
 /// Where one layer keeps its keys and values inside the pages of its layer type.
 struct KvLayer {
   int table = 0;                 ///< which page table
@@ -96,6 +143,14 @@ struct KvLayer {
   int heads = 0;
   int head_dim = 0;
   KvType type = KvType::f16;
+};
+
+/// Which positions a row at position p sees: the last `window` of 0 .. p (all of them when window is 0). Where its own
+/// position has no key and value, as in drafting, the last of 0 .. p - 1, with p > 0: one position earlier than with
+/// its own, so the page table must still have that one.
+struct Visibility {
+  int window = 0;
+  bool own = true;
 };
 
 /// The whole KV cache as the device sees it.
@@ -113,7 +168,7 @@ struct Segment {
   const PageId* pages[kPageTables] = {nullptr, nullptr};
 };
 
-/// What one step computes. The spans stay valid until verify() returns.
+/// What one step computes. The spans stay valid until verify(), or the last propose(), returns.
 struct StepRows {
   std::span<const TokenId> tokens;          ///< [rows]
   std::span<const std::int64_t> positions;  ///< [rows], absolute
@@ -129,6 +184,16 @@ struct VerifyGroup {
   const SamplingParams* sampling = nullptr;
   const TokenHistory* history = nullptr;  ///< tokens before `position`; null when no penalty is asked for
   std::span<const TokenId> banned;        ///< excluded from the first `banned_tokens` choices of this group
+  int banned_tokens = 0;
+};
+
+/// A draft to choose for one sequence.
+struct ProposeRow {
+  std::span<const TokenId> drafts;  ///< those of this round so far: the token chosen is at `position` + drafts.size()
+  std::int64_t position = 0;        ///< absolute position of the round's first draft
+  const SamplingParams* sampling = nullptr;
+  const TokenHistory* history = nullptr;  ///< as in VerifyGroup, as the next two
+  std::span<const TokenId> banned;
   int banned_tokens = 0;
 };
 
@@ -158,43 +223,76 @@ class Backend {
   /// quantised types and free for the others.
   virtual std::unique_ptr<Weight> create_weight(WeightType type, std::int64_t rows, std::int64_t columns) = 0;
   /// Stores rows [first_row, first_row + count) from `source`, which holds them contiguously in `source_type`;
-  /// source_type is the weight's type, or f32/f16/bf16 for a q8_0, f32, f16 or bf16 weight, converted on the way.
+  /// source_type is the weight's type, or f32/f16/bf16 for a q8_0, q4_0, f32, f16 or bf16 weight, converted on the way.
   /// first_row is a multiple of 16, count too unless the range ends with the last row.
   virtual void upload_rows(Weight& weight, std::int64_t first_row, std::int64_t count, WeightType source_type,
                            const std::byte* source) = 0;
-  /// Fixes the largest step and allocates every scratch space for it. `max_columns` is the widest input of any
-  /// projection, `vocabulary` the rows of the head.
+  /// A table of `rows` rows of `columns` values as a file stores them in `type`, contiguous at `data`, which `owner`
+  /// keeps valid. `columns` as for create_weight.
+  virtual std::unique_ptr<RowTable> map_table(WeightType type, std::int64_t rows, std::int64_t columns,
+                                              const std::byte* data, std::shared_ptr<const void> owner) = 0;
+  /// Makes room for steps of this size and allocates every scratch space for them; several calls (a target, its
+  /// drafter) make room for the largest of each. `max_columns` is the widest input or output of any projection but the
+  /// heads', `vocabulary` the rows of the head, the same in all calls.
   virtual void reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) = 0;
+  /// Makes room for experts() in steps of up to max_rows rows.
+  virtual void reserve_experts(int max_rows, int chosen, const Experts& experts) = 0;
   /// Bytes that a layer's keys (and as many again for its values) take in a page.
   [[nodiscard]] virtual std::size_t kv_bytes(int heads, int head_dim, KvType type) const = 0;
   /// Bytes of one activation element.
   [[nodiscard]] virtual std::size_t activation_bytes() const = 0;
 
   // --- one step ----------------------------------------------------------------------------------------------
+  // Tensors have a row for each row of the step unless it says otherwise.
   virtual void begin(const StepRows& rows, KvArena arena) = 0;
   /// out[r] = table[tokens[r]] * scale
   virtual void embed(const Weight& table, float scale, Tensor out) = 0;
+  /// inout[r][i] = scale * (norm(inout[r][i]) + table_scale * table[tokens[r]][i]) for each run i of `width` columns:
+  /// one run for each layer, all normalised by the same norm of `width` columns (Gemma's per-layer embeddings).
+  virtual void mix_token_rows(const RowTable& table, float table_scale, const Norm& norm, int width, float scale,
+                              Tensor inout) = 0;
+  /// out[i] = source[rows[i]]; `out` has rows.size() rows.
+  virtual void gather(Tensor source, std::span<const int> rows, Tensor out) = 0;
   /// outputs[i] = W_i * (norm ? norm(input) : input)
   virtual void project(Tensor input, const Norm* norm, std::span<const Projection> outputs) = 0;
   /// output = gelu_tanh(gate * norm(input)) * (up * norm(input)), elementwise product
   virtual void project_geglu(Tensor input, const Norm& norm, const Weight& gate, const Weight& up, Tensor output) = 0;
-  /// residual += norm(W * input)
-  virtual void project_add(Tensor input, const Weight& weight, const Norm& norm, Tensor residual) = 0;
-  /// Normalises queries and keys per head, rotates both, writes keys and values to the rows' pages; queries in place.
+  /// output = gelu_tanh(W * input) * factor, elementwise product
+  virtual void project_gelu(Tensor input, const Weight& weight, Tensor factor, Tensor output) = 0;
+  /// residual = (residual + norm(W * input)) * scale
+  virtual void project_add(Tensor input, const Weight& weight, const Norm& norm, Tensor residual, float scale) = 0;
+  /// output = sum over the experts e that the router chooses, in ascending order, of weight_e * expert_e(norm(input)).
+  /// The router has its own norm and sees `input` too.
+  virtual void experts(Tensor input, const Router& router, const Norm& norm, const Experts& experts, Tensor output) = 0;
+  /// residual = (residual + norm(norm_a(a) + norm_b(b))) * scale
+  virtual void add_normed(Tensor a, const Norm& norm_a, Tensor b, const Norm& norm_b, const Norm& norm, Tensor residual,
+                          float scale) = 0;
+  /// Normalises queries and keys per head, rotates both, and writes keys and values to the rows' pages; queries in
+  /// place. Values are normalised per head if there is a value_norm. `value` may be `key`: then the values are the
+  /// projected keys as they come in.
   virtual void append_kv(Tensor query, Tensor key, Tensor value, int query_heads, const Norm& query_norm,
-                         const Norm& key_norm, const Rope& rope, const KvLayer& kv) = 0;
-  /// Attention of the rows over their own sequences: row at position p sees positions p - window + 1 .. p
-  /// (0 .. p when window is 0). output[r] is [query_heads, head_dim].
-  virtual void attend(Tensor query, int query_heads, const KvLayer& kv, int window, float scale, Tensor output) = 0;
-  /// Logits of the output rows, kept on the device for verify(): softcap * tanh(head * norm(hidden) / softcap), or
-  /// head * norm(hidden) when softcap is 0.
-  virtual void head(Tensor hidden, const Norm& norm, const Weight& weight, float softcap) = 0;
+                         const Norm& key_norm, const Norm* value_norm, const Rope& rope, const KvLayer& kv) = 0;
+  /// Queries alone, normalised and rotated in place: for layers that read the keys and values of another one.
+  virtual void prepare_queries(Tensor query, int query_heads, const Norm& query_norm, const Rope& rope) = 0;
+  /// Attention of the rows over their own sequences. output[r] is [query_heads, head_dim].
+  virtual void attend(Tensor query, int query_heads, const KvLayer& kv, const Visibility& sees, float scale,
+                      Tensor output) = 0;
+  /// states[i] = norm(hidden[output_rows[i]]); `states` has a row for each output row.
+  virtual void gather_outputs(Tensor hidden, const Norm& norm, Tensor states) = 0;
+  /// Logits of the output rows from their states, kept on the device for verify() or propose():
+  /// softcap * tanh(W * states / softcap), or W * states when softcap is 0.
+  virtual void head(Tensor states, const Weight& weight, float softcap) = 0;
+  /// The same by clusters, for propose() alone; tokens of other clusters have the logit minus infinity.
+  virtual void head(Tensor states, const ClusteredHead& head) = 0;
   /// Chooses the target's token at every output row and accepts drafts while they agree. Waits for the step.
   /// `results` has one entry per group; vectors in it are reused.
   virtual void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) = 0;
+  /// Chooses a draft in every output row as verify() would choose a token there; `rows` has an entry for each output
+  /// row, and so has `tokens`. Waits. No log-probabilities are taken.
+  virtual void propose(std::span<const ProposeRow> rows, std::span<TokenId> tokens) = 0;
 
   // --- for tests and evaluation ------------------------------------------------------------------------------
-  /// Copies the logits of the step's output rows to `out`, [outputs, vocabulary] float32. Waits.
+  /// Copies the logits that the last head() computed to `out`, [outputs, vocabulary] float32. Waits.
   virtual void read_logits(std::span<float> out) = 0;
 };
 

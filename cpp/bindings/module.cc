@@ -14,192 +14,45 @@
 #include <string>
 #include <utility>
 #include <vector>
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
 
-#include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/quantized_blocks.h"
 #include "backend/weight_type.h"
 #include "bindings/events.h"
+#include "bindings/model.h"
 #include "drafting/lookup.h"
+#include "drafting/mtp.h"
 #include "drafting/random.h"
+#include "drafting/synthetic.h"
 #include "engine/engine.h"
-#include "engine/evaluation.h"
-#include "model/gemma.h"
-#include "model/weights.h"
 
 namespace py = pybind11;
 
 namespace draftwerk {
 namespace {
 
-/// Rows with logits in one step, unless told otherwise: each costs a vocabulary of float32 while in use.
-constexpr int kDefaultOutputs = 128;
+using TokenTable =
+    std::optional<std::pair<py::array_t<std::uint32_t, py::array::c_style | py::array::forcecast>, py::bytes>>;
 
-/// One value of the config dictionary, with an error that names the field.
-template <typename T>
-T field(const py::dict& config, const char* name) {
-  if (!config.contains(name)) throw std::invalid_argument(std::string("model config: field ") + name + " is missing");
-  try {
-    return config[name].cast<T>();
-  } catch (const py::cast_error&) {
-    throw std::invalid_argument(std::string("model config: field ") + name + " has the value " +
-                                py::repr(config[name]).cast<std::string>() + ", which is of the wrong type");
-  }
-}
-
-ModelConfig parse_config(const py::dict& config) {
-  ModelConfig parsed;
-  parsed.vocabulary = field<int>(config, "vocab_size");
-  parsed.hidden = field<int>(config, "hidden_size");
-  parsed.norm_epsilon = field<float>(config, "rms_norm_eps");
-  parsed.attention_scale = static_cast<float>(1.0 / std::sqrt(field<double>(config, "query_pre_attn_scalar")));
-  parsed.final_softcap = field<float>(config, "final_logit_softcapping");
-  parsed.window = field<int>(config, "sliding_window");
-  parsed.max_positions = field<std::int64_t>(config, "max_position_embeddings");
-  parsed.rope[static_cast<int>(LayerType::sliding)] = {field<double>(config, "rope_local_theta"), 1.0};
-  parsed.rope[static_cast<int>(LayerType::full)] = {field<double>(config, "rope_theta"),
-                                                    field<double>(config, "rope_scaling_factor")};
-  LayerConfig layer;
-  layer.query_heads = field<int>(config, "num_attention_heads");
-  layer.kv_heads = field<int>(config, "num_key_value_heads");
-  layer.head_dim = field<int>(config, "head_dim");
-  layer.mlp = field<int>(config, "intermediate_size");
-  for (const auto& type : field<std::vector<std::string>>(config, "layer_types")) {
-    if (type != "sliding_attention" && type != "full_attention") {
-      throw std::invalid_argument("model config: layer_types has '" + type +
-                                  "', known: sliding_attention, full_attention");
-    }
-    layer.type = type == "full_attention" ? LayerType::full : LayerType::sliding;
-    parsed.layers.push_back(layer);
-  }
-  check(parsed);
-  return parsed;
-}
-
-/// A model under construction, then ready: what Python holds on to. Backend, weights and activations in one.
-class PyModel {
- public:
-  PyModel(const py::dict& config, int threads, int max_step_rows, int max_outputs)
-      : config_(parse_config(config)),
-        max_rows_(max_step_rows),
-        max_outputs_(max_outputs == 0 ? std::min(max_step_rows, kDefaultOutputs) : max_outputs) {
-    if (max_step_rows < 2 || max_step_rows > 65536) {
-      throw std::invalid_argument("max_step_rows is " + std::to_string(max_step_rows) + ", must be 2 to 65536");
-    }
-    if (max_outputs_ < 1 || max_outputs_ > max_step_rows) {
-      throw std::invalid_argument("max_outputs is " + std::to_string(max_outputs) + ", must be 1 to max_step_rows (" +
-                                  std::to_string(max_step_rows) + "), or 0 for the default");
-    }
-    backend_ = make_cpu_backend(threads);
-    weights_ = std::make_unique<Weights>(*backend_);
-  }
-
-  void create_weight(const std::string& name, const std::string& type, std::int64_t rows, std::int64_t columns) {
-    building().create(name, parse_weight_type(type), rows, columns);
-  }
-
-  void upload_rows(const std::string& name, std::int64_t first_row, const std::string& source_type, std::int64_t rows,
-                   const py::buffer& data) {
-    const py::buffer_info info = data.request();
-    const auto bytes = static_cast<std::size_t>(info.size * info.itemsize);
-    if (info.ndim != 1 || (info.size > 1 && info.strides[0] != info.itemsize)) {
-      throw std::invalid_argument("tensor " + name + ": the data must be one contiguous dimension");
-    }
-    Weights& weights = building();
-    const WeightType type = parse_weight_type(source_type);
-    const py::gil_scoped_release release;
-    weights.upload_rows(name, first_row, rows, type, {static_cast<const std::byte*>(info.ptr), bytes});
-  }
-
-  void set_vector(const std::string& name,
-                  const py::array_t<float, py::array::c_style | py::array::forcecast>& values) {
-    building().set_vector(name, {values.data(), static_cast<std::size_t>(values.size())});
-  }
-
-  void finish() {
-    building();
-    model_.emplace(*backend_, config_, *weights_, max_rows_, max_outputs_);
-#if defined(__GLIBC__)
-    malloc_trim(0);  // what loading and building the tokenizer left in the heap: 15 MB for a vocabulary of 262,144
-#endif
-  }
-
-  Gemma& model() {
-    if (!model_) throw std::runtime_error("the model is not finished: call finish() after the last tensor");
-    return *model_;
-  }
-
-  /// Keeps evaluation and a running engine apart: the model has one set of activations.
-  void acquire() {
-    model();
-    const std::lock_guard lock(mutex_);
-    if (in_use_) throw std::runtime_error("the model is in use by an engine or an evaluation");
-    in_use_ = true;
-  }
-  void release() {
-    const std::lock_guard lock(mutex_);
-    in_use_ = false;
-  }
-
-  py::array_t<float> logits(const std::vector<TokenId>& tokens, int chunk) {
-    const Use use(*this);
-    const auto vocabulary = static_cast<py::ssize_t>(config_.vocabulary);
-    py::array_t<float> out({static_cast<py::ssize_t>(tokens.size()), vocabulary});
-    const std::span<float> span(out.mutable_data(), static_cast<std::size_t>(out.size()));
-    const py::gil_scoped_release release;
-    score(*model_, tokens, chunk, span);
-    return out;
-  }
-
-  std::vector<double> time_rows(int rows, int repeats, int context) {
-    const Use use(*this);
-    const py::gil_scoped_release release;
-    return time_passes(*model_, rows, repeats, context);
-  }
-
-  [[nodiscard]] std::string description() const { return backend_->description(); }
-  [[nodiscard]] std::size_t weight_bytes() const { return weights_->bytes(); }
-
- private:
-  class Use {
-   public:
-    explicit Use(PyModel& model) : model_(model) { model_.acquire(); }
-    Use(const Use&) = delete;
-    Use& operator=(const Use&) = delete;
-    Use(Use&&) = delete;
-    Use& operator=(Use&&) = delete;
-    ~Use() { model_.release(); }
-
-   private:
-    PyModel& model_;
-  };
-
-  Weights& building() {
-    if (model_) throw std::runtime_error("the model is finished; its weights cannot change");
-    return *weights_;
-  }
-
-  ModelConfig config_;
-  int max_rows_;
-  int max_outputs_;
-  std::unique_ptr<Backend> backend_;
-  std::unique_ptr<Weights> weights_;
-  std::optional<Gemma> model_;
-  std::mutex mutex_;
-  bool in_use_ = false;
+/// What a synthetic drafter proposes from: see make_synthetic_drafter.
+struct SyntheticDrafts {
+  std::vector<std::vector<TokenId>> recordings;
+  double acceptance = 0.0;
+  std::uint64_t seed = 0;
 };
 
-/// An engine and its hold on the model.
+/// An engine and its hold on the model and the drafter.
 class PyEngine {
  public:
-  PyEngine(
-      std::shared_ptr<PyModel> model, const EngineOptions& options, const std::string& drafter,
-      const std::optional<std::pair<py::array_t<std::uint32_t, py::array::c_style | py::array::forcecast>, py::bytes>>&
-          token_bytes)
-      : model_(std::move(model)) {
-    std::unique_ptr<Drafter> made = make_drafter(drafter, model_->model().config().vocabulary);
+  PyEngine(std::shared_ptr<PyModel> model, const EngineOptions& options, const std::vector<std::string>& drafters,
+           const TokenTable& token_bytes, std::shared_ptr<PyMtpModel> mtp,
+           const std::optional<SyntheticDrafts>& synthetic)
+      : model_(std::move(model)), mtp_(std::move(mtp)) {
+    if (mtp_ != nullptr && &mtp_->target() != model_.get()) {
+      throw std::invalid_argument("the MTP drafter was made for another model");
+    }
+    std::vector<std::unique_ptr<Drafter>> made;
+    made.reserve(drafters.size());
+    for (const std::string& name : drafters) made.push_back(make_drafter(name, synthetic));
     TokenBytes table;
     if (token_bytes) {
       const auto& offsets = token_bytes->first;
@@ -238,14 +91,24 @@ class PyEngine {
   }
 
  private:
-  static std::unique_ptr<Drafter> make_drafter(const std::string& name, int vocabulary) {
-    if (name == "none") return nullptr;
+  std::unique_ptr<Drafter> make_drafter(const std::string& name, const std::optional<SyntheticDrafts>& synthetic) {
+    const int vocabulary = model_->model().config().vocabulary;
     if (name == "lookup") return make_lookup_drafter();
     if (name == "random") return make_random_drafter(vocabulary);
-    throw std::invalid_argument("unknown drafter '" + name + "' (known: none, lookup, random)");
+    if (name == "mtp") {
+      if (mtp_ == nullptr) throw std::invalid_argument("drafter 'mtp' needs its model: Engine(mtp=...)");
+      return make_mtp_drafter(mtp_->model());
+    }
+    if (name == "synthetic") {
+      if (!synthetic) throw std::invalid_argument("drafter 'synthetic' needs recordings: Engine(synthetic=...)");
+      return make_synthetic_drafter(synthetic->recordings, synthetic->acceptance, synthetic->seed, vocabulary,
+                                    mtp_ == nullptr ? nullptr : make_mtp_drafter(mtp_->model()));
+    }
+    throw std::invalid_argument("unknown drafter '" + name + "' (known: lookup, mtp, random, synthetic)");
   }
 
   std::shared_ptr<PyModel> model_;
+  std::shared_ptr<PyMtpModel> mtp_;
   std::unique_ptr<Engine> engine_;
   bool released_ = false;
 };
@@ -276,6 +139,21 @@ py::dict to_dict(const EngineStatistics& s) {
   d["accepted"] = s.accepted;
   d["drafted_by_position"] = s.drafted_by_position;
   d["accepted_by_position"] = s.accepted_by_position;
+  py::dict drafters;
+  for (const DrafterStatistics& drafter : s.drafters) {
+    py::dict figures;
+    figures["drafted"] = drafter.drafted;
+    figures["accepted"] = drafter.accepted;
+    figures["drafted_by_position"] = drafter.drafted_by_position;
+    figures["accepted_by_position"] = drafter.accepted_by_position;
+    py::dict recent;
+    recent["rounds"] = drafter.recent.rounds;
+    recent["drafted_by_position"] = drafter.recent.drafted_by_position;
+    recent["accepted_by_position"] = drafter.recent.accepted_by_position;
+    figures["recent"] = recent;
+    drafters[py::str(drafter.name)] = figures;
+  }
+  d["drafters"] = drafters;
   d["generated_tokens"] = s.generated_tokens;
   d["requests"] = s.requests;
   d["finished"] = s.finished;
@@ -288,22 +166,6 @@ py::dict to_dict(const EngineStatistics& s) {
   d["seconds"] = seconds;
   d["kv"] = kv;
   return d;
-}
-
-void bind_model(py::module_& m) {
-  py::class_<PyModel, std::shared_ptr<PyModel>>(m, "Model", "A target model on this machine's processor.")
-      .def(py::init<const py::dict&, int, int, int>(), py::arg("config"), py::kw_only(), py::arg("threads") = 0,
-           py::arg("max_step_rows") = 512, py::arg("max_outputs") = 0)
-      .def("create_weight", &PyModel::create_weight, py::arg("name"), py::arg("type"), py::arg("rows"),
-           py::arg("columns"))
-      .def("upload_rows", &PyModel::upload_rows, py::arg("name"), py::arg("first_row"), py::arg("source_type"),
-           py::arg("rows"), py::arg("data"))
-      .def("set_vector", &PyModel::set_vector, py::arg("name"), py::arg("values"))
-      .def("finish", &PyModel::finish)
-      .def("logits", &PyModel::logits, py::arg("token_ids"), py::arg("chunk") = 0)
-      .def("time_rows", &PyModel::time_rows, py::arg("rows"), py::arg("repeats"), py::arg("context"))
-      .def_property_readonly("description", &PyModel::description)
-      .def_property_readonly("weight_bytes", &PyModel::weight_bytes);
 }
 
 void bind_requests(py::module_& m) {
@@ -358,7 +220,7 @@ void bind_requests(py::module_& m) {
 void bind_engine(py::module_& m) {
   struct Options {
     EngineOptions engine;
-    std::string drafter = "lookup";
+    std::vector<std::string> drafters = {"lookup"};
   };
   const auto option = [](auto EngineOptions::* member) {
     return std::pair([member](const Options& o) { return o.engine.*member; },
@@ -371,7 +233,7 @@ void bind_engine(py::module_& m) {
     auto [get, set] = option(member);
     options.def_property(name, get, set);
   };
-  options.def(py::init<>()).def_readwrite("drafter", &Options::drafter);
+  options.def(py::init<>()).def_readwrite("drafters", &Options::drafters);
   add("kv_memory_bytes", &EngineOptions::kv_memory_bytes);
   add("max_sequences", &EngineOptions::max_sequences);
   add("prefill_chunk", &EngineOptions::prefill_chunk);
@@ -382,13 +244,20 @@ void bind_engine(py::module_& m) {
   add("eos_token_ids", &EngineOptions::eos_token_ids);
   add("max_context", &EngineOptions::max_context);
 
-  using Offsets = py::array_t<std::uint32_t, py::array::c_style | py::array::forcecast>;
-  py::class_<PyEngine>(m, "Engine", "The engine thread and its queues.")
-      .def(py::init([](std::shared_ptr<PyModel> model, const Options& o,
-                       const std::optional<std::pair<Offsets, py::bytes>>& token_bytes) {
-             return std::make_unique<PyEngine>(std::move(model), o.engine, o.drafter, token_bytes);
+  py::class_<SyntheticDrafts>(m, "SyntheticDrafts", "Recorded plain runs, and how often a draft shall be right.")
+      .def(py::init([](std::vector<std::vector<TokenId>> recordings, double acceptance, std::uint64_t seed) {
+             return SyntheticDrafts{std::move(recordings), acceptance, seed};
            }),
-           py::arg("model"), py::arg("options"), py::arg("token_bytes") = py::none())
+           py::arg("recordings"), py::arg("acceptance"), py::arg("seed") = 0);
+
+  py::class_<PyEngine>(m, "Engine", "The engine thread and its queues.")
+      .def(py::init([](std::shared_ptr<PyModel> model, const Options& o, const TokenTable& token_bytes,
+                       std::shared_ptr<PyMtpModel> mtp, const std::optional<SyntheticDrafts>& synthetic) {
+             return std::make_unique<PyEngine>(std::move(model), o.engine, o.drafters, token_bytes, std::move(mtp),
+                                               synthetic);
+           }),
+           py::arg("model"), py::arg("options"), py::arg("token_bytes") = py::none(), py::kw_only(),
+           py::arg("mtp") = nullptr, py::arg("synthetic") = py::none())
       .def(
           "submit", [](PyEngine& e, const Request& request) { return e.engine().submit(request); }, py::arg("request"))
       .def(
@@ -444,7 +313,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() =
       "Draftwerk's core: the engine, its model and its queues. The package draftwerk is the interface for people.";
   bind_errors(m);
-  bind_model(m);
+  bind_models(m);
   bind_requests(m);
   bind_events(m);
   bind_engine(m);

@@ -10,8 +10,9 @@ namespace {
 
 /// Where the classes start from, first draft and later ones: lookup's acceptance in Markdown and Python source in
 /// Gemma's tokens, at 1,000 tokens of context, rounded down.
-constexpr float kPriorAcceptance[kConfidenceClasses][kDraftDepths] = {
-    {0.3F, 0.5F}, {0.45F, 0.6F}, {0.5F, 0.7F}, {0.6F, 0.7F}, {0.7F, 0.75F}, {0.7F, 0.8F}, {0.8F, 0.85F}, {0.9F, 0.95F}};
+constexpr float kPriorAcceptance[kConfidenceClasses][kDraftDepths] = {{0.3F, 0.5F},  {0.45F, 0.6F}, {0.5F, 0.7F},
+                                                                      {0.6F, 0.7F},  {0.7F, 0.75F}, {0.7F, 0.8F},
+                                                                      {0.8F, 0.85F}, {0.9F, 0.95F}, {0.7F, 0.65F}};
 /// Drafts that the prior counts for against those of all sequences, and these against the sequence's own.
 constexpr double kPriorWeight = 4.0;
 constexpr double kSharedWeight = 1.0;
@@ -58,15 +59,19 @@ std::size_t class_index(int confidence) {
   return static_cast<std::size_t>(std::clamp(confidence, 0, kConfidenceClasses - 1));
 }
 
-int capacity(const DraftCandidate& candidate) {
-  return std::max(std::min(candidate.limit, candidate.outlook.available), 0);
+const DraftOutlook& outlook_of(const DraftCandidate& candidate) { return candidate.outlooks[candidate.drafter]; }
+
+int capacity(const DraftCandidate& candidate, int drafter) {
+  return std::max(std::min(candidate.limit, candidate.outlooks[drafter].available), 0);
 }
+int capacity(const DraftCandidate& candidate) { return capacity(candidate, candidate.drafter); }
 
 }  // namespace
 
 void DraftBudget::plan(std::span<DraftCandidate> candidates, int prefill_rows, int max_rows) {
   pending_ = {};
   const int sequences = static_cast<int>(candidates.size());
+  choose_drafters(candidates);
   rank_drafts(candidates, max_rows - prefill_rows - sequences);
 
   if (prefill_rows > 0) {
@@ -78,7 +83,7 @@ void DraftBudget::plan(std::span<DraftCandidate> candidates, int prefill_rows, i
     grant(candidates, drafts);
     pending_.tokens = expected_[drafts];
     pending_.rows = sequences + drafts;
-    pending_.drafts = drafts;
+    pending_.drafting = drafting_[drafts];
     pending_.active = drafts != best;
     if (!pending_.active) probe(candidates, max_rows);
     if (pending_.active) last_trial_ = steps_;
@@ -92,6 +97,28 @@ void DraftBudget::plan(std::span<DraftCandidate> candidates, int prefill_rows, i
   }
 }
 
+/// For each sequence the drafter with the highest goodput, if all sequences drafted as much as it does.
+void DraftBudget::choose_drafters(std::span<DraftCandidate> candidates) const {
+  const auto sequences = static_cast<int>(candidates.size());
+  for (DraftCandidate& candidate : candidates) {
+    candidate.drafter = 0;
+    double best = 0.0;
+    for (int drafter = 0; drafter < kMaxDrafters; ++drafter) {
+      double tokens = 1.0;
+      double reach = 1.0;
+      for (int depth = 0; depth < capacity(candidate, drafter); ++depth) {
+        reach *= acceptance(*candidate.acceptance, candidate.outlooks[drafter].confidence, depth);
+        tokens += reach;
+        const int drafts = depth + 1;
+        const double seconds = step_costs_.cost(sequences * (1 + drafts)) / sequences + draft_cost(drafter) * drafts;
+        if (tokens / seconds <= best) continue;
+        best = tokens / seconds;
+        candidate.drafter = drafter;
+      }
+    }
+  }
+}
+
 /// Orders the drafts that could be granted by what they are expected to yield, greedily: a sequence's next draft is
 /// never likelier to be reached and accepted than the one before it, so every prefix of the order is the best choice
 /// of as many drafts.
@@ -99,6 +126,7 @@ void DraftBudget::rank_drafts(std::span<DraftCandidate> candidates, int most) {
   ranked_.clear();
   heads_.clear();
   expected_.assign(1, static_cast<double>(candidates.size()));
+  drafting_.assign(1, 0.0);
   const auto less = [](const Head& a, const Head& b) {
     return a.reach != b.reach ? a.reach < b.reach : a.candidate > b.candidate;
   };
@@ -106,7 +134,7 @@ void DraftBudget::rank_drafts(std::span<DraftCandidate> candidates, int most) {
     DraftCandidate& candidate = candidates[i];
     candidate.granted = 0;
     if (capacity(candidate) == 0) continue;
-    heads_.push_back({acceptance(*candidate.acceptance, candidate.outlook.confidence, 0), i, 0});
+    heads_.push_back({acceptance(*candidate.acceptance, outlook_of(candidate).confidence, 0), i, 0});
   }
   std::make_heap(heads_.begin(), heads_.end(), less);
   while (static_cast<int>(ranked_.size()) < most && !heads_.empty()) {
@@ -115,11 +143,12 @@ void DraftBudget::rank_drafts(std::span<DraftCandidate> candidates, int most) {
     ranked_.push_back(head.candidate);
     expected_.push_back(expected_.back() + head.reach);
     const DraftCandidate& candidate = candidates[head.candidate];
+    drafting_.push_back(drafting_.back() + draft_cost(candidate.drafter));
     if (++head.depth == capacity(candidate)) {
       heads_.pop_back();
       continue;
     }
-    head.reach *= acceptance(*candidate.acceptance, candidate.outlook.confidence, head.depth);
+    head.reach *= acceptance(*candidate.acceptance, outlook_of(candidate).confidence, head.depth);
     std::push_heap(heads_.begin(), heads_.end(), less);
   }
 }
@@ -129,7 +158,7 @@ void DraftBudget::grant(std::span<DraftCandidate> candidates, int drafts) const 
 }
 
 double DraftBudget::rate(int sequences, int drafts) const {
-  return expected_[drafts] / (step_costs_.cost(sequences + drafts) + draft_cost() * drafts);
+  return expected_[drafts] / (step_costs_.cost(sequences + drafts) + drafting_[drafts]);
 }
 
 /// The number of drafts with the highest goodput among those whose cost was measured or lies between measured ones.
@@ -157,7 +186,7 @@ int DraftBudget::best_beside_prefill(int sequences, int prefill_rows) const {
   double best_surplus = 0.0;
   const double base = step_costs_.cost(sequences + prefill_rows);
   for (int g = 1; g < static_cast<int>(expected_.size()); ++g) {
-    const double seconds = step_costs_.cost(sequences + prefill_rows + g) - base + draft_cost() * g;
+    const double seconds = step_costs_.cost(sequences + prefill_rows + g) - base + drafting_[g];
     const double surplus = expected_[g] - expected_[0] - price * seconds;
     if (surplus > best_surplus) {
       best = g;
@@ -185,8 +214,8 @@ int DraftBudget::trial(int sequences, int best) const {
       bound = cost;
       continue;
     }
-    const double hoped = expected_[g] / (bound + draft_cost() * g);
-    const double loss = (bound + cost) / 2 + draft_cost() * g - expected_[g] / best_rate;
+    const double hoped = expected_[g] / (bound + drafting_[g]);
+    const double loss = (bound + cost) / 2 + drafting_[g] - expected_[g] / best_rate;
     const bool gains = rate(sequences, g) > best_rate;
     if (hoped > pick_rate && (gains || (may_lose && loss <= allowance_))) {
       pick = g;
@@ -211,14 +240,14 @@ void DraftBudget::probe(std::span<DraftCandidate> candidates, int max_rows) {
     SequenceAcceptance& sequence = *candidate.acceptance;
     if (candidate.granted > 0 || capacity(candidate) == 0) continue;
     if (sequence.steps_without_draft + 1 < sequence.probe_interval) continue;
-    double gain = acceptance(sequence, candidate.outlook.confidence, 0);
+    double gain = acceptance(sequence, outlook_of(candidate).confidence, 0);
     int drafts = 1;
     if (gain >= kDeepProbe && capacity(candidate) > 1 && pending_.rows + 1 < max_rows) {
-      gain += gain * acceptance(sequence, candidate.outlook.confidence, 1);
+      gain += gain * acceptance(sequence, outlook_of(candidate).confidence, 1);
       drafts = 2;
     }
     const double loss = step_costs_.cost(pending_.rows + drafts) - step_costs_.cost(pending_.rows) +
-                        draft_cost() * drafts - gain / pending_.rate;
+                        draft_cost(candidate.drafter) * drafts - gain / pending_.rate;
     if (loss > allowance) {
       probe_cursor_ = at;
       break;
@@ -228,7 +257,7 @@ void DraftBudget::probe(std::span<DraftCandidate> candidates, int max_rows) {
     sequence.probe_interval = std::clamp(2 * sequence.probe_interval, 1, kLongestProbeInterval);
     pending_.tokens += gain;
     pending_.rows += drafts;
-    pending_.drafts += drafts;
+    pending_.drafting += draft_cost(candidate.drafter) * drafts;
     pending_.active = true;
   }
 }
@@ -270,21 +299,23 @@ void DraftBudget::observe_step(int rows, double seconds) {
   // A disturbed step says nothing of what a trial or a step costs: bound it.
   const double charged = std::min(seconds, 4.0 * expected_seconds);
   if (pending_.active && pending_.rows == rows) {
-    const double drafting = draft_cost() * pending_.drafts;
-    allowance_ -= std::max(charged + drafting - pending_.tokens / pending_.rate, 0.0);
+    allowance_ -= std::max(charged + pending_.drafting - pending_.tokens / pending_.rate, 0.0);
   }
   pending_.active = false;
   allowance_ = std::min(allowance_ + charged * (first ? kFirstAllowance : kTrialShare), kLargestAllowance * charged);
 }
 
-void DraftBudget::observe_drafting(int drafts, double seconds) {
+void DraftBudget::observe_drafting(int drafter, int drafts, double seconds) {
   if (drafts < 1 || !std::isfinite(seconds) || seconds < 0.0) return;
-  draft_costs_.add(seconds / drafts);
+  draft_costs_[drafter].add(seconds / drafts);
 }
 
 double DraftBudget::step_cost(int rows) const { return step_costs_.cost(rows); }
 
-double DraftBudget::draft_cost() const { return draft_costs_.count() == 0 ? 0.0 : draft_costs_.value(); }
+double DraftBudget::draft_cost(int drafter) const {
+  const RecentMedian& costs = draft_costs_[drafter];
+  return costs.count() == 0 ? 0.0 : costs.value();
+}
 
 double DraftBudget::acceptance(const SequenceAcceptance& sequence, int confidence, int depth) const {
   const std::size_t c = class_index(confidence);

@@ -47,9 +47,10 @@ struct SequenceAcceptance {
 /// One decoding sequence in DraftBudget::plan().
 struct DraftCandidate {
   SequenceAcceptance* acceptance = nullptr;
-  DraftOutlook outlook;
-  int limit = 0;    ///< most drafts allowed for it
-  int granted = 0;  ///< out: 0 .. min(limit, outlook.available)
+  std::array<DraftOutlook, kMaxDrafters> outlooks{};  ///< by drafter; 0 available: nothing from that one
+  int limit = 0;                                      ///< most drafts allowed for it
+  int drafter = 0;                                    ///< out: whose drafts are granted
+  int granted = 0;                                    ///< out: 0 .. min(limit, outlooks[drafter].available)
 };
 
 /// Used from the engine thread alone. Throws nothing but std::bad_alloc, and allocates only when plan() sees more
@@ -68,17 +69,20 @@ class DraftBudget {
   /// the step. The step's rows stay within `max_rows` as far as that is up to the drafts.
   void plan(std::span<DraftCandidate> candidates, int prefill_rows, int max_rows);
 
+  /// Sets `drafter` of every candidate alone, for a fixed number of drafts: the one whose drafts are likelier accepted.
+  void choose_drafters(std::span<DraftCandidate> candidates) const;
+
   /// A sequence drafted `drafted` tokens of class `confidence`, of which the first `accepted` were accepted.
   void observe_acceptance(SequenceAcceptance& acceptance, int confidence, int drafted, int accepted);
   /// A step of `rows` rows, none of them prefill, took `seconds` (the target's pass and verification).
   void observe_step(int rows, double seconds);
-  /// Proposing `drafts` tokens in all took `seconds`.
-  void observe_drafting(int drafts, double seconds);
+  /// Proposing `drafts` tokens in all took this drafter `seconds`.
+  void observe_drafting(int drafter, int drafts, double seconds);
 
   /// Estimated seconds of a step with `rows` rows; before any observation, in units of a step with one row.
   [[nodiscard]] double step_cost(int rows) const;
-  /// Estimated seconds to propose one draft.
-  [[nodiscard]] double draft_cost() const;
+  /// Estimated seconds for this drafter to propose one draft.
+  [[nodiscard]] double draft_cost(int drafter) const;
   /// Estimated probability that a draft of the sequence is accepted; `depth` 0 is the first one of a step, given for
   /// the others that those before it were accepted.
   [[nodiscard]] double acceptance(const SequenceAcceptance& sequence, int confidence, int depth) const;
@@ -94,9 +98,9 @@ class DraftBudget {
   struct Trial {
     bool active = false;
     int rows = 0;
-    int drafts = 0;
-    double tokens = 0.0;  ///< expected
-    double rate = 0.0;    ///< tokens per second of the best known plan
+    double drafting = 0.0;  ///< seconds expected of the drafters
+    double tokens = 0.0;    ///< expected
+    double rate = 0.0;      ///< tokens per second of the best known plan
   };
 
   void rank_drafts(std::span<DraftCandidate> candidates, int most);
@@ -108,7 +112,7 @@ class DraftBudget {
   void probe(std::span<DraftCandidate> candidates, int max_rows);
 
   StepCostTable step_costs_;
-  RecentMedian draft_costs_;
+  std::array<RecentMedian, kMaxDrafters> draft_costs_;
   AcceptanceTable shared_{};  ///< over all sequences
   double allowance_ = 0.0;    ///< seconds that trials may lose
   std::int64_t steps_ = 0;
@@ -119,6 +123,7 @@ class DraftBudget {
   std::vector<Head> heads_;
   std::vector<int> ranked_;       ///< candidates by the gain of their next draft, descending
   std::vector<double> expected_;  ///< tokens of a step with the first g of ranked_, g = 0 .. ranked_.size()
+  std::vector<double> drafting_;  ///< seconds that these drafts take
 };
 
 }  // namespace draftwerk

@@ -6,7 +6,7 @@
 #include <memory>
 #include <span>
 
-#include "backend/sampling.h"
+#include "backend/backend.h"
 
 namespace draftwerk {
 
@@ -22,9 +22,14 @@ class DraftState {
   virtual ~DraftState() = default;
 };
 
-/// Classes of confidence, 0 the least. What a class means is the drafter's affair; the draft budget learns how often
-/// drafts of each class are accepted.
-inline constexpr int kConfidenceClasses = 8;
+/// Classes of confidence. What the classes 0 .. 7 mean is the affair of a drafter that knows before it drafts how good
+/// its drafts will be, 0 the least; kModelConfidence is for drafts of a model, which it does not know that of. The
+/// draft budget learns how often drafts of each class are accepted.
+inline constexpr int kConfidenceClasses = 9;
+inline constexpr int kModelConfidence = 8;
+
+/// Drafters that one engine may have; each sequence of a step drafts with the one that pays best there.
+inline constexpr int kMaxDrafters = 2;
 
 /// What a drafter could propose now, known before paying for it.
 struct DraftOutlook {
@@ -32,14 +37,26 @@ struct DraftOutlook {
   int confidence = 0;  ///< 0 .. kConfidenceClasses - 1
 };
 
-/// One sequence's part of a proposal.
-struct DraftJob {
+/// One sequence as a drafter sees it.
+struct DraftContext {
   DraftState* state = nullptr;
   std::span<const TokenId> tokens;  ///< the whole sequence so far, prompt and output
-  int count = 0;                    ///< drafts wanted, >= 0
-  TokenId* drafts = nullptr;        ///< out: room for `count` tokens, the first one guesses position tokens.size()
-  int produced = 0;                 ///< out: 0 .. count
-  std::uint64_t sequence_seed = 0;  ///< the sequence's sampling seed
+  /// Output row of the target's last pass that chose the last token, whose hidden state is still there; -1: none is.
+  int target_row = -1;
+  const PageId* pages[kPageTables] = {nullptr, nullptr};  ///< K/V of every position but that of the last token
+  KvArena arena;                                          ///< where the pages lie
+  const SamplingParams* sampling = nullptr;               ///< how the target chooses this sequence's tokens
+  const TokenHistory* history = nullptr;                  ///< null when no penalty is asked for
+  std::span<const TokenId> banned;                        ///< excluded from the next `banned_tokens` tokens
+  int banned_tokens = 0;
+};
+
+/// One sequence's part of a proposal.
+struct DraftJob {
+  DraftContext context;
+  int count = 0;              ///< drafts wanted, >= 0
+  TokenId* drafts = nullptr;  ///< out: room for `count` tokens, the first one guesses position tokens.size()
+  int produced = 0;           ///< out: 0 .. count
 };
 
 /// Used from the engine thread alone, but for open(). Throws nothing but std::bad_alloc, and allocates only as
@@ -55,12 +72,15 @@ class Drafter {
 
   /// As in `--drafter NAME`.
   [[nodiscard]] virtual const char* name() const = 0;
-  /// The state of a new sequence. Any thread, at any time.
+  /// The state of a new sequence; null if the drafter keeps none. Any thread, at any time.
   virtual std::unique_ptr<DraftState> open() = 0;
-  /// What could be proposed after `tokens`, at most `limit` drafts. Cheap.
-  virtual DraftOutlook outlook(DraftState& state, std::span<const TokenId> tokens, int limit) = 0;
+  /// What could be proposed for the sequence, at most `limit` drafts. Cheap.
+  virtual DraftOutlook outlook(const DraftContext& context, int limit) = 0;
   /// Fills drafts and produced of every job. Does not need a preceding outlook().
   virtual void propose(std::span<DraftJob> jobs) = 0;
+  /// How many of the last positions, that of the last token included, must keep their K/V in sliding layers for it; 0:
+  /// it reads none.
+  [[nodiscard]] virtual int look_back() const { return 0; }
 };
 
 }  // namespace draftwerk

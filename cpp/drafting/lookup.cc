@@ -178,7 +178,8 @@ class LookupState final : public DraftState {
 };
 
 int confidence_class(int match_length) {
-  constexpr std::array<int, kConfidenceClasses - 1> kFirstOfNext = {3, 4, 5, 7, 10, 16, 32};
+  constexpr std::array kFirstOfNext = {3, 4, 5, 7, 10, 16, 32};
+  static_assert(kFirstOfNext.size() < kModelConfidence);
   return static_cast<int>(
       std::distance(kFirstOfNext.begin(), std::upper_bound(kFirstOfNext.begin(), kFirstOfNext.end(), match_length)));
 }
@@ -188,21 +189,27 @@ class LookupDrafter final : public Drafter {
   [[nodiscard]] const char* name() const override { return "lookup"; }
   std::unique_ptr<DraftState> open() override { return std::make_unique<LookupState>(); }
 
-  DraftOutlook outlook(DraftState& state, std::span<const TokenId> tokens, int limit) override {
-    const Match& match = static_cast<LookupState&>(state).update(tokens);
+  DraftOutlook outlook(const DraftContext& context, int limit) override {
+    const Match& match = match_at_end(context);
     if (match.length == 0) return {};
     return {.available = limit, .confidence = confidence_class(match.length)};
   }
 
   void propose(std::span<DraftJob> jobs) override {
     for (DraftJob& job : jobs) {
-      const Match& match = static_cast<LookupState&>(*job.state).update(job.tokens);
+      const Match& match = match_at_end(job.context);
+      const std::span<const TokenId> tokens = job.context.tokens;
       job.produced = match.length == 0 ? 0 : job.count;
       for (int i = 0; i < job.produced; ++i) {
         const std::size_t source = static_cast<std::size_t>(match.end) + 1 + static_cast<std::size_t>(i);
-        job.drafts[i] = source < job.tokens.size() ? job.tokens[source] : job.drafts[source - job.tokens.size()];
+        job.drafts[i] = source < tokens.size() ? tokens[source] : job.drafts[source - tokens.size()];
       }
     }
+  }
+
+ private:
+  static const Match& match_at_end(const DraftContext& context) {
+    return static_cast<LookupState&>(*context.state).update(context.tokens);
   }
 };
 

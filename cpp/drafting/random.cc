@@ -16,23 +16,23 @@ class RandomDrafter final : public Drafter {
   explicit RandomDrafter(int vocabulary) : vocabulary_(static_cast<std::uint32_t>(vocabulary)) {}
 
   [[nodiscard]] const char* name() const override { return "random"; }
-  std::unique_ptr<DraftState> open() override { return std::make_unique<State>(); }
-  DraftOutlook outlook(DraftState& /*state*/, std::span<const TokenId> /*tokens*/, int limit) override {
+  std::unique_ptr<DraftState> open() override { return nullptr; }
+  DraftOutlook outlook(const DraftContext& /*context*/, int limit) override {
     return {.available = limit, .confidence = 0};
   }
 
   void propose(std::span<DraftJob> jobs) override {
     for (DraftJob& job : jobs) {
+      const std::span<const TokenId> tokens = job.context.tokens;
+      const std::uint64_t seed = job.context.sampling == nullptr ? 0 : job.context.sampling->seed;
       for (int i = 0; i < job.count; ++i) {
-        job.drafts[i] = draw(job.tokens, job.sequence_seed, job.tokens.size() + static_cast<std::size_t>(i));
+        job.drafts[i] = draw(tokens, seed, tokens.size() + static_cast<std::size_t>(i));
       }
       job.produced = job.count;
     }
   }
 
  private:
-  class State final : public DraftState {};
-
   [[nodiscard]] TokenId draw(std::span<const TokenId> tokens, std::uint64_t seed, std::uint64_t position) const {
     const PhiloxWords random =
         philox4x32(static_cast<std::uint32_t>(position), static_cast<std::uint32_t>(position >> 32), 0, kStream,

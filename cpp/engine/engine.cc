@@ -24,11 +24,12 @@ class PhaseTimer {
   Clock::time_point start_;
 };
 
-KvShape kv_shape(const Gemma& model) {
+KvShape kv_shape(const Gemma& model, std::span<const std::unique_ptr<Drafter>> drafters) {
   KvShape shape{};
   const KvPageShape pages = model.kv_page_shape();
   std::copy(std::begin(pages.page_bytes), std::end(pages.page_bytes), std::begin(shape.page_bytes));
   shape.window = model.config().window;
+  for (const auto& drafter : drafters) shape.window = std::max(shape.window, drafter->look_back());
   return shape;
 }
 
@@ -56,6 +57,14 @@ EngineOptions checked(EngineOptions options, const Gemma& model) {
   return options;
 }
 
+std::vector<std::unique_ptr<Drafter>> checked(std::vector<std::unique_ptr<Drafter>> drafters) {
+  if (drafters.size() > kMaxDrafters) {
+    throw std::invalid_argument(std::to_string(drafters.size()) + " drafters, at most " + std::to_string(kMaxDrafters) +
+                                " can be used together");
+  }
+  return drafters;
+}
+
 std::vector<TokenId> sorted_stop_tokens(const Request& request, const std::vector<TokenId>& eos) {
   std::vector<TokenId> tokens = request.stop_token_ids;
   if (!request.ignore_eos) tokens.insert(tokens.end(), eos.begin(), eos.end());
@@ -64,7 +73,7 @@ std::vector<TokenId> sorted_stop_tokens(const Request& request, const std::vecto
   return tokens;
 }
 
-// `Statistics` is RequestStatistics or EngineStatistics.
+// `Statistics` is RequestStatistics, EngineStatistics or DrafterStatistics.
 template <typename Statistics>
 void count_drafts(Statistics& statistics, int drafted, int accepted) {
   statistics.drafted += drafted;
@@ -98,17 +107,19 @@ const char* finish_reason_name(FinishReason reason) {
   return "";
 }
 
-Engine::Engine(Gemma& model, EngineOptions options, std::unique_ptr<Drafter> drafter, TokenBytes token_bytes)
+Engine::Engine(Gemma& model, EngineOptions options, std::vector<std::unique_ptr<Drafter>> drafters,
+               TokenBytes token_bytes)
     : model_(model),
       options_(checked(std::move(options), model)),
-      drafter_(std::move(drafter)),
+      drafters_(checked(std::move(drafters))),
       token_bytes_(std::move(token_bytes)),
       limits_{model.config().vocabulary, options_.max_context, options_.max_draft_length, !token_bytes_.empty()},
-      kv_(kv_shape(model), options_.kv_memory_bytes, options_.prefix_cache),
+      kv_(kv_shape(model, drafters_), options_.kv_memory_bytes, options_.prefix_cache),
       arena_(model.backend().allocate(kv_.arena_bytes())),
       parked_(kv_),
-      scheduler_({options_.max_sequences, model.max_rows(), model.max_outputs(), options_.prefill_chunk}, kv_,
-                 parked_) {
+      scheduler_({options_.max_sequences, model.max_rows(), model.max_outputs(), options_.prefill_chunk}, kv_, parked_),
+      acceptance_(drafters_.size()) {
+  for (const auto& drafter : drafters_) totals_.drafters.push_back({drafter->name(), 0, 0, {}, {}, {}});
   publish_statistics();
   thread_ = std::thread(&Engine::run, this);
 }
@@ -135,7 +146,9 @@ RequestId Engine::submit(Request request) {
   if (request.sampling.needs_history()) {
     for (const TokenId token : request.prompt) sequence->history[token].in_prompt = true;
   }
-  if (drafter_ && request.drafting) sequence->draft_state = drafter_->open();
+  for (std::size_t d = 0; d < drafters_.size() && request.drafting; ++d) {
+    sequence->draft_states[d] = drafters_[d]->open();
+  }
   sequence->statistics.prompt_tokens = prompt_tokens;
   sequence->submitted = Clock::now();
   sequence->request = std::move(request);
@@ -285,44 +298,48 @@ void Engine::step() {
   commit(*plan);
 }
 
-// Fills drafts_ with what the drafter proposes for the sequences that decode, and reserves the pages of its drafts.
+// Fills drafts_ with what the drafters propose for the sequences that decode, and reserves the pages of its drafts.
 void Engine::propose_drafts(const StepPlan& plan) {
   drafts_.assign(plan.sequences.size(), {});
-  if (!drafter_) return;
+  if (drafters_.empty()) return;
   const PhaseTimer timer(totals_.draft_seconds);
-  const Clock::time_point start = Clock::now();
   grant_drafts(plan);
+  draft_tokens_.resize(plan.sequences.size() * static_cast<std::size_t>(options_.max_draft_length));
+  for (std::size_t d = 0; d < drafters_.size(); ++d) propose_with(d, plan);
+}
 
+// What one drafter proposes for the sequences that were granted its drafts.
+void Engine::propose_with(std::size_t drafter, const StepPlan& plan) {
+  const Clock::time_point start = Clock::now();
   const auto stride = static_cast<std::size_t>(options_.max_draft_length);
-  draft_tokens_.resize(plan.sequences.size() * stride);
   jobs_.clear();
   job_sequences_.clear();
   int wanted = 0;
   for (std::size_t c = 0; c < candidates_.size(); ++c) {
     const std::size_t planned = candidate_sequences_[c];
     Sequence& sequence = *plan.sequences[planned].sequence;
-    const int granted = candidates_[c].granted;
+    const DraftCandidate& candidate = candidates_[c];
+    if (candidate.granted == 0 || static_cast<std::size_t>(candidate.drafter) != drafter) continue;
     // Drafts are worth parked K/V and cached prefixes, which would have to go a few tokens later, but never a sequence.
-    if (granted == 0 || !parked_.reserve(sequence.kv, sequence.length() + granted)) continue;
-    jobs_.push_back({sequence.draft_state.get(), sequence.tokens, granted, &draft_tokens_[planned * stride], 0,
-                     sequence.request.sampling.seed});
+    if (!parked_.reserve(sequence.kv, sequence.length() + candidate.granted)) continue;
+    jobs_.push_back({draft_context(sequence, drafter), candidate.granted, &draft_tokens_[planned * stride], 0});
     job_sequences_.push_back(planned);
-    confidences_[planned] = candidates_[c].outlook.confidence;
-    wanted += granted;
+    origins_[planned] = {drafter, candidate.outlooks[drafter].confidence};
+    wanted += candidate.granted;
   }
   if (jobs_.empty()) return;
-  drafter_->propose(jobs_);
+  drafters_[drafter]->propose(jobs_);
   for (std::size_t j = 0; j < jobs_.size(); ++j) {
     drafts_[job_sequences_[j]] = {jobs_[j].drafts, static_cast<std::size_t>(jobs_[j].produced)};
   }
-  budget_.observe_drafting(wanted, seconds_since(start));
+  budget_.observe_drafting(static_cast<int>(drafter), wanted, seconds_since(start));
 }
 
-// Decides how many drafts each decoding sequence gets.
+// Decides how many drafts each decoding sequence gets, and whose.
 void Engine::grant_drafts(const StepPlan& plan) {
   candidates_.clear();
   candidate_sequences_.clear();
-  confidences_.assign(plan.sequences.size(), 0);
+  origins_.assign(plan.sequences.size(), {});
   const int room =
       std::min(scheduler_.limits().max_step_rows - plan.rows, scheduler_.limits().max_outputs - plan.outputs);
   int left = room;
@@ -332,24 +349,44 @@ void Engine::grant_drafts(const StepPlan& plan) {
     Sequence& sequence = *planned.sequence;
     DraftCandidate candidate;
     candidate.acceptance = &sequence.acceptance;
-    if (sequence.draft_state) {
+    if (sequence.request.drafting) {
       const int own = sequence.request.max_draft_length;
       // The step yields one token beside the accepted drafts, so a draft for the last token would be in vain.
       const std::int64_t useful = sequence.request.max_tokens - sequence.generated() - 1;
       candidate.limit = static_cast<int>(
           std::min<std::int64_t>({options_.max_draft_length, own < 0 ? options_.max_draft_length : own, useful}));
-      candidate.outlook = drafter_->outlook(*sequence.draft_state, sequence.tokens, candidate.limit);
-    }
-    if (options_.draft_length >= 0) {
-      candidate.granted = std::min({options_.draft_length, candidate.limit, candidate.outlook.available, left});
-      left -= candidate.granted;
+      for (std::size_t d = 0; d < drafters_.size(); ++d) {
+        candidate.outlooks[d] = drafters_[d]->outlook(draft_context(sequence, d), candidate.limit);
+      }
     }
     candidates_.push_back(candidate);
     candidate_sequences_.push_back(i);
   }
   if (options_.draft_length < 0) {
     budget_.plan(candidates_, plan.rows - static_cast<int>(candidates_.size()), plan.rows + room);
+    return;
   }
+  budget_.choose_drafters(candidates_);
+  for (DraftCandidate& candidate : candidates_) {
+    const int available = candidate.outlooks[static_cast<std::size_t>(candidate.drafter)].available;
+    candidate.granted = std::min({options_.draft_length, candidate.limit, available, left});
+    left -= candidate.granted;
+  }
+}
+
+DraftContext Engine::draft_context(const Sequence& sequence, std::size_t drafter) const {
+  DraftContext context;
+  context.state = sequence.draft_states[drafter].get();
+  context.tokens = sequence.tokens;
+  if (sequence.target_step == totals_.steps) context.target_row = sequence.target_row;
+  for (int t = 0; t < kPageTables; ++t) context.pages[t] = sequence.kv.table(t);
+  context.arena = {static_cast<std::byte*>(arena_->data())};
+  context.sampling = &sequence.request.sampling;
+  context.history = sequence.request.sampling.needs_history() ? &sequence.history : nullptr;
+  context.banned = sequence.banned;
+  context.banned_tokens = static_cast<int>(
+      std::clamp<std::int64_t>(sequence.request.min_tokens - sequence.generated(), 0, options_.max_draft_length + 1));
+  return context;
 }
 
 // Accepts what was verified, advances the prompts, hands out events, frees what has ended.
@@ -363,10 +400,15 @@ void Engine::commit(const StepPlan& plan) {
     const auto drafted = static_cast<int>(drafts_[index].size());
     const auto accepted = static_cast<int>(results_[g].tokens.size()) - 1;
     if (drafted > 0) {
-      budget_.observe_acceptance(sequence.acceptance, confidences_[index], drafted, accepted);
+      const DraftOrigin& origin = origins_[index];
+      budget_.observe_acceptance(sequence.acceptance, origin.confidence, drafted, accepted);
       count_drafts(sequence.statistics, drafted, accepted);
       count_drafts(totals_, drafted, accepted);
+      count_drafts(totals_.drafters[origin.drafter], drafted, accepted);
+      acceptance_[origin.drafter].observe(drafted, accepted);
     }
+    sequence.target_row = batch_.groups()[g].first_output + accepted;
+    sequence.target_step = totals_.steps;
     accept(sequence, results_[g]);
   }
   ended_.clear();
@@ -473,6 +515,7 @@ void Engine::publish_statistics() {
   totals_.conversations = parked_.conversations();
   totals_.kv = kv_.use();
   totals_.parked_bytes = parked_.bytes();
+  for (std::size_t d = 0; d < acceptance_.size(); ++d) totals_.drafters[d].recent = acceptance_[d].recent();
   const std::lock_guard lock(mutex_);
   published_ = totals_;
 }

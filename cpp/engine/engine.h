@@ -15,6 +15,7 @@
 #include "backend/backend.h"
 #include "drafting/budget.h"
 #include "drafting/drafter.h"
+#include "engine/acceptance_window.h"
 #include "engine/batch.h"
 #include "engine/event_queue.h"
 #include "engine/parked_kv.h"
@@ -58,6 +59,16 @@ class EngineClosed : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// How the drafts of one drafter fared since the engine started, and lately.
+struct DrafterStatistics {
+  std::string name;
+  std::int64_t drafted = 0;
+  std::int64_t accepted = 0;
+  std::vector<std::int64_t> drafted_by_position;  ///< see RequestStatistics
+  std::vector<std::int64_t> accepted_by_position;
+  RecentDrafts recent;  ///< see AcceptanceWindow
+};
+
 /// Totals since the engine started, and its state now.
 struct EngineStatistics {
   std::int64_t steps = 0;
@@ -68,6 +79,7 @@ struct EngineStatistics {
   std::int64_t generated_tokens = 0;
   std::vector<std::int64_t> drafted_by_position;  ///< see RequestStatistics
   std::vector<std::int64_t> accepted_by_position;
+  std::vector<DrafterStatistics> drafters;  ///< of all drafters what the four figures above sum up
   std::int64_t requests = 0;
   std::int64_t finished = 0;  ///< for whatever reason
   std::int64_t preemptions = 0;
@@ -86,9 +98,10 @@ struct EngineStatistics {
 
 class Engine {
  public:
-  /// Starts the engine thread. `model` must outlive the engine and belongs to it meanwhile; `drafter` may be null.
+  /// Starts the engine thread. `model` must outlive the engine and belongs to it meanwhile. Of up to kMaxDrafters
+  /// drafters each sequence drafts with the one that pays best in a step; with none, nothing is drafted.
   /// Throws std::invalid_argument if the options make no sense for the model.
-  Engine(Gemma& model, EngineOptions options, std::unique_ptr<Drafter> drafter, TokenBytes token_bytes);
+  Engine(Gemma& model, EngineOptions options, std::vector<std::unique_ptr<Drafter>> drafters, TokenBytes token_bytes);
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
   Engine(Engine&&) = delete;
@@ -150,6 +163,8 @@ class Engine {
   void step();
   void propose_drafts(const StepPlan& plan);
   void grant_drafts(const StepPlan& plan);
+  void propose_with(std::size_t drafter, const StepPlan& plan);
+  DraftContext draft_context(const Sequence& sequence, std::size_t drafter) const;
   void commit(const StepPlan& plan);
   void accept(Sequence& sequence, const VerifyResult& result);
   void append(Sequence& sequence, TokenId token);
@@ -161,7 +176,7 @@ class Engine {
 
   Gemma& model_;
   const EngineOptions options_;
-  const std::unique_ptr<Drafter> drafter_;
+  const std::vector<std::unique_ptr<Drafter>> drafters_;
   const TokenBytes token_bytes_;
   RequestLimits limits_;
 
@@ -174,11 +189,16 @@ class Engine {
   StepBatch batch_;
   std::vector<DraftCandidate> candidates_;        // the sequences that decode
   std::vector<std::size_t> candidate_sequences_;  // their indices in the plan
-  std::vector<DraftJob> jobs_;                    // those that got drafts
+  std::vector<DraftJob> jobs_;                    // those that got drafts of one drafter
   std::vector<std::size_t> job_sequences_;        // their indices in the plan
   std::vector<TokenId> draft_tokens_;             // max_draft_length per planned sequence
   std::vector<std::span<const TokenId>> drafts_;  // per planned sequence
-  std::vector<int> confidences_;                  // per planned sequence, of its drafts
+  struct DraftOrigin {
+    std::size_t drafter = 0;
+    int confidence = 0;
+  };
+  std::vector<DraftOrigin> origins_;          // per planned sequence, of its drafts
+  std::vector<AcceptanceWindow> acceptance_;  // by drafter
   std::vector<VerifyResult> results_;
   std::vector<Event> step_events_;
   std::vector<RequestId> ended_;

@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "drafting/mtp.h"
+
 namespace draftwerk {
 namespace {
 
@@ -30,6 +32,7 @@ class SingleSequenceKv {
   [[nodiscard]] Segment segment(int rows, std::int64_t first_position) const {
     return {0, rows, first_position, {tables_[0].data(), tables_[1].data()}};
   }
+  [[nodiscard]] const PageId* pages(int table) const { return tables_[table].data(); }
 
  private:
   std::vector<PageId> tables_[kPageTables];
@@ -38,6 +41,29 @@ class SingleSequenceKv {
 
 void require(bool condition, const std::string& what) {
   if (!condition) throw std::invalid_argument(what);
+}
+
+void require_in_vocabulary(const Gemma& model, std::span<const TokenId> tokens) {
+  const int vocabulary = model.config().vocabulary;
+  for (const TokenId token : tokens) {
+    require(token >= 0 && token < vocabulary,
+            "token id " + std::to_string(token) + " is out of range, allowed: 0 to " + std::to_string(vocabulary - 1));
+  }
+}
+
+int checked_chunk(int chunk, int largest) {
+  require(chunk >= 0, "chunk is " + std::to_string(chunk) + ", must not be negative");
+  return chunk == 0 ? largest : std::min(chunk, largest);
+}
+
+/// Any tokens do to measure time: they only choose rows of the embedding. Spread over the table, so that reading them
+/// misses the CPU's caches as it would in real text.
+std::vector<TokenId> spread_tokens(const Gemma& model, std::size_t count) {
+  std::vector<TokenId> tokens(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    tokens[i] = static_cast<TokenId>((i * 7919 + 2) % static_cast<std::size_t>(model.config().vocabulary));
+  }
+  return tokens;
 }
 
 /// One pass over tokens[first, first + rows); logits of the last `outputs` rows.
@@ -70,14 +96,9 @@ void score(Gemma& model, std::span<const TokenId> tokens, int chunk, std::span<f
   require(length >= 1 && length <= model.config().max_positions, "token_ids has " + std::to_string(length) +
                                                                      " tokens, allowed: 1 to " +
                                                                      std::to_string(model.config().max_positions));
-  for (const TokenId token : tokens) {
-    require(token >= 0 && token < vocabulary,
-            "token id " + std::to_string(token) + " is out of range, allowed: 0 to " + std::to_string(vocabulary - 1));
-  }
+  require_in_vocabulary(model, tokens);
   require(out.size() == tokens.size() * static_cast<std::size_t>(vocabulary), "logits: wrong size of the output");
-  const int largest = std::min(model.max_rows(), model.max_outputs());
-  require(chunk >= 0, "chunk is " + std::to_string(chunk) + ", must not be negative");
-  chunk = chunk == 0 ? largest : std::min(chunk, largest);
+  chunk = checked_chunk(chunk, std::min(model.max_rows(), model.max_outputs()));
 
   const SingleSequenceKv kv(model, length);
   for (std::int64_t first = 0; first < length; first += chunk) {
@@ -95,12 +116,7 @@ std::vector<double> time_passes(Gemma& model, int rows, int repeats, int context
   require(context >= 0 && context + rows <= model.config().max_positions,
           "context is " + std::to_string(context) + ", allowed: 0 to " +
               std::to_string(model.config().max_positions - rows));
-  // Any tokens do: they only choose rows of the embedding. Spread over the table, so that reading them misses the CPU's
-  // caches as it would in real text.
-  std::vector<TokenId> tokens(static_cast<std::size_t>(context + rows));
-  for (std::size_t i = 0; i < tokens.size(); ++i) {
-    tokens[i] = static_cast<TokenId>((i * 7919 + 2) % static_cast<std::size_t>(model.config().vocabulary));
-  }
+  const std::vector<TokenId> tokens = spread_tokens(model, static_cast<std::size_t>(context + rows));
   const SingleSequenceKv kv(model, context + rows);
   for (int first = 0; first < context; first += model.max_rows()) {
     pass(model, kv, tokens, first, std::min(model.max_rows(), context - first), 1);
@@ -110,6 +126,79 @@ std::vector<double> time_passes(Gemma& model, int rows, int repeats, int context
   for (int i = 0; i < repeats; ++i) {
     const auto start = std::chrono::steady_clock::now();
     pass(model, kv, tokens, context, rows, outputs);
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return seconds;
+}
+
+DraftRound draft(MtpModel& model, std::span<const TokenId> tokens, int count, const SamplingParams& sampling,
+                 int chunk) {
+  Gemma& target = model.target();
+  const auto known = static_cast<std::int64_t>(tokens.size()) - 1;
+  require(known >= 1 && known < target.config().max_positions, "token_ids has " + std::to_string(tokens.size()) +
+                                                                   " tokens, allowed: 2 to " +
+                                                                   std::to_string(target.config().max_positions));
+  require(count >= 1 && count <= 64, "count is " + std::to_string(count) + ", allowed: 1 to 64");
+  require_in_vocabulary(target, tokens);
+  chunk = checked_chunk(chunk, target.max_rows());
+  const SingleSequenceKv kv(target, known + 1);
+  for (std::int64_t first = 0; first < known; first += chunk) {
+    pass(target, kv, tokens, first, static_cast<int>(std::min<std::int64_t>(chunk, known - first)), 1);
+  }
+
+  const auto width = static_cast<std::size_t>(target.config().vocabulary);
+  DraftRound round;
+  round.logits.resize(static_cast<std::size_t>(count) * width);
+  TokenId token = tokens.back();
+  const std::int64_t position = known;
+  const int row = 0;
+  const Segment segment = kv.segment(1, position);
+  const StepRows rows{std::span(&token, 1), std::span(&position, 1), std::span(&segment, 1), std::span(&row, 1)};
+  for (int i = 0; i < count; ++i) {
+    if (i == 0) {
+      model.first(rows, std::span(&row, 1), kv.arena());
+    } else {
+      model.next(rows, kv.arena());
+    }
+    target.backend().read_logits(std::span(round.logits).subspan(static_cast<std::size_t>(i) * width, width));
+    const ProposeRow choice{round.tokens, position + 1, &sampling, nullptr, {}, 0};
+    target.backend().propose(std::span(&choice, 1), std::span(&token, 1));
+    round.tokens.push_back(token);
+  }
+  return round;
+}
+
+std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int repeats, int context) {
+  Gemma& target = model.target();
+  require(sequences >= 1 && sequences <= target.max_outputs(),
+          "sequences is " + std::to_string(sequences) + ", allowed: 1 to " + std::to_string(target.max_outputs()));
+  require(count >= 1 && count <= 64, "count is " + std::to_string(count) + ", allowed: 1 to 64");
+  require(repeats >= 1 && repeats <= 100000, "repeats is " + std::to_string(repeats) + ", allowed: 1 to 100000");
+  require(
+      context >= 1 && context < target.config().max_positions,
+      "context is " + std::to_string(context) + ", allowed: 1 to " + std::to_string(target.config().max_positions - 1));
+  const std::vector<TokenId> tokens = spread_tokens(target, static_cast<std::size_t>(context) + 1);
+  const SingleSequenceKv kv(target, context + 1);
+  for (int first = 0; first < context; first += target.max_rows()) {
+    pass(target, kv, tokens, first, std::min(target.max_rows(), context - first), 1);
+  }
+  const SamplingParams greedy;
+  std::vector<TokenId> drafts(static_cast<std::size_t>(sequences) * static_cast<std::size_t>(count));
+  std::vector<DraftJob> jobs;
+  for (int s = 0; s < sequences; ++s) {
+    DraftContext job;
+    job.tokens = tokens;
+    job.target_row = 0;
+    for (int t = 0; t < kPageTables; ++t) job.pages[t] = kv.pages(t);
+    job.arena = kv.arena();
+    job.sampling = &greedy;
+    jobs.push_back({job, count, &drafts[static_cast<std::size_t>(s) * static_cast<std::size_t>(count)], 0});
+  }
+  const std::unique_ptr<Drafter> drafter = make_mtp_drafter(model);
+  std::vector<double> seconds;
+  for (int i = 0; i < repeats; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    drafter->propose(jobs);
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return seconds;

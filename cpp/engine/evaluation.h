@@ -1,4 +1,5 @@
-// The target outside the engine: logits of a given text, and the time of one pass. For evaluation and benchmarks.
+// Target and drafter outside the engine: logits of a given text, drafts after it, and the time of one pass. For
+// evaluation and benchmarks.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +7,7 @@
 #include <vector>
 
 #include "model/gemma.h"
+#include "model/mtp.h"
 
 namespace draftwerk {
 
@@ -18,5 +20,21 @@ void score(Gemma& model, std::span<const TokenId> tokens, int chunk, std::span<f
 /// logits and greedy verification of all rows included. With `rows` above the model's outputs, only the last row has
 /// logits, as in prefill. Throws std::invalid_argument for sizes out of range.
 std::vector<double> time_passes(Gemma& model, int rows, int repeats, int context);
+
+/// One round of drafting.
+struct DraftRound {
+  std::vector<TokenId> tokens;
+  std::vector<float> logits;  ///< [drafts, vocabulary]: what each draft was chosen from
+};
+
+/// `count` drafts after `tokens`, whose last one is the newest known token: the target computes all before it, in
+/// chunks of `chunk` rows (0: as many as it takes), the drafter goes on from there. Throws std::invalid_argument if
+/// there are fewer than two tokens, or one or the length is out of range. Neither model may be in use by an engine.
+DraftRound draft(MtpModel& model, std::span<const TokenId> tokens, int count, const SamplingParams& sampling,
+                 int chunk);
+
+/// Seconds of each of `repeats` rounds of `count` drafts for each of `sequences` sequences that share `context`
+/// positions of K/V. Throws std::invalid_argument for sizes out of range.
+std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int repeats, int context);
 
 }  // namespace draftwerk

@@ -1,6 +1,7 @@
 // One request on its way through the engine.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -22,7 +23,9 @@ struct Sequence {
   std::vector<TokenId> tokens;  ///< the prompt, then what was accepted
   std::int64_t computed = 0;    ///< positions whose K/V is valid; < length(): the newest token has none yet
   SequenceKv kv;                ///< open while running
-  std::unique_ptr<DraftState> draft_state;
+  std::array<std::unique_ptr<DraftState>, kMaxDrafters> draft_states;  ///< by drafter
+  int target_row = -1;            ///< output row that chose the last token, in step number ...
+  std::int64_t target_step = -1;  ///< ... this one of the engine: its state lasts until the next pass
   SequenceAcceptance acceptance;
   std::vector<TokenId> banned;       ///< tokens that cannot be chosen before min_tokens
   std::vector<TokenId> stop_tokens;  ///< the request's and, unless ignored, the model's, ascending

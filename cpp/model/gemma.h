@@ -1,4 +1,4 @@
-// The Gemma decoder, written once against Backend.
+// The target: a Gemma from token ids to logits, written once against Backend.
 #pragma once
 
 #include <memory>
@@ -6,14 +6,10 @@
 
 #include "backend/backend.h"
 #include "model/config.h"
+#include "model/decoder.h"
 #include "model/weights.h"
 
 namespace draftwerk {
-
-/// Bytes that one page (kPageSize positions) takes in all layers of each type together; 0: no such layers.
-struct KvPageShape {
-  std::size_t page_bytes[kPageTables] = {0, 0};
-};
 
 class Gemma {
  public:
@@ -21,66 +17,55 @@ class Gemma {
   /// with up to `max_outputs` output rows. `backend` and `weights` must outlive the model.
   /// Throws std::invalid_argument naming what is missing or does not fit.
   Gemma(Backend& backend, ModelConfig config, const Weights& weights, int max_rows, int max_outputs);
+  Gemma(const Gemma&) = delete;
+  Gemma& operator=(const Gemma&) = delete;
+  Gemma(Gemma&&) = delete;
+  Gemma& operator=(Gemma&&) = delete;
+  ~Gemma() = default;
 
   /// Enqueues one pass over the step's rows; their K/V lands in the pages, the logits of the output rows stay with
-  /// the backend for verify().
+  /// the backend for verify(), their final states in states().
   void forward(const StepRows& rows, KvArena arena);
 
   [[nodiscard]] const ModelConfig& config() const { return config_; }
-  [[nodiscard]] KvPageShape kv_page_shape() const { return page_shape_; }
+  [[nodiscard]] KvPageShape kv_page_shape() const { return decoder_->page_shape(); }
   [[nodiscard]] int max_rows() const { return max_rows_; }
   [[nodiscard]] int max_outputs() const { return max_outputs_; }
   [[nodiscard]] Backend& backend() const { return backend_; }
 
- private:
-  struct Layer {
-    LayerConfig config;
-    const Weight* query;
-    const Weight* key;
-    const Weight* value;
-    const Weight* attention_output;
-    const Weight* gate;
-    const Weight* up;
-    const Weight* down;
-    Norm input_norm;
-    Norm query_norm;
-    Norm key_norm;
-    Norm post_attention_norm;
-    Norm pre_feedforward_norm;
-    Norm post_feedforward_norm;
-    Rope rope;
-    KvLayer kv;
-  };
+  // What a drafter reads of it.
 
-  void transformer_layer(const Layer& layer);
-  void build_layers(const Weights& weights);
-  void allocate_activations();
-  const float* inverse_frequencies(const RopeConfig& rope, int head_dim);
+  /// Normed final hidden states of the last pass's output rows, [outputs, hidden], until the next pass.
+  [[nodiscard]] Tensor states() const { return states_; }
+  [[nodiscard]] const Weight& embedding() const { return *embedding_; }
+  [[nodiscard]] float embedding_scale() const { return embedding_scale_; }
+  /// Of each layer type, the last layer that owns K/V.
+  [[nodiscard]] const SharedKv& shared_kv() const { return decoder_->shared_kv(); }
+
+ private:
+  void find_per_layer_inputs(const Weights& weights);
+  Tensor tensor(int rows, int columns);
 
   Backend& backend_;
-  ModelConfig config_;
+  const ModelConfig config_;
   int max_rows_;
   int max_outputs_;
   float embedding_scale_ = 1.0F;
   const Weight* embedding_ = nullptr;
   const Weight* head_ = nullptr;
   Norm final_norm_;
-  std::vector<Layer> layers_;
-  KvPageShape page_shape_;
-  std::vector<std::unique_ptr<Buffer>> buffers_;
-  struct RopeTable {
-    double base, scaling;
-    int head_dim;
-    const float* inverse_frequency;
-  };
-  std::vector<RopeTable> rope_tables_;
 
-  Tensor residual_;  // [rows, hidden]
-  Tensor query_;     // [rows, query_heads * head_dim]
-  Tensor key_;       // [rows, kv_heads * head_dim]
-  Tensor value_;     // [rows, kv_heads * head_dim]
-  Tensor attended_;  // [rows, query_heads * head_dim]
-  Tensor gated_;     // [rows, mlp]
+  // Per-layer embeddings: what every layer gets of the token itself and of its embedding, see forward().
+  const RowTable* per_layer_table_ = nullptr;
+  float per_layer_table_scale_ = 1.0F;
+  const Weight* per_layer_projection_ = nullptr;
+  Norm per_layer_norm_;
+
+  std::unique_ptr<Decoder> decoder_;
+  std::vector<std::unique_ptr<Buffer>> buffers_;
+  Tensor residual_;   // [rows, hidden]
+  Tensor per_layer_;  // [rows, layers * per_layer_width]
+  Tensor states_;     // [outputs, hidden]
 };
 
 }  // namespace draftwerk

@@ -2,6 +2,8 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <utility>
+#include <vector>
 
 namespace draftwerk {
 namespace {
@@ -10,10 +12,17 @@ std::string shape_text(std::int64_t rows, std::int64_t columns) {
   return std::string("[").append(std::to_string(rows)) + ", " + std::to_string(columns) + "]";
 }
 
+void require_shape(const std::string& name, std::int64_t rows, std::int64_t columns, std::int64_t wanted_rows,
+                   std::int64_t wanted_columns) {
+  if (rows == wanted_rows && columns == wanted_columns) return;
+  throw std::invalid_argument("tensor " + name + " has shape " + shape_text(rows, columns) + ", the config asks for " +
+                              shape_text(wanted_rows, wanted_columns));
+}
+
 }  // namespace
 
 void Weights::create(const std::string& name, WeightType type, std::int64_t rows, std::int64_t columns) {
-  if (matrices_.contains(name)) throw std::invalid_argument("tensor " + name + " is there twice");
+  require_free(name);
   if (rows <= 0) throw std::invalid_argument("tensor " + name + " has no rows");
   static_cast<void>(stored_row_bytes(type, columns));  // throws if the shape is impossible
   matrices_[name].weight = backend_.create_weight(type, rows, columns);
@@ -41,11 +50,46 @@ void Weights::upload_rows(const std::string& name, std::int64_t first_row, std::
 }
 
 void Weights::set_vector(const std::string& name, std::span<const float> values) {
+  require_free(name);
   if (values.empty()) throw std::invalid_argument("tensor " + name + " is empty");
-  auto& buffer = vectors_[name];
-  if (buffer) throw std::invalid_argument("tensor " + name + " is there twice");
-  buffer = backend_.allocate(values.size_bytes());
+  auto buffer = backend_.allocate(values.size_bytes());
   std::memcpy(buffer->data(), values.data(), values.size_bytes());
+  vectors_[name] = std::move(buffer);
+}
+
+void Weights::set_permutation(const std::string& name, std::span<const std::int32_t> values) {
+  require_free(name);
+  std::vector<bool> seen(values.size());
+  for (const std::int32_t value : values) {
+    const auto index = static_cast<std::size_t>(value);
+    if (value < 0 || index >= seen.size() || seen[index]) {
+      throw std::invalid_argument("tensor " + name + " is no permutation: it holds " + std::to_string(value) +
+                                  (value >= 0 && index < seen.size() ? " twice" : ", which is out of range"));
+    }
+    seen[index] = true;
+  }
+  if (values.empty()) throw std::invalid_argument("tensor " + name + " is empty");
+  auto buffer = backend_.allocate(values.size_bytes());
+  std::memcpy(buffer->data(), values.data(), values.size_bytes());
+  vectors_[name] = std::move(buffer);
+}
+
+void Weights::map_table(const std::string& name, WeightType type, std::int64_t rows, std::int64_t columns,
+                        std::span<const std::byte> bytes, std::shared_ptr<const void> owner) {
+  require_free(name);
+  if (rows <= 0) throw std::invalid_argument("tensor " + name + " has no rows");
+  const std::size_t expected = static_cast<std::size_t>(rows) * stored_row_bytes(type, columns);
+  if (bytes.size() != expected) {
+    throw std::invalid_argument("tensor " + name + ": " + std::to_string(bytes.size()) + " bytes for " +
+                                std::to_string(rows) + " rows that take " + std::to_string(expected));
+  }
+  tables_[name] = backend_.map_table(type, rows, columns, bytes.data(), std::move(owner));
+}
+
+void Weights::require_free(const std::string& name) const {
+  if (matrices_.contains(name) || vectors_.contains(name) || tables_.contains(name)) {
+    throw std::invalid_argument("tensor " + name + " is there twice");
+  }
 }
 
 const Weight& Weights::matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const {
@@ -53,10 +97,7 @@ const Weight& Weights::matrix(const std::string& name, std::int64_t rows, std::i
   if (it == matrices_.end()) throw std::invalid_argument("tensor " + name + " is missing");
   const Matrix& matrix = it->second;
   const Weight& weight = *matrix.weight;
-  if (weight.rows() != rows || weight.columns() != columns) {
-    throw std::invalid_argument("tensor " + name + " has shape " + shape_text(weight.rows(), weight.columns()) +
-                                ", the config asks for " + shape_text(rows, columns));
-  }
+  require_shape(name, weight.rows(), weight.columns(), rows, columns);
   if (matrix.uploaded != rows) {
     throw std::invalid_argument("tensor " + name + ": only " + std::to_string(matrix.uploaded) + " of " +
                                 std::to_string(rows) + " rows were uploaded");
@@ -64,7 +105,23 @@ const Weight& Weights::matrix(const std::string& name, std::int64_t rows, std::i
   return weight;
 }
 
+const RowTable& Weights::table(const std::string& name, std::int64_t rows, std::int64_t columns) const {
+  const auto it = tables_.find(name);
+  if (it == tables_.end()) throw std::invalid_argument("tensor " + name + " is missing");
+  require_shape(name, it->second->rows(), it->second->columns(), rows, columns);
+  return *it->second;
+}
+
 const float* Weights::vector(const std::string& name, std::int64_t length) const {
+  return static_cast<const float*>(buffer(name, length).data());
+}
+
+const std::int32_t* Weights::permutation(const std::string& name, std::int64_t length) const {
+  return static_cast<const std::int32_t*>(buffer(name, length).data());
+}
+
+/// Of `length` values of four bytes.
+const Buffer& Weights::buffer(const std::string& name, std::int64_t length) const {
   const auto it = vectors_.find(name);
   if (it == vectors_.end()) throw std::invalid_argument("tensor " + name + " is missing");
   const auto found = static_cast<std::int64_t>(it->second->bytes() / sizeof(float));
@@ -72,7 +129,7 @@ const float* Weights::vector(const std::string& name, std::int64_t length) const
     throw std::invalid_argument("tensor " + name + " has " + std::to_string(found) + " values, the config asks for " +
                                 std::to_string(length));
   }
-  return static_cast<const float*>(it->second->data());
+  return *it->second;
 }
 
 std::size_t Weights::bytes() const {

@@ -24,13 +24,23 @@ class Weights {
                    std::span<const std::byte> bytes);
   /// A vector in float32 (norm scales). Throws std::invalid_argument if the name is taken or the vector is empty.
   void set_vector(const std::string& name, std::span<const float> values);
+  /// A vector of indices below its own length, each once. Throws std::invalid_argument if the name is taken or it is no
+  /// such vector.
+  void set_permutation(const std::string& name, std::span<const std::int32_t> values);
+  /// A table that stays where its bytes are; see Backend::map_table. Throws std::invalid_argument if the name is taken,
+  /// or if `bytes` is not exactly the size of the table.
+  void map_table(const std::string& name, WeightType type, std::int64_t rows, std::int64_t columns,
+                 std::span<const std::byte> bytes, std::shared_ptr<const void> owner);
 
   /// The matrix of that name; throws std::invalid_argument if it is missing, has another shape or misses rows.
   [[nodiscard]] const Weight& matrix(const std::string& name, std::int64_t rows, std::int64_t columns) const;
   [[nodiscard]] bool contains(const std::string& name) const { return matrices_.contains(name); }
   /// The vector of that name on the device; throws std::invalid_argument if it is missing or has another length.
   [[nodiscard]] const float* vector(const std::string& name, std::int64_t length) const;
-  /// Bytes that all of it occupies on the device.
+  [[nodiscard]] const std::int32_t* permutation(const std::string& name, std::int64_t length) const;
+  /// As matrix(), for what map_table() took.
+  [[nodiscard]] const RowTable& table(const std::string& name, std::int64_t rows, std::int64_t columns) const;
+  /// Bytes that all of it occupies on the device; mapped tables occupy none.
   [[nodiscard]] std::size_t bytes() const;
 
  private:
@@ -38,9 +48,13 @@ class Weights {
     std::unique_ptr<Weight> weight;
     std::int64_t uploaded = 0;  // rows so far
   };
+  void require_free(const std::string& name) const;
+  const Buffer& buffer(const std::string& name, std::int64_t length) const;
+
   Backend& backend_;
   std::map<std::string, Matrix> matrices_;
-  std::map<std::string, std::unique_ptr<Buffer>> vectors_;
+  std::map<std::string, std::unique_ptr<Buffer>> vectors_;  // of float32 or int32
+  std::map<std::string, std::unique_ptr<RowTable>> tables_;
 };
 
 }  // namespace draftwerk

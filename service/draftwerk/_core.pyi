@@ -29,15 +29,56 @@ class Model:
         self, name: str, first_row: int, source_type: str, rows: int, data: npt.NDArray[np.uint8]
     ) -> None: ...
     def set_vector(self, name: str, values: npt.NDArray[np.float32]) -> None: ...
+    def map_table(self, name: str, type: str, rows: int, columns: int, data: npt.NDArray[np.uint8]) -> None:
+        """A table that is read row by row where it lies: keeps a reference to `data`."""
+
     def finish(self) -> None: ...
     def logits(self, token_ids: Sequence[int], chunk: int = 0) -> npt.NDArray[np.float32]: ...
     def time_rows(self, rows: int, repeats: int, context: int) -> list[float]: ...
+
+class MtpModel:
+    """The MTP drafter of a finished model."""
+
+    @property
+    def weight_bytes(self) -> int: ...
+    def __init__(self, target: Model, config: Mapping[str, object]) -> None: ...
+    def create_weight(self, name: str, type: str, rows: int, columns: int) -> None: ...
+    def upload_rows(
+        self, name: str, first_row: int, source_type: str, rows: int, data: npt.NDArray[np.uint8]
+    ) -> None: ...
+    def set_vector(self, name: str, values: npt.NDArray[np.float32]) -> None: ...
+    def set_permutation(self, name: str, values: npt.NDArray[np.int32]) -> None: ...
+    def finish(self) -> None: ...
+    def draft(
+        self,
+        token_ids: Sequence[int],
+        count: int,
+        *,
+        chunk: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> tuple[list[int], npt.NDArray[np.float32]]:
+        """One round of drafts after `token_ids`, whose last token is the newest.
+
+        Returns:
+            The drafts, and the logits that they were chosen from, [count, vocabulary].
+        """
+
+    def time_drafts(self, sequences: int, count: int, repeats: int, context: int) -> list[float]:
+        """Seconds of each of `repeats` rounds of `count` drafts for each of `sequences` sequences."""
+
+class SyntheticDrafts:
+    """Recorded plain runs, and how often a draft read off them shall be right."""
+
+    def __init__(self, recordings: Sequence[Sequence[int]], acceptance: float, seed: int = 0) -> None: ...
 
 class EngineOptions:
     kv_memory_bytes: int
     max_sequences: int
     prefill_chunk: int
-    drafter: str
+    drafters: list[str]
     draft_length: int
     max_draft_length: int
     prefix_cache: bool
@@ -95,7 +136,13 @@ class Event:
 
 class Engine:
     def __init__(
-        self, model: Model, options: EngineOptions, token_bytes: tuple[npt.NDArray[np.uint32], bytes] | None
+        self,
+        model: Model,
+        options: EngineOptions,
+        token_bytes: tuple[npt.NDArray[np.uint32], bytes] | None = None,
+        *,
+        mtp: MtpModel | None = None,
+        synthetic: SyntheticDrafts | None = None,
     ) -> None: ...
     def submit(self, request: Request) -> int: ...
     def cancel(self, request_id: int) -> None: ...

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any, cast, overload
 
 from draftwerk import _core
+from draftwerk.acceptance import MODEL_DRAFTERS, AcceptanceWatch
+from draftwerk.acceptance_causes import Evidence, quantisation, turn_marker
 from draftwerk.conversation import Conversation
 from draftwerk.dispatcher import Dispatcher
+from draftwerk.drafters import Drafter, choose_drafters
 from draftwerk.generation import Generation
 from draftwerk.loading import ChatTemplate, ChatTemplateError, Checkpoint, Tokenizer
 from draftwerk.memory import available_memory, parse_size
@@ -29,8 +32,6 @@ from draftwerk.requests import (
 from draftwerk.results import Chunk, Completion
 from draftwerk.weights import Progress, fingerprint, load_model, open_model
 
-DRAFTERS = ("auto", "lookup", "none", "random")
-
 _GREEDY = SamplingParams()
 
 
@@ -43,7 +44,9 @@ class EngineInfo:
     backend: str
     """Such as "cpu avx512, 2 threads"."""
     drafter: str
+    """Such as "lookup", "mtp+lookup" or "none"."""
     weight_bytes: int
+    """Of the model and its drafter, in memory."""
     kv_memory_bytes: int
     max_context: int
     vocab_size: int
@@ -59,12 +62,15 @@ class Engine:
 
     Args:
         model: a directory in Hugging Face form, a GGUF file, a built-in name, or an opened checkpoint.
-        drafter: "auto" (the best that fits the model), "lookup", "none", or "random" (for tests: drafts are noise).
-            Never changes the output, only the speed.
+        drafter: "auto" (the MTP drafter next to the model, if there is one, and lookup), "lookup", "none", "random"
+            (for tests: drafts are noise), or the directory, GGUF file or hub name of an MTP drafter. Never changes the
+            output, only the speed.
+        lookup: whether an MTP drafter has lookup beside it.
         threads: kernel threads; 0 uses every core this process may run on.
         kv_memory: bytes for the KV cache, or a size such as "512MiB". Default: 1 GiB, or a quarter of the free memory
             if that is less.
-        weights: "auto" keeps the checkpoint's types; "int8", "f32", "f16", "bf16" convert float matrices on loading.
+        weights: "auto" keeps the checkpoint's types; "int8", "int4", "f32", "f16", "bf16" convert float matrices on
+            loading, those of an MTP drafter too.
         draft_length: drafts per step; None lets the measured costs decide.
         max_draft_length: at most this many drafts per step and sequence.
         max_sequences: sequences that run at the same time; more wait in the queue.
@@ -84,7 +90,8 @@ class Engine:
         self,
         model: str | os.PathLike[str] | Checkpoint,
         *,
-        drafter: str = "auto",
+        drafter: Drafter = "auto",
+        lookup: bool = True,
         threads: int = 0,
         kv_memory: int | str | None = None,
         weights: str = "auto",
@@ -98,20 +105,21 @@ class Engine:
         prefix_cache: bool = True,
         progress: Progress | None = None,
     ) -> None:
-        if drafter not in DRAFTERS:
-            raise ValueError(f"drafter = {drafter!r}: must be one of {', '.join(DRAFTERS)} (no files yet)")
         if draft_length is not None and not 0 <= draft_length <= max_draft_length:
             raise ValueError(f"draft_length = {draft_length}: must be 0 to max_draft_length = {max_draft_length}")
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, progress)
         self._tokenizer = checkpoint.tokenizer
         self._chat_template = checkpoint.chat_template
+        # Before the weights are read: what does not fit fails at once.
+        drafters = choose_drafters(drafter, checkpoint, lookup=lookup)
         core_model = load_model(
             checkpoint, weights=weights, threads=threads, max_step_rows=max_step_rows, progress=progress
         )
+        mtp = drafters.load(core_model, weights=weights, progress=progress)
         model_fingerprint = fingerprint(checkpoint, weights, core_model.description.partition(",")[0])
 
         options = _core.EngineOptions()
-        options.drafter = "lookup" if drafter == "auto" else drafter
+        options.drafters = list(drafters.names)
         options.draft_length = -1 if draft_length is None else draft_length
         options.max_draft_length = max_draft_length
         options.kv_memory_bytes = _kv_memory_bytes(kv_memory)
@@ -123,20 +131,32 @@ class Engine:
         options.eos_token_ids = list(checkpoint.eos_token_ids)
 
         token_bytes = None if self._tokenizer is None else self._tokenizer.token_bytes_table()
-        self._dispatcher = Dispatcher(_core.Engine(core_model, options, token_bytes))
+        native = _core.Engine(core_model, options, token_bytes, mtp=mtp, synthetic=drafters.native_synthetic())
+        self._dispatcher = Dispatcher(native)
         # Runs at garbage collection or at exit: the native threads must not outlive the interpreter.
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
         self.info = EngineInfo(
             model=checkpoint.name,
             architecture=checkpoint.config.architecture,
             backend=core_model.description,
-            drafter=options.drafter,
-            weight_bytes=core_model.weight_bytes,
+            drafter=drafters.description,
+            weight_bytes=core_model.weight_bytes + (0 if mtp is None else mtp.weight_bytes),
             kv_memory_bytes=options.kv_memory_bytes,
             max_context=options.max_context,
             vocab_size=checkpoint.config.vocab_size,
             end_token_ids=tuple(checkpoint.eos_token_ids),
             fingerprint=model_fingerprint,
+        )
+        evidence = None
+        if drafters.assistant is not None and not set(MODEL_DRAFTERS).isdisjoint(drafters.names):
+            evidence = Evidence(
+                target=checkpoint.name,
+                drafter=drafters.assistant.name,
+                quantised=quantisation(weights, checkpoint.weight_types),
+                turn_marker=turn_marker(self, checkpoint.bos_token_id),
+            )
+        self._acceptance = AcceptanceWatch(
+            lambda: cast("Mapping[str, Any]", native.stats()["drafters"]), evidence, draft_length=draft_length
         )
 
     # --- generating --------------------------------------------------------------------------------------------
@@ -170,8 +190,11 @@ class Engine:
         if params.stop and self._tokenizer is None:
             raise RequestError("stop", list(params.stop), "empty: this checkpoint has no tokenizer")
         text = None if self._tokenizer is None else OutputText(self._tokenizer, stop_bytes(params.stop))
-        generation = Generation(self._dispatcher, tuple(request.prompt), text, unread_limit(max_unread_tokens))
+        on_end = self._acceptance.request_ended if params.drafting else None
+        generation = Generation(self._dispatcher, tuple(request.prompt), text, unread_limit(max_unread_tokens), on_end)
         self._dispatcher.submit(request, generation)
+        if params.drafting:
+            self._acceptance.request_submitted(prompt_ids, params.temperature)
         return generation
 
     def conversation(self) -> Conversation:
@@ -315,8 +338,17 @@ class Engine:
     # --- the engine itself -------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
-        """Figures of the engine since it was started: steps, rows, drafts, pages, prefix hits, time per phase."""
-        return self._dispatcher.core.stats()
+        """Figures of the engine since it was started: steps, rows, drafts, pages, prefix hits, time per phase.
+
+        Of each drafter ("drafters", by name) also "recent", figures of its last 512 to 1,023 rounds, or of all if there
+        were fewer (a round is what it drafts for one sequence in one step), and "warning": None, or why it is of no use
+        (draftwerk.acceptance.AcceptanceWarning.as_dict()).
+        """
+        stats = self._dispatcher.core.stats()
+        warnings = self._acceptance.look(stats["drafters"])
+        for name, figures in stats["drafters"].items():
+            figures["warning"] = warnings[name].as_dict() if name in warnings else None
+        return stats
 
     def deliver_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """Lets an event loop take the engine's events itself: one wake-up per engine step, and no thread in between.

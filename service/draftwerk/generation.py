@@ -6,6 +6,7 @@ import asyncio
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Union, cast
 
 from draftwerk.requests import EngineClosed
@@ -37,12 +38,14 @@ class Generation:
         prompt_token_ids: tuple[int, ...],
         text: OutputText | None,
         max_unread_tokens: int | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         self.request_id = -1
         self.prompt_token_ids = prompt_token_ids
         self.submitted_at = time.perf_counter()
         self._dispatcher = dispatcher
         self._text = text
+        self._on_end = on_end  # called when the last chunk is read, by whoever reads it
         self._deliveries: queue.SimpleQueue[_Delivery] = queue.SimpleQueue()
         self._last_delivered = threading.Event()
         self._waiter: asyncio.Future[None] | None = None
@@ -218,6 +221,8 @@ class Generation:
             self._stats = GenerationStats.from_native(event.stats)
             if reason == "error":
                 self._failure = GenerationError(f"request {self.request_id} failed: {event.error}")
+            if self._on_end is not None:
+                self._on_end()
         return Chunk(
             text=text,
             token_ids=token_ids,

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +17,25 @@ from draftwerk.loading import CheckpointError, open_checkpoint
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
-    from draftwerk.loading import Checkpoint, TensorView
+    from draftwerk.loading import AssistantCheckpoint, Checkpoint, TensorView
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in all)."""
 
-WEIGHT_CHOICES = ("auto", "int8", "f32", "f16", "bf16")
+WEIGHT_CHOICES = ("auto", "int8", "int4", "f32", "f16", "bf16")
 
 _FLOAT_TYPES = {"f32", "f16", "bf16"}
+_QUANTISED = {"int8": "q8_0", "int4": "q4_0"}
+_BLOCK = 32  # values of a row that share a scale, in both
 _CHUNK_BYTES = 4 << 20
 _SAMPLE_BYTES = 4 << 10
 _ROW_GROUP = 16  # the native model repacks whole groups of this many rows
+_HEAD = "lm_head.weight"
+_PER_LAYER_TABLE = "model.embed_tokens_per_layer.weight"
+# Of few parameters, and every one counts: the rest of the layer depends on which experts it chooses.
+_ROUTER = ".router.proj.weight"
 
 
 def open_model(model: str | os.PathLike[str], progress: Progress | None = None) -> Checkpoint:
@@ -49,38 +57,61 @@ def load_model(
     """Builds the native model of a checkpoint.
 
     The file's pages are given back as soon as their rows are repacked, so that the process never holds the weights
-    twice.
+    twice. Per-layer embeddings stay where they are: the model reads their rows in the mapped file, whatever `weights`
+    says.
 
     Args:
         weights: "auto" computes in the checkpoint's own types. "int8" quantises float matrices to int8 in blocks of 32
-            (GGUF's Q8_0) and leaves quantised ones as they are; "f32", "f16" and "bf16" convert float matrices.
+            (GGUF's Q8_0). "int4" quantises those of the layers to int4 (Q4_0) and the others, the head among them, to
+            int8. Both leave quantised matrices as they are; "f32", "f16" and "bf16" convert float matrices. Routers of
+            experts always stay as they are.
 
     Raises:
         CheckpointError: the core does not support the model's sizes.
         ValueError: `weights` does not fit the checkpoint, or a tensor is missing.
     """
-    if weights not in WEIGHT_CHOICES:
-        raise ValueError(f"weights = {weights!r}: must be one of {', '.join(WEIGHT_CHOICES)}")
-    try:
+    _check_choice(weights)
+    with _refusals(checkpoint.path):
         model = _core.Model(dataclasses.asdict(checkpoint.config), threads=threads, max_step_rows=max_step_rows)
-    except ValueError as error:
-        if str(error).startswith("model config: "):
-            raise CheckpointError(checkpoint.path, str(error)) from None
-        raise
-    tensors = list(checkpoint.tensors())
-    total = sum(tensor.data.nbytes for tensor in tensors)
-    done = 0
-    for tensor in tensors:
-        if len(tensor.shape) == 1:
-            model.set_vector(tensor.name, _vector(tensor))
-            done += tensor.data.nbytes
+    tensors = []
+    for tensor in checkpoint.tensors():
+        if tensor.name == _PER_LAYER_TABLE:
+            rows, columns = tensor.shape
+            model.map_table(tensor.name, tensor.dtype, rows, columns, tensor.data)
         else:
-            for chunk_bytes in _upload_matrix(model, tensor, _stored_type(tensor, weights)):
-                done += chunk_bytes
-                if progress is not None:
-                    progress("loading weights", done, total)
+            tensors.append(tensor)
+    _upload(model, tensors, weights, progress)
     model.finish()
     return model
+
+
+def load_assistant(
+    checkpoint: AssistantCheckpoint,
+    model: _core.Model,
+    *,
+    weights: str = "auto",
+    progress: Progress | None = None,
+) -> _core.MtpModel:
+    """Builds the native drafter of an assistant for a model that it fits (see draftwerk.loading.check_fits).
+
+    Where it has centroids, the rows of its head lie in the order of the centroids' tokens: those of one together.
+
+    Args:
+        weights: as for load_model().
+
+    Raises:
+        CheckpointError: the core does not support the drafter's sizes.
+        ValueError: `weights` does not fit the checkpoint.
+    """
+    _check_choice(weights)
+    with _refusals(checkpoint.path):
+        drafter = _core.MtpModel(model, dataclasses.asdict(checkpoint.config))
+    order = checkpoint.token_ordering
+    _upload(drafter, list(checkpoint.tensors()), weights, progress, order)
+    if order is not None:
+        drafter.set_permutation("masked_embedding.token_ordering", order)
+    drafter.finish()
+    return drafter
 
 
 def fingerprint(checkpoint: Checkpoint, weights: str, arithmetic: str) -> int:
@@ -101,22 +132,66 @@ def fingerprint(checkpoint: Checkpoint, weights: str, arithmetic: str) -> int:
     }
     digest.update(json.dumps(about, sort_keys=True).encode())
     for tensor in checkpoint.tensors():
-        vector = len(tensor.shape) == 1
-        stored = tensor.dtype if vector else _stored_type(tensor, weights)
+        kept = len(tensor.shape) == 1 or tensor.name == _PER_LAYER_TABLE
+        stored = tensor.dtype if kept else _stored_type(tensor, weights)
         digest.update(json.dumps([tensor.name, tensor.dtype, stored, tensor.shape]).encode())
-        digest.update(tensor.data[:_SAMPLE_BYTES].tobytes() + tensor.data[-_SAMPLE_BYTES:].tobytes())
-        tensor.release(0, tensor.data.nbytes)  # reading a page makes its neighbours resident as well
+        digest.update(_sample(tensor))
+        tensor.release(0, tensor.nbytes)  # reading a page makes its neighbours resident as well
     return int.from_bytes(digest.digest(), "little")
 
 
+class _Uploads(Protocol):
+    """What a model and a drafter have in common."""
+
+    def create_weight(self, name: str, type: str, rows: int, columns: int) -> None: ...
+    def upload_rows(
+        self, name: str, first_row: int, source_type: str, rows: int, data: npt.NDArray[np.uint8]
+    ) -> None: ...
+    def set_vector(self, name: str, values: npt.NDArray[np.float32]) -> None: ...
+
+
+@contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Makes a CheckpointError of what the core says about a configuration."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("model config: "):
+            raise CheckpointError(path, str(error)) from None
+        raise
+
+
+def _check_choice(weights: str) -> None:
+    if weights not in WEIGHT_CHOICES:
+        raise ValueError(f"weights = {weights!r}: must be one of {', '.join(WEIGHT_CHOICES)}")
+
+
 def _stored_type(tensor: TensorView, weights: str) -> str:
-    if weights == "auto":
+    if weights == "auto" or tensor.name.endswith(_ROUTER):
         return tensor.dtype
-    if weights == "int8":
-        return "q8_0" if tensor.dtype in _FLOAT_TYPES else tensor.dtype
+    if weights not in _QUANTISED:
+        if tensor.dtype not in _FLOAT_TYPES:
+            raise ValueError(f"weights = {weights!r}: tensor {tensor.name} is quantised already ({tensor.dtype})")
+        return weights
     if tensor.dtype not in _FLOAT_TYPES:
-        raise ValueError(f"weights = {weights!r}: tensor {tensor.name} is quantised already ({tensor.dtype})")
-    return weights
+        return tensor.dtype
+    if tensor.shape[1] % _BLOCK:
+        raise ValueError(
+            f"weights = {weights!r}: tensor {tensor.name} has rows of {tensor.shape[1]} values, "
+            f"which is no multiple of {_BLOCK}"
+        )
+    return _QUANTISED[weights if ".layers." in tensor.name else "int8"]
+
+
+def _sample(tensor: TensorView) -> bytes:
+    """The first and the last bytes."""
+    if len(tensor.shape) == 1:
+        first = last = tensor.data
+    else:
+        rows = -(-_SAMPLE_BYTES // tensor.rows_bytes())
+        first = tensor.rows(0, min(rows, tensor.shape[0]))
+        last = tensor.rows(max(tensor.shape[0] - rows, 0), tensor.shape[0])
+    return first[:_SAMPLE_BYTES].tobytes() + last[-_SAMPLE_BYTES:].tobytes()
 
 
 def _vector(tensor: TensorView) -> npt.NDArray[np.float32]:
@@ -125,15 +200,42 @@ def _vector(tensor: TensorView) -> npt.NDArray[np.float32]:
     return np.frombuffer(tensor.data, dtype=np.float32)
 
 
-def _upload_matrix(model: _core.Model, tensor: TensorView, stored_type: str) -> Iterator[int]:
+def _upload(
+    model: _Uploads,
+    tensors: Sequence[TensorView],
+    weights: str,
+    progress: Progress | None,
+    head_order: npt.NDArray[np.int32] | None = None,
+) -> None:
+    """Uploads all of them; the rows of the head in `head_order`, if there is one."""
+    total = sum(tensor.nbytes for tensor in tensors)
+    done = 0
+    for tensor in tensors:
+        if len(tensor.shape) == 1:
+            model.set_vector(tensor.name, _vector(tensor))
+            done += tensor.nbytes
+        else:
+            order = head_order if tensor.name == _HEAD else None
+            for chunk_bytes in _upload_matrix(model, tensor, _stored_type(tensor, weights), order):
+                done += chunk_bytes
+                if progress is not None:
+                    progress("loading weights", done, total)
+
+
+def _upload_matrix(
+    model: _Uploads, tensor: TensorView, stored_type: str, order: npt.NDArray[np.int32] | None
+) -> Iterator[int]:
     """Uploads all rows; yields the bytes of each chunk once it is in the model."""
     rows, columns = tensor.shape
     model.create_weight(tensor.name, stored_type, rows, columns)
-    row_bytes = tensor.data.nbytes // rows
+    row_bytes = tensor.nbytes // rows
     step = max(1, _CHUNK_BYTES // row_bytes // _ROW_GROUP) * _ROW_GROUP
     for first in range(0, rows, step):
-        count = min(step, rows - first)
-        begin, end = first * row_bytes, (first + count) * row_bytes
-        model.upload_rows(tensor.name, first, tensor.dtype, count, tensor.data[begin:end])
-        tensor.release(0, end)  # from the start: a page shared by two chunks is given back with the second
-        yield end - begin
+        last = min(first + step, rows)
+        data = tensor.rows(first, last) if order is None else tensor.rows_at(order[first:last])
+        model.upload_rows(tensor.name, first, tensor.dtype, last - first, data)
+        if order is None:
+            # From the start: a page shared by two chunks is given back with the second.
+            tensor.release(0, last * row_bytes)
+        yield (last - first) * row_bytes
+    tensor.release(0, tensor.nbytes)

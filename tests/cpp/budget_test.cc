@@ -49,7 +49,7 @@ class Simulation {
  public:
   Simulation(int sequences, std::function<double(int)> cost, Acceptance acceptance, unsigned seed)
       : cost_(std::move(cost)), acceptance_(std::move(acceptance)), random_(seed), sequences_(sequences) {
-    for (SequenceAcceptance& sequence : sequences_) candidates_.push_back({&sequence, {kLimit, 4}, kLimit, 0});
+    for (SequenceAcceptance& sequence : sequences_) candidates_.push_back({&sequence, {{{kLimit, 4}}}, kLimit});
   }
 
   double draft_seconds = 0.0;
@@ -67,7 +67,7 @@ class Simulation {
       int drafts = 0;
       for (const DraftCandidate& candidate : candidates_) drafts += candidate.granted;
       const int rows = static_cast<int>(candidates_.size()) + drafts;
-      budget.observe_drafting(drafts, draft_seconds * drafts);
+      budget.observe_drafting(0, drafts, draft_seconds * drafts);
       for (std::size_t i = 0; i < candidates_.size(); ++i) {
         const int granted = candidates_[i].granted;
         int accepted = 0;
@@ -197,7 +197,7 @@ TEST(DraftBudget, CountsWhatDraftingCosts) {
     simulation.run(300);
     const Totals settled = simulation.run(300);
     EXPECT_GE(settled.rate(), 0.95 * simulation.best_fixed_rate()) << draft_seconds;
-    EXPECT_NEAR(simulation.budget.draft_cost(), draft_seconds, 1e-9);
+    EXPECT_NEAR(simulation.budget.draft_cost(0), draft_seconds, 1e-9);
   }
 }
 
@@ -220,7 +220,11 @@ TEST(DraftBudget, KeepsEveryLimit) {
     std::vector<DraftCandidate> candidates;
     const int count = below(21);
     for (int i = 0; i < count; ++i) {
-      candidates.push_back({&sequences[static_cast<std::size_t>(i)], {below(10), below(8)}, below(10) - 1, 77});
+      candidates.push_back({&sequences[static_cast<std::size_t>(i)],
+                            {{{below(10), below(9)}, {below(10), below(9)}}},
+                            below(10) - 1,
+                            77,
+                            77});
     }
     const int prefill_rows = below(2) * below(100);
     const int max_rows = below(150);
@@ -228,10 +232,12 @@ TEST(DraftBudget, KeepsEveryLimit) {
     int drafts = 0;
     for (const DraftCandidate& candidate : candidates) {
       ASSERT_GE(candidate.granted, 0);
-      ASSERT_LE(candidate.granted, std::max(std::min(candidate.limit, candidate.outlook.available), 0));
+      ASSERT_LE(candidate.granted,
+                std::max(std::min(candidate.limit, candidate.outlooks[candidate.drafter].available), 0));
       drafts += candidate.granted;
       const int accepted = below(candidate.granted + 1);
-      budget.observe_acceptance(*candidate.acceptance, candidate.outlook.confidence, candidate.granted, accepted);
+      budget.observe_acceptance(*candidate.acceptance, candidate.outlooks[candidate.drafter].confidence,
+                                candidate.granted, accepted);
     }
     ASSERT_TRUE(drafts == 0 || prefill_rows + count + drafts <= max_rows);
     if (prefill_rows == 0) budget.observe_step(count + drafts, 0.01);
@@ -241,7 +247,7 @@ TEST(DraftBudget, KeepsEveryLimit) {
 TEST(DraftBudget, GrantsNothingBeforeAStepWithoutDraftsWasMeasured) {
   DraftBudget budget;
   SequenceAcceptance sequence;
-  DraftCandidate candidate{&sequence, {8, 7}, 8, 0};
+  DraftCandidate candidate{&sequence, {{{8, 7}}}, 8};
   budget.plan(std::span(&candidate, 1), 0, 64);
   EXPECT_EQ(candidate.granted, 0);
   budget.plan(std::span(&candidate, 1), 32, 64);
@@ -253,7 +259,7 @@ TEST(DraftBudget, GrantsNothingBeforeAStepWithoutDraftsWasMeasured) {
 
 TEST(DraftBudget, BesidePrefillADraftIsWorthTheDecodeStepItSaves) {
   SequenceAcceptance sequence;
-  DraftCandidate candidate{&sequence, {8, 4}, 8, 0};
+  DraftCandidate candidate{&sequence, {{{8, 4}}}, 8};
   DraftBudget cheap_rows = trained(0.02, sequence);
   cheap_rows.plan(std::span(&candidate, 1), 40, 4096);
   EXPECT_EQ(candidate.granted, 8);
@@ -269,12 +275,12 @@ TEST(DraftBudget, IgnoresMeasurementsThatCannotBe) {
   const double cost = budget.step_cost(4);
   for (const double seconds : {0.0, -1.0, std::numeric_limits<double>::infinity(), std::nan("")}) {
     for (int i = 0; i < 20; ++i) budget.observe_step(4, seconds);
-    budget.observe_drafting(1, seconds == 0.0 ? -1.0 : seconds);
+    budget.observe_drafting(0, 1, seconds == 0.0 ? -1.0 : seconds);
   }
   budget.observe_step(0, 1.0);
-  budget.observe_drafting(0, 1.0);
+  budget.observe_drafting(0, 0, 1.0);
   EXPECT_EQ(budget.step_cost(4), cost);
-  EXPECT_EQ(budget.draft_cost(), 0.0);
+  EXPECT_EQ(budget.draft_cost(0), 0.0);
 }
 
 TEST(DraftBudget, LearnsAcceptanceByClassAndDepth) {

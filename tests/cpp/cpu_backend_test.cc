@@ -18,68 +18,13 @@
 #include "backend/cpu/memory.h"
 #include "backend/cpu/quantized_blocks.h"
 #include "backend/cpu/reference.h"
+#include "cpu_backend_fixture.h"
 #include "random_blocks.h"
 
 namespace draftwerk {
 namespace {
 
 using cpu::Isa;
-
-std::unique_ptr<Weight> upload(Backend& backend, WeightType type, std::int64_t rows, std::int64_t columns,
-                               const std::vector<std::byte>& blocks) {
-  std::unique_ptr<Weight> weight = backend.create_weight(type, rows, columns);
-  // In two parts, as a loader does.
-  const std::int64_t first = rows > 16 ? rows / 32 * 16 : 0;
-  const std::size_t row_bytes = blocks.size() / static_cast<std::size_t>(rows);
-  if (first > 0) backend.upload_rows(*weight, 0, first, type, blocks.data());
-  backend.upload_rows(*weight, first, rows - first, type, blocks.data() + static_cast<std::size_t>(first) * row_bytes);
-  return weight;
-}
-
-struct Matrix {
-  Matrix(Backend& backend, WeightType type, std::int64_t rows, std::int64_t columns, std::mt19937& random)
-      : rows(rows), columns(columns), values(static_cast<std::size_t>(rows * columns)) {
-    const std::vector<std::byte> blocks = cpu::random_blocks(type, rows * columns, random);
-    cpu::dequantize(type, blocks.data(), rows * columns, values.data());
-    weight = upload(backend, type, rows, columns, blocks);
-  }
-  [[nodiscard]] std::vector<double> times(const std::vector<double>& x) const {
-    std::vector<double> y(static_cast<std::size_t>(rows));
-    for (std::size_t n = 0; n < y.size(); ++n) {
-      for (std::size_t k = 0; k < x.size(); ++k) y[n] += double{values[n * x.size() + k]} * x[k];
-    }
-    return y;
-  }
-  std::int64_t rows;
-  std::int64_t columns;
-  std::vector<float> values;
-  std::unique_ptr<Weight> weight;
-};
-
-/// A step of plain rows: one segment from position 0.
-struct PlainStep {
-  explicit PlainStep(int rows, int vocabulary) {
-    for (int r = 0; r < rows; ++r) {
-      tokens.push_back((r * 37 + 5) % vocabulary);
-      positions.push_back(r);
-      if (r % 2 == 0) outputs.push_back(r);
-    }
-    segments.push_back({0, rows, 0, {nullptr, nullptr}});
-  }
-  [[nodiscard]] StepRows rows() const { return {tokens, positions, segments, outputs}; }
-  std::vector<TokenId> tokens;
-  std::vector<std::int64_t> positions;
-  std::vector<Segment> segments;
-  std::vector<int> outputs;
-};
-
-/// |got - want| relative to the largest |want|: int8 activations are off by up to 1/254 of their block's largest, which
-/// is some 3% of a sum that cancels.
-void expect_close(const float* got, const std::vector<double>& want, double tolerance) {
-  double largest = 1e-6;
-  for (const double w : want) largest = std::max(largest, std::abs(w));
-  for (std::size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(got[i], want[i], tolerance * largest) << i;
-}
 
 class CpuBackendTest : public testing::TestWithParam<Isa> {
  protected:
@@ -139,7 +84,7 @@ TEST_P(CpuBackendTest, FeedForwardAndResidual) {
       std::vector<float> hidden(static_cast<std::size_t>(rows) * 160);
       const Norm norm{scale.data(), 1e-6F};
       backend->project_geglu({residual.data(), 96}, norm, *gate.weight, *up.weight, {hidden.data(), 160});
-      backend->project_add({hidden.data(), 160}, *down.weight, norm, {residual.data(), 96});
+      backend->project_add({hidden.data(), 160}, *down.weight, norm, {residual.data(), 96}, 1);
       for (int r = 0; r < rows; ++r) {
         const std::span<const float> row(before.data() + std::ptrdiff_t{r} * 96, 96);
         const std::vector<double> input = cpu::reference::rms_norm(row, scale, 1e-6);
@@ -175,7 +120,9 @@ TEST_P(CpuBackendTest, EmbeddingHeadAndGreedyChoice) {
       }
       const std::vector<float> scale = cpu::random_values(64, random_);
       for (const float softcap : {0.0F, 30.0F}) {
-        backend->head({x.data(), 64}, {scale.data(), 1e-6F}, *table.weight, softcap);
+        std::vector<float> states(5 * 64);
+        backend->gather_outputs({x.data(), 64}, {scale.data(), 1e-6F}, {states.data(), 64});
+        backend->head({states.data(), 64}, *table.weight, softcap);
         const std::size_t width = static_cast<std::size_t>(vocabulary);
         std::vector<float> logits(5 * width);
         backend->read_logits(logits);
@@ -253,6 +200,7 @@ class TinyModel {
     // Whatever was never written must not matter.
     std::memset(arena_->data(), 0xFF, arena_->bytes());
     hidden_.resize(std::size_t{kMaxRows} * kHidden);
+    states_ = hidden_;
     query_.resize(static_cast<std::size_t>(kMaxRows * query_width));
     attended_ = query_;
     key_.resize(static_cast<std::size_t>(kMaxRows * kv_width));
@@ -299,13 +247,14 @@ class TinyModel {
       const Layer& layer = layers_[l];
       const Projection outputs_qkv[] = {{layer.q.get(), query}, {layer.k.get(), key}, {layer.v.get(), value}};
       backend.project(hidden, &norm, outputs_qkv);
-      backend.append_kv(query, key, value, shape_.query_heads, norm, norm, {frequency_.data()}, layer.kv);
-      backend.attend(query, shape_.query_heads, layer.kv, l == 0 ? kWindow : 0, 0.1F, attended);
-      backend.project_add(attended, *layer.o, norm, hidden);
+      backend.append_kv(query, key, value, shape_.query_heads, norm, norm, nullptr, {frequency_.data()}, layer.kv);
+      backend.attend(query, shape_.query_heads, layer.kv, {l == 0 ? kWindow : 0}, 0.1F, attended);
+      backend.project_add(attended, *layer.o, norm, hidden, 1);
       backend.project_geglu(hidden, norm, *layer.gate, *layer.up, feed);
-      backend.project_add(feed, *layer.down, norm, hidden);
+      backend.project_add(feed, *layer.down, norm, hidden, 1);
     }
-    backend.head(hidden, norm, *table_, 30);
+    backend.gather_outputs(hidden, norm, {states_.data(), kHidden});
+    backend.head({states_.data(), kHidden}, *table_, 30);
     std::vector<float> logits(outputs.size() * kVocabulary);
     backend.read_logits(logits);
     std::size_t row = 0;
@@ -351,7 +300,7 @@ class TinyModel {
   std::unique_ptr<Buffer> arena_;
   std::size_t pages_used_ = 0;
   std::map<std::pair<int, int>, std::vector<PageId>> pages_;
-  std::vector<float> hidden_, query_, attended_, key_, value_, feed_;
+  std::vector<float> hidden_, states_, query_, attended_, key_, value_, feed_;
   std::map<std::pair<int, int>, std::vector<float>> logits_;
 };
 
@@ -440,8 +389,8 @@ TEST_P(CpuBackendTest, AttentionOverPagesIsTheReference) {
       const std::vector<float> q_before = q;
       const std::vector<float> k_before = k;
       backend->append_kv({q.data(), query_width}, {k.data(), kv_width}, {v.data(), kv_width}, c.query_heads,
-                         {query_scale.data(), 1e-6F}, {key_scale.data(), 1e-6F}, {frequency.data()}, kv);
-      backend->attend({q.data(), query_width}, c.query_heads, kv, c.window, 0.25F, {out.data(), query_width});
+                         {query_scale.data(), 1e-6F}, {key_scale.data(), 1e-6F}, nullptr, {frequency.data()}, kv);
+      backend->attend({q.data(), query_width}, c.query_heads, kv, {c.window}, 0.25F, {out.data(), query_width});
       const auto normed = [&](const std::vector<float>& x, int row, int width, int head,
                               const std::vector<float>& scale) {
         const std::span<const float> part(x.data() + row * width + head * c.head_dim,
@@ -509,10 +458,10 @@ TEST_P(CpuBackendTest, LongContextsAreTheSameInEverySchedule) {
       }
       std::vector<float> out(q.size());
       const Norm norm{scale.data(), 1e-6F};
-      backend->append_kv({q.data(), kHeadDim}, {k.data(), kHeadDim}, {v.data(), kHeadDim}, 1, norm, norm,
+      backend->append_kv({q.data(), kHeadDim}, {k.data(), kHeadDim}, {v.data(), kHeadDim}, 1, norm, norm, nullptr,
                          {frequency.data()}, kv);
       if (at_end) {
-        backend->attend({q.data(), kHeadDim}, 1, kv, 0, 0.3F, {out.data(), kHeadDim});
+        backend->attend({q.data(), kHeadDim}, 1, kv, {}, 0.3F, {out.data(), kHeadDim});
         last.insert(last.end(), out.begin(), out.end());
       }
       first += count;
@@ -552,7 +501,7 @@ TEST(CpuBackend, RefusesWeightsOfImpossibleShape) {
   EXPECT_THROW(backend->upload_rows(*weight, 0, 8, WeightType::q4_0, source.data()), std::invalid_argument);
   EXPECT_THROW(backend->upload_rows(*weight, 32, 16, WeightType::q4_0, source.data()), std::invalid_argument);
   EXPECT_THROW(backend->upload_rows(*weight, 0, 16, WeightType::q5_0, source.data()), std::invalid_argument);
-  EXPECT_THROW(backend->upload_rows(*weight, 0, 16, WeightType::f32, source.data()), std::invalid_argument);
+  EXPECT_THROW(backend->upload_rows(*weight, 0, 16, WeightType::q8_0, source.data()), std::invalid_argument);
 }
 
 TEST(CpuBackend, RefusesStepsBeyondItsReserve) {
@@ -576,7 +525,8 @@ TEST(CpuBackend, FloatsConvertOnTheWay) {
   backend->reserve(1, 1, 32, 16);
   std::mt19937 random(1);
   const std::vector<float> values = cpu::random_values(std::int64_t{32} * 32, random);
-  for (const WeightType type : {WeightType::f32, WeightType::f16, WeightType::bf16, WeightType::q8_0}) {
+  for (const WeightType type :
+       {WeightType::f32, WeightType::f16, WeightType::bf16, WeightType::q8_0, WeightType::q4_0}) {
     const std::unique_ptr<Weight> weight = backend->create_weight(type, 32, 32);
     backend->upload_rows(*weight, 0, 32, WeightType::f32, reinterpret_cast<const std::byte*>(values.data()));
     PlainStep step(1, 32);
@@ -584,7 +534,8 @@ TEST(CpuBackend, FloatsConvertOnTheWay) {
     backend->begin(step.rows(), {});
     float row[32];
     backend->embed(*weight, 1, {row, 32});
-    for (std::size_t i = 0; i < 32; ++i) ASSERT_NEAR(row[i], values[std::size_t{21} * 32 + i], 0.02);
+    const double tolerance = type == WeightType::q4_0 ? 0.4 : 0.02;
+    for (std::size_t i = 0; i < 32; ++i) ASSERT_NEAR(row[i], values[std::size_t{21} * 32 + i], tolerance);
   }
 }
 

@@ -159,7 +159,7 @@ TEST(EngineCommandsTest, RandomCommandsChangeNoToken) {
     options.max_sequences = seed % 4 == 3 ? 2 : 16;
     options.prefill_chunk = seed % 4 == 2 ? 7 : 64;
     options.draft_length = 3;
-    Engine engine(tiny.model(), options, testing::make_drafter(seed % 5 == 0 ? "lookup" : "random", 300), {});
+    Engine engine(tiny.model(), options, tiny.drafters(seed % 5 == 0 ? "lookup" : "random"), {});
     RandomCommands commands(seed, engine);
     commands.run(150);
     commands.check(reference);

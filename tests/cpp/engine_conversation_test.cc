@@ -33,7 +33,7 @@ TEST_P(EngineConversation, ComputesOnlyWhatIsNewAndTheSameTokens) {
   options.prefix_cache = GetParam().prefix_cache;
   options.prefill_chunk = GetParam().prefill_chunk;
   options.draft_length = 3;
-  Engine engine(tiny.model(), options, testing::make_drafter(GetParam().drafter, 300), {});
+  Engine engine(tiny.model(), options, tiny.drafters(GetParam().drafter), {});
   Reference reference;
   const ConversationId conversation = engine.open_conversation();
   Tokens text;
@@ -67,7 +67,7 @@ TEST(EngineConversationTest, AnotherBeginningOrAnotherSaltTakesNothingOver) {
   for (const bool prefix_cache : {false, true}) {
     EngineOptions options;
     options.prefix_cache = prefix_cache;
-    Engine engine(tiny.model(), options, nullptr, {});
+    Engine engine(tiny.model(), options, {}, {});
     unsigned seed = 0;
     const auto second_turn = [&](auto change) {
       Request request = make_request(random_tokens(50, ++seed), 10);
@@ -125,7 +125,7 @@ TEST(EngineConversationTest, CancelBeforeTheStartKeepsWhatTheRequestBeforeLeft) 
   EngineOptions options;
   options.max_sequences = 1;
   options.prefix_cache = false;
-  Engine engine(tiny.model(), options, nullptr, {});
+  Engine engine(tiny.model(), options, {}, {});
   Request request = make_request(random_tokens(30, 1), 10);
   request.conversation = engine.open_conversation();
   request.prompt = request.prompt + run(engine, request).token_ids;
@@ -141,7 +141,7 @@ TEST(EngineConversationTest, OfTwoRequestsAtOnceOneFindsNothing) {
   TinyModel tiny;
   EngineOptions options;
   options.prefix_cache = false;
-  Engine engine(tiny.model(), options, nullptr, {});
+  Engine engine(tiny.model(), options, {}, {});
   Reference reference;
   Request request = make_request(random_tokens(30, 1), 10);
   request.conversation = engine.open_conversation();
@@ -159,7 +159,7 @@ TEST(EngineConversationTest, ClosingFreesThePagesEvenWhileARequestRuns) {
   TinyModel tiny;
   EngineOptions options;
   options.prefix_cache = false;
-  Engine engine(tiny.model(), options, nullptr, {});
+  Engine engine(tiny.model(), options, {}, {});
   Request request = make_request(random_tokens(30, 1), 20);
   request.conversation = engine.open_conversation();
   run(engine, request);
@@ -187,7 +187,7 @@ TEST(EngineConversationTest, ParkedIsGivenUpOldestFirstBeforeAnybodyWaitsOrIsPre
   EngineOptions options;
   options.prefix_cache = false;
   options.kv_memory_bytes = kTight;
-  Engine engine(tiny.model(), options, nullptr, {});
+  Engine engine(tiny.model(), options, {}, {});
   Reference reference;
   Request turns[3];
   for (unsigned c = 0; c < 3; ++c) {

@@ -123,7 +123,7 @@ TEST(EnginePauseTest, PagesOfPausedRequestsGoToThoseThatRun) {
 
 TEST(EnginePauseTest, CloseEndsPausedRequests) {
   TinyModel tiny;
-  Engine engine(tiny.model(), {}, nullptr, {});
+  Engine engine(tiny.model(), {}, {}, {});
   const RequestId id = engine.submit(make_request({1, 2, 3}, 1000));
   engine.pause(id);
   engine.close();

@@ -62,7 +62,7 @@ std::vector<std::vector<TokenId>> expected_tokens(WeightType type, const std::ve
   TinyModel tiny(type);
   EngineOptions options;
   options.prefix_cache = false;
-  Engine engine(tiny.model(), options, nullptr, {});
+  Engine engine(tiny.model(), options, {}, {});
   std::vector<std::vector<TokenId>> expected;
   for (const Request& request : requests) expected.push_back(run_all(engine, {request}).front());
   return expected;
@@ -93,7 +93,7 @@ TEST_P(Promise, TokensDoNotDependOnHowTheyAreComputed) {
   options.kv_memory_bytes = variant.kv_bytes;
   options.prefix_cache = variant.prefix_cache;
   options.max_sequences = variant.max_sequences;
-  Engine engine(tiny.model(), options, testing::make_drafter(variant.drafter, 300), {});
+  Engine engine(tiny.model(), options, tiny.drafters(variant.drafter), {});
   EXPECT_EQ(run_all(engine, requests), expected[type]);
   EXPECT_EQ(run_all(engine, requests), expected[type]) << "with a warm prefix cache";
 }
@@ -114,7 +114,7 @@ TEST(EngineTest, TightMemoryReallyPreempts) {
   TinyModel tiny(WeightType::q8_0);
   EngineOptions options;
   options.kv_memory_bytes = kTight / 2;
-  Engine engine(tiny.model(), options, nullptr, {});
+  Engine engine(tiny.model(), options, {}, {});
   run_all(engine, mixed_requests());
   EXPECT_GT(engine.statistics().preemptions, 0);
   EXPECT_LE(engine.statistics().kv.peak_bytes, options.kv_memory_bytes);
@@ -128,7 +128,7 @@ TEST(EngineTest, GreedyTokensAreTheArgmaxOfTheScoredLogits) {
   request.max_tokens = 30;
   std::vector<TokenId> text = request.prompt;
   {
-    Engine engine(tiny.model(), {}, nullptr, {});
+    Engine engine(tiny.model(), {}, {}, {});
     const auto tokens = run_all(engine, {request}).front();
     text.insert(text.end(), tokens.begin(), tokens.end());
   }
@@ -150,7 +150,7 @@ TEST(EngineTest, LookupDraftsAreAcceptedOnRepeatingTextAndCounted) {
   request.max_tokens = 200;  // greedy text of a small model falls into a loop
   EngineOptions options;
   options.draft_length = 4;
-  Engine engine(tiny.model(), options, make_lookup_drafter(), {});
+  Engine engine(tiny.model(), options, tiny.drafters("lookup"), {});
   const RequestId id = engine.submit(request);
   const Outcome outcome = collect(engine, {id})[id];
   ASSERT_EQ(outcome.token_ids.size(), 200U);
@@ -168,14 +168,21 @@ TEST(EngineTest, LookupDraftsAreAcceptedOnRepeatingTextAndCounted) {
   }
   EXPECT_EQ(drafted, s.drafted);
   EXPECT_EQ(accepted, s.accepted);
-  EXPECT_EQ(engine.statistics().accepted, s.accepted);
+  const EngineStatistics all = engine.statistics();
+  EXPECT_EQ(all.accepted, s.accepted);
+  ASSERT_EQ(all.drafters.size(), 1U);
+  EXPECT_EQ(all.drafters[0].name, "lookup");
+  EXPECT_EQ(all.drafters[0].drafted_by_position, s.drafted_by_position);
+  EXPECT_EQ(all.drafters[0].recent.rounds, s.drafted_by_position[0]);
+  EXPECT_EQ(all.drafters[0].recent.drafted_by_position, s.drafted_by_position);
+  EXPECT_EQ(all.drafters[0].recent.accepted_by_position, s.accepted_by_position);
 }
 
 TEST(EngineTest, DraftingCanBeSwitchedOffPerRequest) {
   TinyModel tiny;
   EngineOptions options;
   options.draft_length = 4;
-  Engine engine(tiny.model(), options, make_random_drafter(300), {});
+  Engine engine(tiny.model(), options, tiny.drafters("random"), {});
   Request request;
   request.prompt = {1, 2, 3};
   request.max_tokens = 10;
@@ -191,7 +198,7 @@ TEST(EngineTest, DraftingCanBeSwitchedOffPerRequest) {
 
 TEST(EngineTest, StopTokenEndsAndMinTokensHoldsItOff) {
   TinyModel tiny;
-  Engine engine(tiny.model(), {}, nullptr, {});
+  Engine engine(tiny.model(), {}, {}, {});
   Request request;
   request.prompt = {9, 8, 7};
   request.max_tokens = 12;
@@ -218,12 +225,12 @@ TEST(EngineTest, ModelEndTokensEndUnlessIgnored) {
   request.max_tokens = 12;
   TokenId end = 0;
   {
-    Engine engine(tiny.model(), {}, nullptr, {});
+    Engine engine(tiny.model(), {}, {}, {});
     end = run_all(engine, {request}).front()[3];
   }
   EngineOptions options;
   options.eos_token_ids = {end};
-  Engine engine(tiny.model(), options, nullptr, {});
+  Engine engine(tiny.model(), options, {}, {});
   const RequestId id = engine.submit(request);
   EXPECT_EQ(collect(engine, {id})[id].finish_reason, FinishReason::stop);
   request.ignore_eos = true;
@@ -239,7 +246,7 @@ TEST(EngineTest, StopStringEndsTheTextBeforeIt) {
   request.max_tokens = 30;
   EngineOptions options;
   options.draft_length = 5;
-  Engine engine(tiny.model(), options, make_random_drafter(300), testing::letter_bytes(300));
+  Engine engine(tiny.model(), options, tiny.drafters("random"), testing::letter_bytes(300));
   const auto free_run = run_all(engine, {request}).front();
   std::string text;
   for (const TokenId token : free_run) text += bytes[token];
@@ -260,7 +267,7 @@ TEST(EngineTest, LogprobsAreThoseOfTheScoredLogits) {
   request.sampling.temperature = 1.0F;
   Outcome outcome;
   {
-    Engine engine(tiny.model(), {}, nullptr, {});
+    Engine engine(tiny.model(), {}, {}, {});
     const RequestId id = engine.submit(request);
     outcome = collect(engine, {id})[id];
   }
@@ -285,7 +292,7 @@ TEST(EngineTest, LogprobsAreThoseOfTheScoredLogits) {
 
 TEST(EngineTest, NoTopLogprobsWhereNoneAreAskedFor) {
   TinyModel tiny;
-  Engine engine(tiny.model(), {}, nullptr, {});
+  Engine engine(tiny.model(), {}, {}, {});
   Request request;
   request.prompt = {4, 5, 6, 7};
   request.max_tokens = 8;
@@ -300,7 +307,7 @@ TEST(EngineTest, CancelFreesPagesAndSaysSo) {
   TinyModel tiny;
   EngineOptions options;
   options.prefix_cache = false;
-  Engine engine(tiny.model(), options, nullptr, {});
+  Engine engine(tiny.model(), options, {}, {});
   Request request;
   request.prompt = {1, 2, 3};
   request.max_tokens = 1000;
@@ -316,7 +323,7 @@ TEST(EngineTest, CancelFreesPagesAndSaysSo) {
 
 TEST(EngineTest, CloseCancelsWhatIsLeftAndRefusesMore) {
   TinyModel tiny;
-  Engine engine(tiny.model(), {}, nullptr, {});
+  Engine engine(tiny.model(), {}, {}, {});
   Request request;
   request.prompt = {1, 2, 3};
   request.max_tokens = 1000;
@@ -332,7 +339,7 @@ TEST(EngineTest, RefusesWhatNeverFitsAndWhatOverfillsTheQueue) {
   EngineOptions options;
   options.kv_memory_bytes = std::size_t{256} << 10;
   options.max_queued_tokens = 50;
-  Engine engine(tiny.model(), options, nullptr, {});
+  Engine engine(tiny.model(), options, {}, {});
   Request request;
   request.prompt = std::vector<TokenId>(40, 3);
   request.max_tokens = 900;
@@ -354,7 +361,7 @@ TEST(EngineTest, RefusesWhatNeverFitsAndWhatOverfillsTheQueue) {
 
 TEST(EngineTest, ErrorsNameFieldValueAndRange) {
   TinyModel tiny;
-  Engine engine(tiny.model(), {}, nullptr, {});
+  Engine engine(tiny.model(), {}, {}, {});
   const auto field_of = [&](const auto& change) {
     Request request;
     request.prompt = {1};
@@ -387,7 +394,7 @@ TEST(EngineTest, ErrorsNameFieldValueAndRange) {
 
 TEST(EngineTest, PrefixCacheServesTheSecondRequestAndSaltsKeepApart) {
   TinyModel tiny;
-  Engine engine(tiny.model(), {}, nullptr, {});
+  Engine engine(tiny.model(), {}, {}, {});
   std::mt19937 random(5);
   Request request;
   request.prompt = testing::random_prompt(random, 100, 300);
@@ -406,7 +413,7 @@ TEST(EngineTest, ManyThreadsMaySubmitAndCancel) {
   TinyModel tiny;
   EngineOptions options;
   options.draft_length = 2;
-  Engine engine(tiny.model(), options, make_random_drafter(300), {});
+  Engine engine(tiny.model(), options, tiny.drafters("random"), {});
   std::mutex mutex;
   std::vector<RequestId> ids;
   std::vector<std::thread> threads;
@@ -434,7 +441,7 @@ TEST(EngineTest, OptionsThatMakeNoSenseAreRefused) {
   const auto refused = [&](const auto& change) {
     EngineOptions options;
     change(options);
-    EXPECT_THROW(Engine(tiny.model(), options, nullptr, {}), std::invalid_argument);
+    EXPECT_THROW(Engine(tiny.model(), options, {}, {}), std::invalid_argument);
   };
   refused([](EngineOptions& o) { o.max_sequences = 0; });
   refused([](EngineOptions& o) { o.max_sequences = 1000; });

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <span>
 #include <stdexcept>
+#include <vector>
 
 #include "drafting/drafter.h"
 
@@ -34,7 +35,11 @@ class Gate {
     changed_.notify_all();
   }
 
-  std::unique_ptr<Drafter> drafter() { return std::make_unique<GateDrafter>(*this); }
+  std::vector<std::unique_ptr<Drafter>> drafter() {
+    std::vector<std::unique_ptr<Drafter>> drafters;
+    drafters.push_back(std::make_unique<GateDrafter>(*this));
+    return drafters;
+  }
 
  private:
   static constexpr std::chrono::seconds kTimeout{60};
@@ -44,7 +49,7 @@ class Gate {
     explicit GateDrafter(Gate& gate) : gate_(gate) {}
     [[nodiscard]] const char* name() const override { return "gate"; }
     std::unique_ptr<DraftState> open() override { return std::make_unique<DraftState>(); }
-    DraftOutlook outlook(DraftState&, std::span<const TokenId>, int) override {
+    DraftOutlook outlook(const DraftContext&, int) override {
       gate_.pass();
       return {};
     }

@@ -16,6 +16,7 @@
 
 #include "backend/cpu/quantized_blocks.h"
 #include "backend/cpu/reference.h"
+#include "random_blocks.h"
 
 namespace draftwerk::cpu {
 namespace {
@@ -44,10 +45,10 @@ TEST_P(LayerKernelsTest, RmsNorm) {
     kernels_.rms_norm(x.data(), scale.data(), 1e-6F, columns, y.data());
     std::vector<float> residual = draw(columns + 1);
     const std::vector<float> before = residual;
-    kernels_.add_rms_norm(x.data(), scale.data(), 1e-6F, columns, residual.data());
+    kernels_.add_rms_norm(x.data(), scale.data(), 1e-6F, columns, 0.75F, residual.data());
     for (std::size_t i = 0; i < x.size(); ++i) {
       ASSERT_NEAR(y[i], want[i], 2e-6 * std::abs(want[i]) + 1e-30);
-      ASSERT_NEAR(residual[i], before[i] + want[i], 2e-6 * (std::abs(want[i]) + std::abs(before[i])));
+      ASSERT_NEAR(residual[i], 0.75 * (before[i] + want[i]), 2e-6 * (std::abs(want[i]) + std::abs(before[i])));
     }
     EXPECT_EQ(y.back(), -7);
     EXPECT_EQ(residual.back(), before.back());
@@ -61,6 +62,59 @@ TEST_P(LayerKernelsTest, RmsNormInPlaceIsTheSame) {
   kernels_.rms_norm(x.data(), scale.data(), 1e-6F, 256, y.data());
   kernels_.rms_norm(x.data(), scale.data(), 1e-6F, 256, x.data());
   EXPECT_EQ(x, y);
+}
+
+TEST_P(LayerKernelsTest, MixRmsNorm) {
+  for (int columns = 1; columns < 300; columns += columns < 40 ? 1 : 13) {
+    std::vector<float> x = draw(columns + 1, 5);
+    const std::vector<float> before = x;
+    const std::vector<float> scale = draw(columns);
+    const std::vector<float> added = draw(columns);
+    const std::span<const float> row(before.data(), scale.size());
+    const std::vector<double> want = reference::mix(row, scale, 1e-6, added, 16, 0.5);
+    kernels_.mix_rms_norm(x.data(), scale.data(), 1e-6F, columns, added.data(), 16, 0.5F);
+    for (std::size_t i = 0; i < scale.size(); ++i) ASSERT_NEAR(x[i], want[i], 2e-6 * (10 + 16 * std::abs(added[i])));
+    EXPECT_EQ(x.back(), before.back());
+  }
+}
+
+TEST_P(LayerKernelsTest, WidenReadsFloatsFromAnyAddress) {
+  for (const WeightType type : {WeightType::f32, WeightType::f16, WeightType::bf16}) {
+    for (int count = 1; count < 70; ++count) {
+      const std::vector<std::byte> values = random_blocks(type, count, random_);
+      std::vector<float> want(static_cast<std::size_t>(count));
+      dequantize(type, values.data(), count, want.data());
+      // Exactly as many bytes as there are values, off any alignment: a read too far is the sanitizer's to find.
+      const std::unique_ptr<std::byte[]> shifted = std::make_unique<std::byte[]>(values.size() + 1);
+      std::memcpy(shifted.get() + 1, values.data(), values.size());
+      std::vector<float> got(want.size() + 1, -7);
+      kernels_.widen(type, shifted.get() + 1, count, got.data());
+      EXPECT_EQ(got.back(), -7);
+      got.pop_back();
+      ASSERT_EQ(got, want);
+    }
+  }
+}
+
+TEST_P(LayerKernelsTest, WeightedSumOfRows) {
+  for (int columns = 1; columns < 200; columns += columns < 40 ? 1 : 9) {
+    const int stride = columns + 3;
+    const std::vector<float> x = draw(5 * stride);
+    for (int count = 1; count <= 4; ++count) {
+      const std::int32_t rows[] = {3, 0, 4, 1};
+      const std::vector<float> weights = draw(count);
+      std::vector<float> y(static_cast<std::size_t>(columns) + 1, -7);
+      kernels_.weighted_sum(x.data(), stride, rows, weights.data(), count, columns, y.data());
+      for (int c = 0; c < columns; ++c) {
+        double want = 0;
+        for (int i = 0; i < count; ++i) {
+          want += double{weights[static_cast<std::size_t>(i)]} * x[static_cast<std::size_t>(rows[i] * stride + c)];
+        }
+        ASSERT_NEAR(y[static_cast<std::size_t>(c)], want, 4e-6);
+      }
+      EXPECT_EQ(y.back(), -7);
+    }
+  }
 }
 
 TEST_P(LayerKernelsTest, GeluMultiply) {

@@ -16,16 +16,18 @@ struct Proposal {
   std::vector<TokenId> drafts;
 };
 
+DraftContext context_of(DraftState& state, std::span<const TokenId> tokens) {
+  DraftContext context;
+  context.state = &state;
+  context.tokens = tokens;
+  return context;
+}
+
 Proposal propose(Drafter& drafter, DraftState& state, std::span<const TokenId> tokens, int count) {
   Proposal proposal;
-  proposal.outlook = drafter.outlook(state, tokens, count);
+  proposal.outlook = drafter.outlook(context_of(state, tokens), count);
   proposal.drafts.resize(static_cast<std::size_t>(count));
-  DraftJob job{.state = &state,
-               .tokens = tokens,
-               .count = count,
-               .drafts = proposal.drafts.data(),
-               .produced = -1,
-               .sequence_seed = 0};
+  DraftJob job{.context = context_of(state, tokens), .count = count, .drafts = proposal.drafts.data(), .produced = -1};
   drafter.propose(std::span(&job, 1));
   EXPECT_LE(job.produced, count);
   proposal.drafts.resize(static_cast<std::size_t>(std::max(job.produced, 0)));
@@ -67,7 +69,7 @@ Proposal brute_force(std::span<const TokenId> tokens, int count) {
   for (int i = 0; i < count; ++i) text.push_back(text[static_cast<std::size_t>(best_end + 1 + i)]);
   const int classes[] = {2, 3, 4, 5, 7, 10, 16, 32};
   int confidence = 0;
-  for (int c = 0; c < kConfidenceClasses; ++c) {
+  for (int c = 0; c < kModelConfidence; ++c) {
     if (best >= classes[c]) confidence = c;
   }
   return {{.available = count, .confidence = confidence}, {text.end() - count, text.end()}};
@@ -127,7 +129,7 @@ TEST(Lookup, StateDoesNotDependOnHowTheSequenceGrew) {
   const auto drafter = make_lookup_drafter();
   const auto stepwise = drafter->open();
   for (std::size_t size = 1; size <= text.size(); ++size) {
-    drafter->outlook(*stepwise, std::span(text.data(), size), 8);
+    drafter->outlook(context_of(*stepwise, std::span(text.data(), size)), 8);
     if (size % 97 != 0) continue;
     const auto fresh = drafter->open();
     expect_equal(propose(*drafter, *stepwise, std::span(text.data(), size), 8),
@@ -174,9 +176,9 @@ TEST(Lookup, ServesSeveralSequencesInOneCall) {
   const auto b = drafter->open();
   const auto c = drafter->open();
   TokenId drafts[6] = {};
-  DraftJob jobs[] = {{a.get(), first, 2, drafts, -1, 0},
-                     {b.get(), second, 2, drafts + 2, -1, 0},
-                     {c.get(), third, 2, drafts + 4, -1, 0}};
+  DraftJob jobs[] = {{context_of(*a, first), 2, drafts, -1},
+                     {context_of(*b, second), 2, drafts + 2, -1},
+                     {context_of(*c, third), 2, drafts + 4, -1}};
   drafter->propose(jobs);
   EXPECT_EQ(jobs[0].produced, 2);
   EXPECT_EQ(jobs[1].produced, 0);
@@ -190,7 +192,7 @@ TEST(Lookup, BeginsAnewWhenTheSequenceShrank) {
   const auto state = drafter->open();
   std::mt19937 random(3);
   const std::vector<TokenId> text = recurring_text(random, 300, 5);
-  drafter->outlook(*state, text, 4);
+  drafter->outlook(context_of(*state, text), 4);
   const std::span shorter(text.data(), 100);
   expect_equal(propose(*drafter, *state, shorter, 4), brute_force(shorter, 4), shorter.size());
 }

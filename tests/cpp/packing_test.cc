@@ -245,7 +245,9 @@ TEST(PackingConversion, NonFiniteFloatsDoNotBreakInt8) {
 TEST(PackingConversion, OtherConversionsAreRefused) {
   std::vector<std::byte> source(4096);
   std::vector<std::byte> panels(65536);
-  EXPECT_THROW(pack_rows(WeightType::q4_0, 256, 1, WeightType::f32, source.data(), panels.data()),
+  EXPECT_THROW(pack_rows(WeightType::q5_0, 256, 1, WeightType::f32, source.data(), panels.data()),
+               std::invalid_argument);
+  EXPECT_THROW(pack_rows(WeightType::q4_0, 256, 1, WeightType::q8_0, source.data(), panels.data()),
                std::invalid_argument);
   EXPECT_THROW(pack_rows(WeightType::f32, 256, 1, WeightType::q8_0, source.data(), panels.data()),
                std::invalid_argument);

@@ -11,15 +11,14 @@ namespace {
 
 std::vector<TokenId> draw(int vocabulary, std::span<const TokenId> tokens, int count, std::uint64_t seed) {
   const auto drafter = make_random_drafter(vocabulary);
-  const auto state = drafter->open();
-  EXPECT_EQ(drafter->outlook(*state, tokens, count).available, count);
+  SamplingParams sampling;
+  sampling.seed = seed;
+  DraftContext context;
+  context.tokens = tokens;
+  context.sampling = &sampling;
+  EXPECT_EQ(drafter->outlook(context, count).available, count);
   std::vector<TokenId> drafts(static_cast<std::size_t>(count), -1);
-  DraftJob job{.state = state.get(),
-               .tokens = tokens,
-               .count = count,
-               .drafts = drafts.data(),
-               .produced = -1,
-               .sequence_seed = seed};
+  DraftJob job{.context = context, .count = count, .drafts = drafts.data(), .produced = -1};
   drafter->propose(std::span(&job, 1));
   EXPECT_EQ(job.produced, count);
   return drafts;

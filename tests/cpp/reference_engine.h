@@ -56,7 +56,7 @@ class Reference {
     return options;
   }
   TinyModel tiny_;
-  Engine engine_{tiny_.model(), options(), nullptr, {}};
+  Engine engine_{tiny_.model(), options(), {}, {}};
 };
 
 /// Every sequence has ended and nothing is parked: only the prefix cache may have pages.

@@ -261,6 +261,51 @@ TEST_P(SamplerOnIsa, ChoosesTheSameOnSeveralThreads) { check_random_steps(3, 400
 
 TEST_P(SamplerOnIsa, ChoosesTheSameOverAWholeVocabulary) { check_random_steps(4, 8, {262144}, 2); }
 
+TEST_P(SamplerOnIsa, ProposesWhatVerificationWouldChoose) {
+  Random random(9);
+  WorkerPool pool(2);
+  int accepted = 0;
+  for (int round = 0; round < 600; ++round) {
+    constexpr int kVocabularies[] = {1, 7, 33, 256, 300, 1000};
+    const int vocabulary = kVocabularies[round % 6];
+    const int count = pick(random, 1, 4);
+    Rows last(count, vocabulary);  // of each sequence, the row behind its drafts
+    std::vector<Case> cases;
+    std::vector<TokenId> expected;
+    for (int i = 0; i < count; ++i) {
+      const int drafts = pick(random, 0, 4);
+      Rows rows(drafts + 1, vocabulary);
+      for (int r = 0; r <= drafts; ++r) fill_logits(random, rows.row(r), vocabulary);
+      std::copy_n(rows.row(drafts), vocabulary, last.row(i));
+      cases.push_back(random_case(random, rows, 0, drafts));
+      const Case& c = cases.back();
+      TokenHistory history;
+      if (c.has_history && c.sampling.needs_history()) history = c.history;
+      if (c.sampling.needs_history()) {
+        for (const TokenId draft : c.drafts) ++history[draft].in_output;
+      }
+      const bool bans = drafts < c.banned_tokens;
+      expected.push_back(reference_choose({last.row(i), static_cast<std::size_t>(vocabulary)}, c.sampling,
+                                          c.position + drafts, history, bans ? c.banned : std::span<const TokenId>{})
+                             .token);
+      const VerifyResult verified = reference_verify(rows.values, vocabulary, c.group());
+      if (verified.tokens.size() <= c.drafts.size()) continue;
+      ++accepted;
+      ASSERT_EQ(verified.tokens.back(), expected.back());
+    }
+    std::vector<ProposeRow> propose;
+    for (const Case& c : cases) {
+      propose.push_back(
+          {c.drafts, c.position, &c.sampling, c.has_history ? &c.history : nullptr, c.banned, c.banned_tokens});
+    }
+    std::vector<TokenId> tokens(cases.size());
+    Sampler sampler(GetParam(), vocabulary, count, pool.size());
+    sampler.propose(last.view(), propose, tokens, pool);
+    ASSERT_EQ(tokens, expected) << "round " << round;
+  }
+  EXPECT_GT(accepted, 600);
+}
+
 TEST_P(SamplerOnIsa, RareNoiseLetsUnlikelyTokensWin) {
   // One token far above very many: about every other draw goes to one of the many, for noise that only one in some
   // ten thousand tokens has. Skipping must leave those in.

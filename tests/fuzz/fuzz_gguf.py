@@ -17,14 +17,20 @@ from mutations import fuzz
 
 
 def seeds() -> list[bytes]:
-    """Small valid files, with and without a vocabulary, and one whose header alone is left."""
+    """Small valid files, with and without a vocabulary, of models and drafters, and one whose header alone is left."""
     import tiny_files as tiny
+    import tiny_gemma4_files as tiny4
 
     with_template = tiny.TinyGguf(tokenizer__chat_template=(tiny.STRING, "{% for m in messages %}{{ m }}{% endfor %}"))
     plain = tiny.TinyGguf()
     for entry in ("tokens", "scores", "types"):
         del plain.entries[entry]
-    return [plain.bytes(), with_template.bytes(), plain.bytes()[:2000], b"GGUF" + struct.pack("<IQQ", 3, 0, 0)]
+    gemma4, drafter = tiny4.TinyGemma4Gguf(), tiny4.TinyAssistantGguf()
+    with_merges = tiny4.TinyGemma4Gguf().bytes()
+    for entry in ("tokens", "scores", "types", "merges"):
+        del gemma4.entries[entry], drafter.entries[entry]
+    headers = [plain.bytes()[:2000], b"GGUF" + struct.pack("<IQQ", 3, 0, 0)]
+    return [plain.bytes(), with_template.bytes(), gemma4.bytes(), with_merges, drafter.bytes(), *headers]
 
 
 def check(path: Path) -> None:
@@ -33,10 +39,11 @@ def check(path: Path) -> None:
     Raises:
         anything but CheckpointError: that is what is looked for.
     """
-    from draftwerk.loading import CheckpointError, open_checkpoint
+    from draftwerk.loading import CheckpointError, is_assistant, open_assistant, open_checkpoint
 
     try:
-        for tensor in open_checkpoint(path).tensors():
+        checkpoint = open_assistant(path) if is_assistant(path) else open_checkpoint(path)
+        for tensor in checkpoint.tensors():
             rows = tensor.shape[0] if len(tensor.shape) == 2 else 1
             assert tensor.rows_bytes() * rows == tensor.data.size, tensor.name
             int(tensor.data.sum())

@@ -1,4 +1,5 @@
-"""Fuzzes reading a safetensors file: whatever the bytes, tensors inside the file, or a CheckpointError.
+"""Fuzzes reading a safetensors file, by itself and as the weights of a Gemma 4 model and of its drafter: whatever the
+bytes, tensors inside the file, or a CheckpointError.
 
 python tests/fuzz/fuzz_safetensors.py --seconds 30
 python tests/fuzz/fuzz_safetensors.py --runs 20000 --seed 7
@@ -6,6 +7,7 @@ python tests/fuzz/fuzz_safetensors.py --runs 20000 --seed 7
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,20 +20,29 @@ from mutations import fuzz
 def seeds() -> list[bytes]:
     """Small valid files."""
     import tiny_files as tiny
+    import tiny_gemma4_files as tiny4
 
     tensors = {"a": ("F32", [2, 3], bytes(24)), "b": ("BF16", [4], bytes(8)), "empty": ("F16", [0, 7], b"")}
-    return [tiny.safetensors_bytes(tensors), tiny.safetensors_bytes({}), tiny.safetensors_bytes(tensors, padding=1)]
+    plain = [tiny.safetensors_bytes(tensors), tiny.safetensors_bytes({}), tiny.safetensors_bytes(tensors, padding=1)]
+    models = (tiny4.text_tensors(), tiny4.assistant_tensors())
+    return plain + [tiny.safetensors_bytes(tensors, padding=p) for tensors in models for p in (8, 1)]
 
 
 def check(path: Path) -> None:
-    """Reads the file and every byte of its tensors.
+    """Reads the file and every byte of its tensors, and the checkpoints that it makes with a configuration.
 
     Raises:
         anything but CheckpointError: that is what is looked for.
     """
-    from draftwerk.loading import CheckpointError
+    from draftwerk.loading import CheckpointError, open_assistant, open_checkpoint
     from draftwerk.loading.safetensors import SafetensorsFile
 
+    for directory, open_directory in zip(_directories(path), (open_checkpoint, open_assistant), strict=True):
+        try:
+            for view in open_directory(directory).tensors():
+                int(view.data.sum())
+        except CheckpointError as error:
+            assert len(str(error).splitlines()) == 1, str(error)
     try:
         file = SafetensorsFile(path)
     except CheckpointError as error:
@@ -41,6 +52,19 @@ def check(path: Path) -> None:
         data = file.file.bytes[tensor.offset : tensor.offset + tensor.size]
         assert data.size == tensor.size, tensor.name
         int(data.sum())
+
+
+def _directories(path: Path) -> list[Path]:
+    """Directories of a model and of a drafter whose weights are this file."""
+    import tiny_gemma4_files as tiny4
+
+    directories = [path.parent / "model", path.parent / "drafter"]
+    for directory, config in zip(directories, (tiny4.text_config(), tiny4.assistant_config()), strict=True):
+        if not directory.exists():
+            directory.mkdir()
+            (directory / "config.json").write_text(json.dumps(config))
+            (directory / "model.safetensors").symlink_to(path)
+    return directories
 
 
 if __name__ == "__main__":

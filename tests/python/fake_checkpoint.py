@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from draftwerk.loading.gguf import BLOCK_TYPES
+
 NATIVE_MODULE_BUILT = find_spec("draftwerk._core") is not None
 
 VOCABULARY = 260
@@ -50,6 +52,26 @@ class Config:
     vocab_size: int = VOCABULARY
     layer_types: tuple[str, ...] = ("sliding_attention", "full_attention")
     max_position_embeddings: int = 4096
+
+
+class FakeTensor:
+    """A tensor of random bytes that remembers what was released."""
+
+    def __init__(self, name: str = "w", dtype: str = "bf16", shape: tuple[int, ...] = (64, 256)) -> None:
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self.nbytes = self.rows_bytes() * (shape[0] if len(shape) == 2 else 1)
+        self.data = np.random.default_rng(self.nbytes).integers(0, 255, self.nbytes, dtype=np.uint8)
+        self.released: list[tuple[int, int]] = []
+
+    def rows_bytes(self) -> int:
+        block = BLOCK_TYPES[self.dtype]
+        return self.shape[-1] // block.block_size * block.block_bytes
+
+    def rows(self, first: int, last: int) -> np.ndarray:
+        return self.data[first * self.rows_bytes() : last * self.rows_bytes()]
+
+    def release(self, first_byte: int, last_byte: int) -> None:
+        self.released.append((first_byte, last_byte))
 
 
 @dataclass

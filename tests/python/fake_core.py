@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,6 +31,7 @@ class Model:
         self.threads = threads
         self.matrices: dict[str, dict[str, Any]] = {}
         self.vectors: dict[str, Any] = {}
+        self.tables: dict[str, dict[str, Any]] = {}
         self.finished = False
 
     def create_weight(self, name: str, type: str, rows: int, columns: int) -> None:
@@ -42,6 +43,9 @@ class Model:
     def set_vector(self, name: str, values: Any) -> None:
         self.vectors[name] = values.copy()
 
+    def map_table(self, name: str, dtype: str, rows: int, columns: int, data: Any) -> None:
+        self.tables[name] = {"type": dtype, "rows": rows, "columns": columns, "data": data}
+
     def finish(self) -> None:
         self.finished = True
 
@@ -49,12 +53,22 @@ class Model:
         return [0.010 + 0.001 * rows] * repeats
 
 
+class MtpModel(Model):
+    def __init__(self, target: Model, config: dict[str, object]) -> None:
+        super().__init__(config)
+        self.target = target
+        self.permutations: dict[str, Any] = {}
+
+    def set_permutation(self, name: str, values: Any) -> None:
+        self.permutations[name] = values.copy()
+
+
 @dataclass
 class EngineOptions:
     kv_memory_bytes: int = 0
     max_sequences: int = 64
     prefill_chunk: int = 512
-    drafter: str = "lookup"
+    drafters: list[str] = field(default_factory=lambda: ["lookup"])
     draft_length: int = -1
     max_draft_length: int = 8
     prefix_cache: bool = True
@@ -101,6 +115,17 @@ class Event:
     stats: dict[str, Any] = field(default_factory=dict)
 
 
+def drafter_figures(drafted: Sequence[int] = (), accepted: Sequence[int] = (), **recent: Any) -> dict[str, Any]:
+    """What Engine.stats() says of a drafter, by position; lately the same, unless `recent` says otherwise."""
+    by_position = {"drafted_by_position": [*drafted], "accepted_by_position": [*accepted]}
+    return {
+        "drafted": sum(drafted),
+        "accepted": sum(accepted),
+        **by_position,
+        "recent": {"rounds": drafted[0] if drafted else 0, **by_position, **recent},
+    }
+
+
 def repeat_prompt(request: Request, index: int) -> int:
     """Token `index` of the output."""
     return request.prompt[index % len(request.prompt)]
@@ -131,8 +156,12 @@ class Engine:
     instances: ClassVar[list[Engine]] = []
     default_failure: ClassVar[str] = ""
 
-    def __init__(self, model: Model, options: EngineOptions, token_bytes: Any) -> None:
+    def __init__(
+        self, model: Model, options: EngineOptions, token_bytes: Any, *, mtp: Any = None, synthetic: Any = None
+    ) -> None:
         self.model = model
+        self.mtp = mtp
+        self.synthetic = synthetic
         self.options = options
         self.token_bytes = token_bytes
         self.next_token: Callable[[Request, int], int] = repeat_prompt
@@ -256,7 +285,7 @@ class Engine:
         elif self.fail_with:
             reason, error = "error", self.fail_with
         else:
-            for _ in range(2 if request.drafting and self.options.drafter != "none" else 1):
+            for _ in range(2 if request.drafting and self.options.drafters else 1):
                 token = self.next_token(request, len(output))
                 tokens.append(token)
                 output.append(token)
@@ -311,7 +340,12 @@ class Engine:
         }
 
     def stats(self) -> dict[str, Any]:
-        return {"steps": self.waits, "paused": len(self._paused), "conversations": len(self.conversations)}
+        return {
+            "steps": self.waits,
+            "paused": len(self._paused),
+            "conversations": len(self.conversations),
+            "drafters": {name: drafter_figures() for name in self.options.drafters},
+        }
 
     def close(self) -> None:
         with self._condition:

@@ -108,7 +108,7 @@ def test_generate_without_tokenizer_prints_ids(run, checkpoint: Any) -> None:
         (("--prompt-file", "/nowhere/at-all"), "No such file"),
         (("--prompt", "a", "--max-tokens", "0"), "max_tokens = 0: must be 1 or more"),
         (("--prompt", "a", "--drafter", "best"), "drafter = 'best': must be one of auto"),
-        (("--prompt", "a", "--drafter", "./drafter.gguf"), "no files yet"),
+        (("--prompt", "a", "--drafter", "./drafter.gguf"), "no such file or directory"),
         (("--prompt", "a", "--draft-length", "100"), "--draft-length"),
         (("--prompt", "a", "--kv-memory", "lots"), "'lots' is not a size"),
         (("--prompt", "a", "--weights", "int3"), "must be one of auto, int8"),
@@ -215,7 +215,7 @@ def test_bench_options_reach_the_engine(run, tmp_path: Path, prompts: Path) -> N
     report = bench_report(run, tmp_path, "--prompts", str(prompts), *options.split(), *more.split())
     assert (report["tokens"], report["tokens_per_step"]) == (6, 1.5)
     scripted = ScriptedEngine.instances[-1]
-    assert (scripted.options.drafter, scripted.options.kv_memory_bytes) == ("none", 1 << 20)
+    assert (scripted.options.drafters, scripted.options.kv_memory_bytes) == ([], 1 << 20)
     assert scripted.options.prefix_cache is False
     assert scripted.model.threads == 3
     warm_up, *sent = scripted.requests

@@ -359,7 +359,7 @@ async def test_closing_wakes_tasks(engine: Engine, scripted: ScriptedEngine) -> 
 def test_engine_options(checkpoint: FakeCheckpoint) -> None:
     with Engine("fake", drafter="none", kv_memory="3MiB", max_context=99, draft_length=2, prefix_cache=False) as engine:
         options = ScriptedEngine.instances[-1].options
-        assert (options.drafter, options.kv_memory_bytes, options.max_context) == ("none", 3 << 20, 99)
+        assert (options.drafters, options.kv_memory_bytes, options.max_context) == ([], 3 << 20, 99)
         assert (options.draft_length, options.prefix_cache, options.eos_token_ids) == (2, False, [1])
         assert engine.info.kv_memory_bytes == 3 << 20
     with Engine("fake") as engine:

@@ -16,7 +16,7 @@ from draftwerk import Engine, RequestError, SamplingParams
 from draftwerk.loading import open_checkpoint
 from draftwerk.requests import output_fingerprint
 from draftwerk.weights import fingerprint
-from fake_checkpoint import Config, FakeCheckpoint
+from fake_checkpoint import Config, FakeCheckpoint, FakeTensor
 
 WITHOUT_INFLUENCE = {"drafting": False, "max_draft_length": 3, "salt": "tenant", "logprobs": 2}
 WITH_INFLUENCE: dict[str, Any] = {
@@ -88,31 +88,21 @@ def test_what_cannot_be_requested_has_none(name: str, value: object) -> None:
 # --- of the weights --------------------------------------------------------------------------------------------------
 
 
-class View:
-    """A tensor of a checkpoint."""
-
-    def __init__(self, name: str = "w", dtype: str = "bf16", shape: tuple[int, ...] = (64, 256)) -> None:
-        self.name, self.dtype, self.shape = name, dtype, shape
-        self.data = np.random.default_rng(0).integers(0, 255, 2 * int(np.prod(shape)), dtype=np.uint8)
-        self.released: list[tuple[int, int]] = []
-
-    def release(self, first_byte: int, last_byte: int) -> None:
-        self.released.append((first_byte, last_byte))
-
-
-def flipped(position: int) -> View:
-    view = View()
+def flipped(position: int) -> FakeTensor:
+    view = FakeTensor()
     view.data[position] ^= 1
     return view
 
 
-def of(*views: View, weights: str = "auto", arithmetic: str = "cpu avx2", **changes: Any) -> int:
+def of(*views: FakeTensor, weights: str = "auto", arithmetic: str = "cpu avx2", **changes: Any) -> int:
     return fingerprint(FakeCheckpoint(views=list(views), **changes), weights, arithmetic)
 
 
 def test_equal_models_have_equal_fingerprints() -> None:
-    assert of(View(), View("v")) == of(View(), View("v"), name="renamed", path=Path("elsewhere"))
-    assert 0 <= of(View()) < 2**64
+    assert of(FakeTensor(), FakeTensor("v")) == of(
+        FakeTensor(), FakeTensor("v"), name="renamed", path=Path("elsewhere")
+    )
+    assert 0 <= of(FakeTensor()) < 2**64
 
 
 @pytest.mark.parametrize(
@@ -122,25 +112,25 @@ def test_equal_models_have_equal_fingerprints() -> None:
         lambda: of(flipped(4095)),
         lambda: of(flipped(-1)),
         lambda: of(flipped(-4096)),
-        lambda: of(View("other")),
-        lambda: of(View(dtype="f16")),
-        lambda: of(View(shape=(256, 64))),
-        lambda: of(View(), View()),
+        lambda: of(FakeTensor("other")),
+        lambda: of(FakeTensor(dtype="f16")),
+        lambda: of(FakeTensor(shape=(256, 64))),
+        lambda: of(FakeTensor(), FakeTensor()),
         lambda: of(),
-        lambda: of(View(), weights="int8"),
-        lambda: of(View(), weights="f32"),
-        lambda: of(View(), arithmetic="cpu avx512"),
-        lambda: of(View(), config=Config(max_position_embeddings=99)),
-        lambda: of(View(), eos_token_ids=(1, 5)),
+        lambda: of(FakeTensor(), weights="int8"),
+        lambda: of(FakeTensor(), weights="f32"),
+        lambda: of(FakeTensor(), arithmetic="cpu avx512"),
+        lambda: of(FakeTensor(), config=Config(max_position_embeddings=99)),
+        lambda: of(FakeTensor(), eos_token_ids=(1, 5)),
     ],
 )
 def test_whatever_differs_shows(changed: Callable[[], int]) -> None:
-    assert changed() != of(View())
+    assert changed() != of(FakeTensor())
 
 
 def test_only_samples_are_read_and_nothing_stays_resident() -> None:
     view = flipped(10_000)
-    assert of(view) == of(View())  # between the samples
+    assert of(view) == of(FakeTensor())  # between the samples
     assert view.released == [(0, view.data.nbytes)]
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from draftwerk import GenerationStats
-from draftwerk.cli.measurement import BenchPrompt, output_sha256, run_prompts
+from draftwerk.cli.measurement import BenchPrompt, drafter_figures, output_sha256, run_prompts
 
 PROMPTS = [(BenchPrompt(str(i), "", ""), [i]) for i in range(6)]
 STATS = GenerationStats(generated_tokens=2, steps=2)
@@ -67,3 +67,30 @@ async def test_a_failure_ends_the_others() -> None:
 
 def test_a_token_cannot_move_to_the_next_output_unnoticed() -> None:
     assert output_sha256([[1, 2], [3]]) != output_sha256([[1], [2, 3]])
+
+
+def test_what_drafters_did_before_does_not_count() -> None:
+    before = {"mtp": {"drafted_by_position": (4, 2), "accepted_by_position": (1, 0), "warning": "x", "name": "mtp"}}
+    after = {
+        "mtp": {"drafted_by_position": (14, 6, 5, 2), "accepted_by_position": (6, 1, 0, 0), "warning": "hardly any"},
+        "lookup": {"drafted_by_position": [], "accepted_by_position": [], "warning": ""},
+    }
+    assert drafter_figures(before, after) == {
+        "mtp": {
+            "drafted_by_position": [10, 4, 5, 2],
+            "accepted_by_position": [5, 1, 0, 0],
+            "acceptance_by_position": [0.5, 0.25, 0.0, 0.0],
+            "warning": "hardly any",
+        },
+        "lookup": {
+            "drafted_by_position": [],
+            "accepted_by_position": [],
+            "acceptance_by_position": [],
+            "warning": None,
+        },
+    }
+
+
+def test_a_position_that_was_not_drafted_meanwhile_has_no_share() -> None:
+    figures = {"drafted_by_position": [4, 2], "accepted_by_position": [1, 1], "warning": None}
+    assert drafter_figures({"mtp": figures}, {"mtp": figures})["mtp"]["acceptance_by_position"] == [0.0, 0.0]

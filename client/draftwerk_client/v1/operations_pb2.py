@@ -26,7 +26,7 @@ from draftwerk_client.v1 import statistics_pb2 as draftwerk_dot_v1_dot_statistic
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64raftwerk/v1/operations.proto\x12\x0c\x64raftwerk.v1\x1a\x1d\x64raftwerk/v1/statistics.proto\x1a\x1egoogle/protobuf/duration.proto\"\x11\n\x0fGetStatsRequest\"\xf3\x03\n\x10GetStatsResponse\x12)\n\x06uptime\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08requests\x18\x02 \x01(\x03\x12\x10\n\x08\x66inished\x18\x03 \x01(\x03\x12\x0f\n\x07running\x18\x04 \x01(\x05\x12\x0f\n\x07waiting\x18\x05 \x01(\x05\x12\x0e\n\x06paused\x18\x06 \x01(\x05\x12\x15\n\rqueued_tokens\x18\x07 \x01(\x03\x12\x19\n\x11max_queued_tokens\x18\x08 \x01(\x03\x12\x10\n\x08sessions\x18\t \x01(\x05\x12\r\n\x05steps\x18\n \x01(\x03\x12\x0c\n\x04rows\x18\x0b \x01(\x03\x12\x14\n\x0cprefill_rows\x18\x0c \x01(\x03\x12\x18\n\x10generated_tokens\x18\r \x01(\x03\x12-\n\x06\x64rafts\x18\x0e \x01(\x0b\x32\x1d.draftwerk.v1.DraftStatistics\x12\x13\n\x0bpreemptions\x18\x0f \x01(\x03\x12,\n\x05\x63\x61\x63he\x18\x10 \x01(\x0b\x32\x1d.draftwerk.v1.CacheStatistics\x12&\n\x04time\x18\x11 \x01(\x0b\x32\x18.draftwerk.v1.EngineTime\x12\x16\n\x0eresident_bytes\x18\x12 \x01(\x03\x12\x1b\n\x13peak_resident_bytes\x18\x13 \x01(\x03\"\xe5\x01\n\x0f\x43\x61\x63heStatistics\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x03\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\x12\x12\n\npeak_bytes\x18\x03 \x01(\x03\x12\x19\n\x11reclaimable_bytes\x18\x04 \x01(\x03\x12\x15\n\rsliding_pages\x18\x05 \x01(\x03\x12\x12\n\nfull_pages\x18\x06 \x01(\x03\x12\x1c\n\x14prefix_lookup_tokens\x18\x07 \x01(\x03\x12\x19\n\x11prefix_hit_tokens\x18\x08 \x01(\x03\x12\x15\n\revicted_pages\x18\t \x01(\x03\"\xb9\x01\n\nEngineTime\x12+\n\x08schedule\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06target\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2W\n\nOperations\x12I\n\x08GetStats\x12\x1d.draftwerk.v1.GetStatsRequest\x1a\x1e.draftwerk.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64raftwerk/v1/operations.proto\x12\x0c\x64raftwerk.v1\x1a\x1d\x64raftwerk/v1/statistics.proto\x1a\x1egoogle/protobuf/duration.proto\"\x11\n\x0fGetStatsRequest\"\xa6\x04\n\x10GetStatsResponse\x12)\n\x06uptime\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08requests\x18\x02 \x01(\x03\x12\x10\n\x08\x66inished\x18\x03 \x01(\x03\x12\x0f\n\x07running\x18\x04 \x01(\x05\x12\x0f\n\x07waiting\x18\x05 \x01(\x05\x12\x0e\n\x06paused\x18\x06 \x01(\x05\x12\x15\n\rqueued_tokens\x18\x07 \x01(\x03\x12\x19\n\x11max_queued_tokens\x18\x08 \x01(\x03\x12\x10\n\x08sessions\x18\t \x01(\x05\x12\r\n\x05steps\x18\n \x01(\x03\x12\x0c\n\x04rows\x18\x0b \x01(\x03\x12\x14\n\x0cprefill_rows\x18\x0c \x01(\x03\x12\x18\n\x10generated_tokens\x18\r \x01(\x03\x12-\n\x06\x64rafts\x18\x0e \x01(\x0b\x32\x1d.draftwerk.v1.DraftStatistics\x12\x13\n\x0bpreemptions\x18\x0f \x01(\x03\x12,\n\x05\x63\x61\x63he\x18\x10 \x01(\x0b\x32\x1d.draftwerk.v1.CacheStatistics\x12&\n\x04time\x18\x11 \x01(\x0b\x32\x18.draftwerk.v1.EngineTime\x12\x16\n\x0eresident_bytes\x18\x12 \x01(\x03\x12\x1b\n\x13peak_resident_bytes\x18\x13 \x01(\x03\x12\x31\n\x08\x64rafters\x18\x14 \x03(\x0b\x32\x1f.draftwerk.v1.DrafterStatistics\"\xe5\x01\n\x0f\x43\x61\x63heStatistics\x12\x14\n\x0c\x62udget_bytes\x18\x01 \x01(\x03\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\x12\x12\n\npeak_bytes\x18\x03 \x01(\x03\x12\x19\n\x11reclaimable_bytes\x18\x04 \x01(\x03\x12\x15\n\rsliding_pages\x18\x05 \x01(\x03\x12\x12\n\nfull_pages\x18\x06 \x01(\x03\x12\x1c\n\x14prefix_lookup_tokens\x18\x07 \x01(\x03\x12\x19\n\x11prefix_hit_tokens\x18\x08 \x01(\x03\x12\x15\n\revicted_pages\x18\t \x01(\x03\"\xb9\x01\n\nEngineTime\x12+\n\x08schedule\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06target\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration2W\n\nOperations\x12I\n\x08GetStats\x12\x1d.draftwerk.v1.GetStatsRequest\x1a\x1e.draftwerk.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,11 +36,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATSREQUEST']._serialized_start=110
   _globals['_GETSTATSREQUEST']._serialized_end=127
   _globals['_GETSTATSRESPONSE']._serialized_start=130
-  _globals['_GETSTATSRESPONSE']._serialized_end=629
-  _globals['_CACHESTATISTICS']._serialized_start=632
-  _globals['_CACHESTATISTICS']._serialized_end=861
-  _globals['_ENGINETIME']._serialized_start=864
-  _globals['_ENGINETIME']._serialized_end=1049
-  _globals['_OPERATIONS']._serialized_start=1051
-  _globals['_OPERATIONS']._serialized_end=1138
+  _globals['_GETSTATSRESPONSE']._serialized_end=680
+  _globals['_CACHESTATISTICS']._serialized_start=683
+  _globals['_CACHESTATISTICS']._serialized_end=912
+  _globals['_ENGINETIME']._serialized_start=915
+  _globals['_ENGINETIME']._serialized_end=1100
+  _globals['_OPERATIONS']._serialized_start=1102
+  _globals['_OPERATIONS']._serialized_end=1189
 # @@protoc_insertion_point(module_scope)

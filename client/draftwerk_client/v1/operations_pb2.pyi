@@ -3,10 +3,12 @@
 isort:skip_file
 For those who run the server. May listen on a port of its own."""
 
+from collections import abc as _abc
 from draftwerk_client.v1 import statistics_pb2 as _statistics_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -60,6 +62,7 @@ class GetStatsResponse(_message.Message):
     TIME_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     PEAK_RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
+    DRAFTERS_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
     """Generations accepted."""
     finished: _builtins.int
@@ -106,6 +109,10 @@ class GetStatsResponse(_message.Message):
     def time(self) -> Global___EngineTime:
         """Where the engine spent its time."""
 
+    @_builtins.property
+    def drafters(self) -> _containers.RepeatedCompositeFieldContainer[_statistics_pb2.DrafterStatistics]:
+        """Of each drafter what drafts sums up, and how it fared lately."""
+
     def __init__(
         self,
         *,
@@ -128,10 +135,11 @@ class GetStatsResponse(_message.Message):
         time: Global___EngineTime | None = ...,
         resident_bytes: _builtins.int = ...,
         peak_resident_bytes: _builtins.int = ...,
+        drafters: _abc.Iterable[_statistics_pb2.DrafterStatistics] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "drafts", b"drafts", "time", b"time", "uptime", b"uptime"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "drafts", b"drafts", "finished", b"finished", "generated_tokens", b"generated_tokens", "max_queued_tokens", b"max_queued_tokens", "paused", b"paused", "peak_resident_bytes", b"peak_resident_bytes", "preemptions", b"preemptions", "prefill_rows", b"prefill_rows", "queued_tokens", b"queued_tokens", "requests", b"requests", "resident_bytes", b"resident_bytes", "rows", b"rows", "running", b"running", "sessions", b"sessions", "steps", b"steps", "time", b"time", "uptime", b"uptime", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "drafters", b"drafters", "drafts", b"drafts", "finished", b"finished", "generated_tokens", b"generated_tokens", "max_queued_tokens", b"max_queued_tokens", "paused", b"paused", "peak_resident_bytes", b"peak_resident_bytes", "preemptions", b"preemptions", "prefill_rows", b"prefill_rows", "queued_tokens", b"queued_tokens", "requests", b"requests", "resident_bytes", b"resident_bytes", "rows", b"rows", "running", b"running", "sessions", b"sessions", "steps", b"steps", "time", b"time", "uptime", b"uptime", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

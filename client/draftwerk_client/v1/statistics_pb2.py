@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64raftwerk/v1/statistics.proto\x12\x0c\x64raftwerk.v1\x1a\x1egoogle/protobuf/duration.proto\"\xc8\x02\n\x14GenerationStatistics\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x15\n\rcached_tokens\x18\x02 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x03\x12\r\n\x05steps\x18\x04 \x01(\x03\x12-\n\x06\x64rafts\x18\x05 \x01(\x0b\x32\x1d.draftwerk.v1.DraftStatistics\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x03\x12-\n\nqueue_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"o\n\x0f\x44raftStatistics\x12\x0f\n\x07\x64rafted\x18\x01 \x01(\x03\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x03\x12\x1b\n\x13\x64rafted_by_position\x18\x03 \x03(\x03\x12\x1c\n\x14\x61\x63\x63\x65pted_by_position\x18\x04 \x03(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64raftwerk/v1/statistics.proto\x12\x0c\x64raftwerk.v1\x1a\x1egoogle/protobuf/duration.proto\"\xc8\x02\n\x14GenerationStatistics\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x15\n\rcached_tokens\x18\x02 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x03\x12\r\n\x05steps\x18\x04 \x01(\x03\x12-\n\x06\x64rafts\x18\x05 \x01(\x0b\x32\x1d.draftwerk.v1.DraftStatistics\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x03\x12-\n\nqueue_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"o\n\x0f\x44raftStatistics\x12\x0f\n\x07\x64rafted\x18\x01 \x01(\x03\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x03\x12\x1b\n\x13\x64rafted_by_position\x18\x03 \x03(\x03\x12\x1c\n\x14\x61\x63\x63\x65pted_by_position\x18\x04 \x03(\x03\"\xa7\x01\n\x11\x44rafterStatistics\x12\x0c\n\x04name\x18\x01 \x01(\t\x12-\n\x06\x64rafts\x18\x02 \x01(\x0b\x32\x1d.draftwerk.v1.DraftStatistics\x12-\n\x06recent\x18\x03 \x01(\x0b\x32\x1d.draftwerk.v1.DraftStatistics\x12\x15\n\rrecent_rounds\x18\x04 \x01(\x03\x12\x0f\n\x07warning\x18\x05 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,4 +36,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATIONSTATISTICS']._serialized_end=408
   _globals['_DRAFTSTATISTICS']._serialized_start=410
   _globals['_DRAFTSTATISTICS']._serialized_end=521
+  _globals['_DRAFTERSTATISTICS']._serialized_start=524
+  _globals['_DRAFTERSTATISTICS']._serialized_end=691
 # @@protoc_insertion_point(module_scope)

@@ -120,3 +120,47 @@ class DraftStatistics(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DraftStatistics: _TypeAlias = DraftStatistics  # noqa: Y015
+
+@_typing.final
+class DrafterStatistics(_message.Message):
+    """How the drafts of one drafter fared."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DRAFTS_FIELD_NUMBER: _builtins.int
+    RECENT_FIELD_NUMBER: _builtins.int
+    RECENT_ROUNDS_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Such as "mtp" or "lookup"."""
+    recent_rounds: _builtins.int
+    """How many rounds that are: 512 to 1,023, or all if there were fewer."""
+    warning: _builtins.str
+    """While hardly any of its drafts are accepted though it was trained for that: one line with figures and likely causes.
+    Else empty.
+    """
+    @_builtins.property
+    def drafts(self) -> Global___DraftStatistics:
+        """Since the server started."""
+
+    @_builtins.property
+    def recent(self) -> Global___DraftStatistics:
+        """Over its latest rounds. A round is what it drafts for one generation in one step."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        drafts: Global___DraftStatistics | None = ...,
+        recent: Global___DraftStatistics | None = ...,
+        recent_rounds: _builtins.int = ...,
+        warning: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "recent", b"recent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "name", b"name", "recent", b"recent", "recent_rounds", b"recent_rounds", "warning", b"warning"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrafterStatistics: _TypeAlias = DrafterStatistics  # noqa: Y015

@@ -29,7 +29,6 @@ Attention::TilePlace Attention::place_tile(const AttentionCall& call, const Step
                                            std::int64_t index) const {
   const KvLayer& kv = *call.kv;
   const int group = call.query_heads / kv.heads;
-  const std::int64_t row_elements = std::int64_t{call.query_heads} * kv.head_dim;
   const auto first_tile = segment_tile_.begin();
   const auto after =
       std::upper_bound(first_tile, first_tile + static_cast<std::ptrdiff_t>(step.segments.size()), index / kv.heads);
@@ -54,10 +53,10 @@ Attention::TilePlace Attention::place_tile(const AttentionCall& call, const Step
   for (int i = 0; i < tile.count; ++i) {
     const std::int64_t row = segment.first_row + (first_query + i) / group;
     const std::int64_t head = kv_head * group + (first_query + i) % group;
-    tile.query[i] = call.query + row * row_elements + head * kv.head_dim;
-    place.outputs[i] = call.output + row * row_elements + head * kv.head_dim;
-    tile.last[i] = step.positions[static_cast<std::size_t>(row)];
-    tile.first[i] = call.window > 0 ? std::max<std::int64_t>(tile.last[i] - call.window + 1, 0) : 0;
+    tile.query[i] = call.query + row * call.query_stride + head * kv.head_dim;
+    place.outputs[i] = call.output + row * call.output_stride + head * kv.head_dim;
+    tile.last[i] = step.positions[static_cast<std::size_t>(row)] - (call.sees.own ? 0 : 1);
+    tile.first[i] = call.sees.window > 0 ? std::max<std::int64_t>(tile.last[i] - call.sees.window + 1, 0) : 0;
   }
   place.first_chunk = tile.first[0] / kAttentionChunk;
   place.chunks = tile.last[tile.count - 1] / kAttentionChunk - place.first_chunk + 1;

@@ -12,13 +12,15 @@
 
 namespace draftwerk::cpu {
 
-/// Queries and results of one layer: [rows, query_heads, head_dim] float32, rows apart by query_heads * head_dim.
+/// Queries and results of one layer: [rows, query_heads, head_dim] float32.
 struct AttentionCall {
   const float* query = nullptr;
   float* output = nullptr;
+  std::int64_t query_stride = 0;   ///< elements from row to row
+  std::int64_t output_stride = 0;  ///< likewise
   const KvLayer* kv = nullptr;
   int query_heads = 0;  ///< a multiple of kv->heads
-  int window = 0;       ///< 0: none
+  Visibility sees;      ///< a row at position 0 must see itself
   float scale = 1.0F;
 };
 

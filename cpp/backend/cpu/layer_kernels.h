@@ -56,8 +56,16 @@ struct AttentionState {
 struct LayerKernels {
   /// y = x * rsqrt(mean(x^2) + epsilon) * scale over `columns` elements; y may be x.
   void (*rms_norm)(const float* x, const float* scale, float epsilon, int columns, float* y);
-  /// residual += x * rsqrt(mean(x^2) + epsilon) * scale
-  void (*add_rms_norm)(const float* x, const float* scale, float epsilon, int columns, float* residual);
+  /// residual = (residual + x * rsqrt(mean(x^2) + epsilon) * scale) * factor
+  void (*add_rms_norm)(const float* x, const float* scale, float epsilon, int columns, float factor, float* residual);
+  /// x = (x * rsqrt(mean(x^2) + epsilon) * scale + added_factor * added) * factor
+  void (*mix_rms_norm)(float* x, const float* scale, float epsilon, int columns, const float* added, float added_factor,
+                       float factor);
+  /// Reads `count` values of a float type; `source` may be unaligned.
+  void (*widen)(WeightType type, const std::byte* source, int count, float* out);
+  /// y = sum over i of weights[i] * x[rows[i] * stride ...], in ascending order; count >= 1.
+  void (*weighted_sum)(const float* x, std::int64_t stride, const std::int32_t* rows, const float* weights, int count,
+                       int columns, float* y);
   /// y = gelu_tanh(gate) * up; y may be either.
   void (*gelu_multiply)(const float* gate, const float* up, int columns, float* y);
   /// x = softcap * tanh(x / softcap) unless softcap is 0; returns the largest element (NaN counts as minus infinity).

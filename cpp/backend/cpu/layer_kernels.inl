@@ -33,17 +33,60 @@ void rms_norm(const float* x, const float* scale, float epsilon, int columns, fl
   }
 }
 
-void add_rms_norm(const float* x, const float* scale, float epsilon, int columns, float* residual) {
-  const float factor = reciprocal_rms(x, epsilon, columns);
+void add_rms_norm(const float* x, const float* scale, float epsilon, int columns, float factor, float* residual) {
+  const float reciprocal = reciprocal_rms(x, epsilon, columns);
   int i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
-    store(residual + i, fma(load(x + i) * factor, load(scale + i), load(residual + i)));
+    store(residual + i, fma(load(x + i) * reciprocal, load(scale + i), load(residual + i)) * factor);
   }
   if (i < columns) {
     const int rest = columns - i;
     const f32x16 sum =
-        fma(load_partial(x + i, rest) * factor, load_partial(scale + i, rest), load_partial(residual + i, rest));
-    store_partial(residual + i, sum, rest);
+        fma(load_partial(x + i, rest) * reciprocal, load_partial(scale + i, rest), load_partial(residual + i, rest));
+    store_partial(residual + i, sum * factor, rest);
+  }
+}
+
+void mix_rms_norm(float* x, const float* scale, float epsilon, int columns, const float* added, float added_factor,
+                  float factor) {
+  const float reciprocal = reciprocal_rms(x, epsilon, columns);
+  int i = 0;
+  for (; i + kLanes <= columns; i += kLanes) {
+    store(x + i, fma(load(x + i) * reciprocal, load(scale + i), load(added + i) * added_factor) * factor);
+  }
+  if (i < columns) {
+    const int rest = columns - i;
+    const f32x16 sum = fma(load_partial(x + i, rest) * reciprocal, load_partial(scale + i, rest),
+                           load_partial(added + i, rest) * added_factor);
+    store_partial(x + i, sum * factor, rest);
+  }
+}
+
+void widen(WeightType type, const std::byte* source, int count, float* out) {
+  const std::size_t element = type == WeightType::f32 ? 4 : 2;
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes, source += kLanes * element) store(out + i, load_float(type, source));
+  if (i < count) {
+    std::byte rest[kLanes * 4] = {};
+    std::memcpy(rest, source, static_cast<std::size_t>(count - i) * element);
+    store_partial(out + i, load_float(type, rest), count - i);
+  }
+}
+
+void weighted_sum(const float* x, std::int64_t stride, const std::int32_t* rows, const float* weights, int count,
+                  int columns, float* y) {
+  const float* first = x + rows[0] * stride;
+  int i = 0;
+  for (; i + kLanes <= columns; i += kLanes) {
+    f32x16 sum = load(first + i) * weights[0];
+    for (int n = 1; n < count; ++n) sum = fma(load(x + rows[n] * stride + i), splat(weights[n]), sum);
+    store(y + i, sum);
+  }
+  if (i < columns) {
+    const int rest = columns - i;
+    f32x16 sum = load_partial(first + i, rest) * weights[0];
+    for (int n = 1; n < count; ++n) sum = fma(load_partial(x + rows[n] * stride + i, rest), splat(weights[n]), sum);
+    store_partial(y + i, sum, rest);
   }
 }
 
@@ -393,7 +436,8 @@ void finish_attention(const QueryTile& tile, int head_dim, const AttentionState&
 }  // namespace
 
 extern const LayerKernels kLayerKernels;
-const LayerKernels kLayerKernels = {rms_norm,  add_rms_norm, gelu_multiply, softcap_max, rotate,
-                                    store_key, store_value,  attend_chunk,  merge_chunk, finish_attention};
+const LayerKernels kLayerKernels = {rms_norm,      add_rms_norm, mix_rms_norm,    widen,     weighted_sum,
+                                    gelu_multiply, softcap_max,  rotate,          store_key, store_value,
+                                    attend_chunk,  merge_chunk,  finish_attention};
 
 }  // namespace draftwerk::cpu::DRAFTWERK_ISA

@@ -28,6 +28,18 @@ struct Activations {
   const std::int32_t* sums = nullptr;   ///< [rows, columns / 32], see quantize_row
   std::int64_t quant_stride = 0;        ///< elements from row to row of `quants`
   std::int64_t block_stride = 0;        ///< elements from row to row of `scales` and of `sums`
+
+  /// Those from `row` on. Forms that are absent stay so.
+  [[nodiscard]] Activations from(std::int64_t row) const {
+    Activations rest = *this;
+    if (values != nullptr) rest.values += row * stride;
+    if (quants != nullptr) {
+      rest.quants += row * quant_stride;
+      rest.scales += row * block_stride;
+      rest.sums += row * block_stride;
+    }
+    return rest;
+  }
 };
 
 /// Widest matrix of a quantised type: a row's share of what a matmul keeps on the stack (kStarts) must fit.

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "backend/cpu/int4.h"
 #include "backend/cpu/quantized_blocks.h"
 #include "backend/weight_type.h"
 
@@ -188,6 +189,15 @@ void pack_converted_q8_0(std::int64_t columns, std::int64_t rows, WeightType sou
   }
 }
 
+// Floats to q4_0 likewise.
+void pack_converted_q4_0(std::int64_t columns, int rows, WeightType source_type, const std::byte* source,
+                         std::byte* panel, QuantizeInt4 quantize) {
+  const std::size_t element = block_bytes(source_type);
+  for (std::int64_t column = 0; column < columns; column += kBlock, panel += kQ4Block, source += kBlock * element) {
+    quantize(source_type, source, static_cast<std::size_t>(columns) * element, rows, panel);
+  }
+}
+
 template <typename T, typename Convert>
 void pack_floats(std::int64_t columns, std::int64_t rows, std::size_t source_element, const std::byte* source,
                  std::byte* panel, Convert convert) {
@@ -231,9 +241,10 @@ std::size_t panel_bytes(WeightType type, std::int64_t columns) {
 }
 
 void pack_rows(WeightType type, std::int64_t columns, std::int64_t count, WeightType source_type,
-               const std::byte* source, std::byte* panels) {
+               const std::byte* source, std::byte* panels, Isa isa) {
   const bool to_int8 = type == WeightType::q8_0 && is_float(source_type);
-  if (type != source_type && !to_int8 && !(is_float(type) && is_float(source_type))) {
+  const bool to_int4 = type == WeightType::q4_0 && is_float(source_type);
+  if (type != source_type && !to_int8 && !to_int4 && !(is_float(type) && is_float(source_type))) {
     throw std::invalid_argument(std::string("cannot store ") + weight_type_name(source_type) + " values as " +
                                 weight_type_name(type));
   }
@@ -253,6 +264,10 @@ void pack_rows(WeightType type, std::int64_t columns, std::int64_t count, Weight
     if (rows < kPanel || type == WeightType::q5_0) std::memset(panels, 0, stride);
     if (to_int8) {
       pack_converted_q8_0(columns, rows, source_type, source, panels);
+      continue;
+    }
+    if (to_int4) {
+      pack_converted_q4_0(columns, static_cast<int>(rows), source_type, source, panels, int4_quantizer(isa));
       continue;
     }
     std::byte* panel = panels;

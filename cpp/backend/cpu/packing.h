@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "backend/backend.h"
+#include "backend/cpu/isa.h"
 
 namespace draftwerk::cpu {
 
@@ -61,11 +62,12 @@ struct PackedMatrix {
 [[nodiscard]] std::size_t panel_bytes(WeightType type, std::int64_t columns);
 
 /// Packs `count` rows of `columns` values, contiguous at `source`, into the ceil(count / 16) panels at `panels`; the
-/// rows that the last panel lacks become zero. source_type == type, or one of f32, f16, bf16 for a q8_0, f32, f16 or
-/// bf16 matrix: floats are rounded to nearest even, q8_0 has scale max|x| / 127 in f16, as ggml makes it.
+/// rows that the last panel lacks become zero. source_type == type, or one of f32, f16, bf16 for a q8_0, q4_0, f32, f16
+/// or bf16 matrix: floats are rounded to nearest even, q8_0 has scale max|x| / 127 in f16, as ggml makes it, and q4_0
+/// is chosen by int4.h. `isa` says what that may use; the bits do not depend on it.
 /// Throws std::invalid_argument for any other combination.
 void pack_rows(WeightType type, std::int64_t columns, std::int64_t count, WeightType source_type,
-               const std::byte* source, std::byte* panels);
+               const std::byte* source, std::byte* panels, Isa isa = Isa::portable);
 
 /// out[0 .. columns) = scale * dequantised row.
 void unpack_row(const PackedMatrix& matrix, std::int64_t row, float scale, float* out);

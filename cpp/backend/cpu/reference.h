@@ -1,9 +1,10 @@
-// What the layer kernels mean: the plain form of each, in double precision. They are the specification that the fast
+// What the operations mean: the plain form of each, in double precision. They are the specification that the fast
 // kernels are tested against.
 #pragma once
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace draftwerk::cpu::reference {
@@ -21,5 +22,30 @@ std::vector<double> rotate(std::span<const double> x, std::int64_t position, std
 /// softmax(scale * q . K) V for one query over keys and values [positions, head_dim], all of which it sees.
 std::vector<double> attention(std::span<const double> query, const std::vector<std::vector<double>>& keys,
                               const std::vector<std::vector<double>>& values, double scale);
+
+/// factor * (rms_norm(x) + added_factor * added)
+std::vector<double> mix(std::span<const float> x, std::span<const float> scale, double epsilon,
+                        std::span<const float> added, double added_factor, double factor);
+
+/// W x, for W [rows, x.size()].
+std::vector<double> multiply(std::span<const float> w, std::span<const double> x);
+
+/// The indices of the k largest scores, ascending; of equal ones the lower index is taken first.
+std::vector<int> largest(std::span<const double> scores, int k);
+
+/// Experts of a row, ascending, with their weights: the softmax of all scores, of which the `chosen` largest are
+/// divided by their sum and multiplied by expert_scale.
+std::vector<std::pair<int, double>> route(std::span<const double> scores, std::span<const float> expert_scale,
+                                          int chosen);
+
+/// Expert `expert` of x: down (gelu_tanh(gate x) * (up x)), its matrices out of gate_up [experts * 2 * mlp, hidden] and
+/// down [experts * hidden, mlp].
+std::vector<double> expert_output(std::span<const float> gate_up, std::span<const float> down, int expert, int mlp,
+                                  std::span<const double> x);
+
+/// Logits of all tokens: those of the `chosen` clusters of the largest centroid scores, minus infinity for the others.
+/// Row i of head [tokens.size(), state.size()] is that of tokens[i].
+std::vector<double> clustered_logits(std::span<const float> centroids, std::span<const float> head,
+                                     std::span<const std::int32_t> tokens, int chosen, std::span<const double> state);
 
 }  // namespace draftwerk::cpu::reference

@@ -248,7 +248,24 @@ void Sampler::verify_logits(const LogitRows& logits, std::span<const VerifyGroup
   }
 }
 
-/// One row, by the list in sampling.h.
+void Sampler::propose(const LogitRows& logits, std::span<const ProposeRow> rows, std::span<TokenId> tokens,
+                      WorkerPool& pool) {
+  const bool heavy = std::any_of(rows.begin(), rows.end(), [](const ProposeRow& row) {
+    return row.sampling->temperature > 0.0F || row.sampling->needs_history();
+  });
+  const auto choose_rows = [&](std::int64_t begin, std::int64_t end, int worker) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const ProposeRow& row = rows[static_cast<std::size_t>(i)];
+      const VerifyGroup group{0, row.drafts, row.position, row.sampling, row.history, row.banned, row.banned_tokens};
+      tokens[static_cast<std::size_t>(i)] =
+          choose_token(logits.values + i * logits.stride, logits.chunk_max + i * logits.chunk_stride, group,
+                       static_cast<int>(row.drafts.size()), false, scratch_[static_cast<std::size_t>(worker)]);
+    }
+  };
+  pool.parallel_for(static_cast<std::int64_t>(rows.size()), heavy ? 1 : kGreedyGrain, choose_rows);
+}
+
+/// One row, by the list in sampling.h, with its log-probabilities.
 void Sampler::choose(const LogitRows& logits, const VerifyGroup& group, int row, Scratch& scratch,
                      Choice& choice) const {
   const SamplingParams& sampling = *group.sampling;
@@ -258,13 +275,7 @@ void Sampler::choose(const LogitRows& logits, const VerifyGroup& group, int row,
 
   const bool wants_logprobs = sampling.logprobs >= 0;
   if (wants_logprobs) record_logprobs({values, chunk_max, vocabulary_, 1.0F}, sampling.logprobs, scratch, choice);
-  adjust(values, chunk_max, group, row, scratch);
-  if (sampling.temperature <= 0.0F) {
-    choice.token = choose_greedy({values, chunk_max, vocabulary_, 1.0F});
-  } else {
-    const LogitRow scaled_row{values, chunk_max, vocabulary_, 1.0F / sampling.temperature};
-    choice.token = choose_sampled(scaled_row, sampling, {sampling.seed, group.position + row}, scratch);
-  }
+  choice.token = choose_token(values, chunk_max, group, row, wants_logprobs, scratch);
   if (wants_logprobs) {
     float logit = values[choice.token];
     for (const auto& [token, original] : scratch.original) {
@@ -274,6 +285,16 @@ void Sampler::choose(const LogitRows& logits, const VerifyGroup& group, int row,
     }
     choice.logprob = log_probability(logit, choice.normalizer);
   }
+}
+
+/// One row, by the list in sampling.h.
+TokenId Sampler::choose_token(float* values, float* chunk_max, const VerifyGroup& group, int row, bool keep_original,
+                              Scratch& scratch) const {
+  const SamplingParams& sampling = *group.sampling;
+  adjust(values, chunk_max, group, row, keep_original, scratch);
+  if (sampling.temperature <= 0.0F) return choose_greedy({values, chunk_max, vocabulary_, 1.0F});
+  const LogitRow scaled_row{values, chunk_max, vocabulary_, 1.0F / sampling.temperature};
+  return choose_sampled(scaled_row, sampling, {sampling.seed, group.position + row}, scratch);
 }
 
 void Sampler::record_logprobs(const LogitRow& row, int count, Scratch& scratch, Choice& choice) const {
@@ -296,13 +317,14 @@ void Sampler::record_logprobs(const LogitRow& row, int count, Scratch& scratch, 
 
 /// Steps 1 to 3. The tokens before row i of a group are its history and the i drafts before it, which have proved
 /// right if the row counts at all; they are counted on top of the history, which several rows read at once.
-void Sampler::adjust(float* values, float* chunk_max, const VerifyGroup& group, int row, Scratch& scratch) const {
+void Sampler::adjust(float* values, float* chunk_max, const VerifyGroup& group, int row, bool keep_original,
+                     Scratch& scratch) const {
   const SamplingParams& sampling = *group.sampling;
   scratch.original.clear();
   bool changed = false;
   const auto overwrite = [&](TokenId token, float logit) {
     float& value = values[token];
-    if (sampling.logprobs >= 0) scratch.original.emplace_back(token, value);
+    if (keep_original) scratch.original.emplace_back(token, value);
     value = logit;
     scratch.touched[static_cast<std::size_t>(token / kLogitChunk)] = 1;
     changed = true;

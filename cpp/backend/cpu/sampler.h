@@ -25,7 +25,7 @@ struct LogitRows {
   std::int64_t chunk_stride = 0;
 };
 
-/// Verifies drafts. One call at a time; all memory it needs is taken at construction, except that the record of
+/// Chooses tokens. One call at a time; all memory it needs is taken at construction, except that the record of
 /// overwritten logits (log-probabilities together with penalties) grows to the longest history seen.
 class Sampler {
  public:
@@ -44,6 +44,10 @@ class Sampler {
   void verify_logits(const LogitRows& logits, std::span<const VerifyGroup> groups, std::span<VerifyResult> results,
                      WorkerPool& pool);
 
+  /// tokens[i] becomes what verify_logits would choose in row i of the logits, were it the row behind the last draft of
+  /// rows[i]. No log-probabilities are taken.
+  void propose(const LogitRows& logits, std::span<const ProposeRow> rows, std::span<TokenId> tokens, WorkerPool& pool);
+
  private:
   struct Scratch;
   struct Choice;
@@ -53,8 +57,11 @@ class Sampler {
   };
 
   void choose(const LogitRows& logits, const VerifyGroup& group, int row, Scratch& scratch, Choice& choice) const;
+  TokenId choose_token(float* values, float* chunk_max, const VerifyGroup& group, int row, bool keep_original,
+                       Scratch& scratch) const;
   void record_logprobs(const LogitRow& row, int count, Scratch& scratch, Choice& choice) const;
-  void adjust(float* values, float* chunk_max, const VerifyGroup& group, int row, Scratch& scratch) const;
+  void adjust(float* values, float* chunk_max, const VerifyGroup& group, int row, bool keep_original,
+              Scratch& scratch) const;
   [[nodiscard]] TokenId choose_greedy(const LogitRow& row) const;
   TokenId choose_sampled(const LogitRow& row, const SamplingParams& sampling, NoiseKey noise, Scratch& scratch) const;
   int collect_top(const LogitRow& row, int k, Scratch& scratch, Cut& cut) const;

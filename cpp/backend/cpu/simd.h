@@ -16,6 +16,8 @@
 #include <immintrin.h>
 #endif
 
+#include "backend/weight_type.h"
+
 namespace draftwerk::cpu::DRAFTWERK_ISA {
 
 using f32x16 = float __attribute__((vector_size(64)));
@@ -290,6 +292,18 @@ inline f32x16 load_bfloat(const std::uint16_t* p) {
   std::memcpy(&h, p, sizeof h);
   return reinterpret_cast<f32x16>(__builtin_convertvector(h, u32x16) << 16);
 #endif
+}
+
+/// Sixteen values of a float type, from an address of any alignment.
+inline f32x16 load_float(WeightType type, const std::byte* p) {
+  if (type == WeightType::f32) {
+    f32x16 v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  std::uint16_t words[kLanes];
+  std::memcpy(words, p, sizeof words);
+  return type == WeightType::f16 ? load_half(words) : load_bfloat(words);
 }
 
 /// One register of half-precision values, widened.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,8 +43,18 @@ ROWS_EPILOG = """
 """
 
 # What a server that runs already has settled.
-_ENGINE_OPTIONS = ("model", "drafter", "draft_length", "weights", "threads", "kv_memory", "no_prefix_cache")
+_ENGINE_OPTIONS = (
+    "model",
+    "drafter",
+    "no_lookup",
+    "draft_length",
+    "weights",
+    "threads",
+    "kv_memory",
+    "no_prefix_cache",
+)
 _PARAMETERS = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+_POSITIONS = 8  # in a draft, that are printed
 # Touches weights and clocks; under another salt, so that no prompt starts from a warm prefix cache.
 _WARM_UP: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "salt": "warm-up"}
 
@@ -65,6 +76,7 @@ def bench(
     context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
     drafter: options.Drafter = "auto",
+    no_lookup: options.NoLookup = False,
     prompts: Annotated[
         Optional[Path],
         typer.Option(
@@ -129,6 +141,7 @@ def bench(
         with options.open_engine(
             model,
             drafter=drafter,
+            no_lookup=no_lookup,
             draft_length=draft_length,
             threads=threads,
             kv_memory=kv_memory,
@@ -138,6 +151,7 @@ def bench(
             run = asyncio.run(_run_in(engine, workload, draft_length))
     report = {
         **figures(run.records, run.seconds, run.peak_memory),
+        "drafters": run.drafters,
         "settings": {"target": target, **run.model, **_settings(params, concurrency)},
         "engine": run.engine,
     }
@@ -197,15 +211,20 @@ class _Run:
     """Bytes that the process with the model had resident at most."""
     model: dict[str, Any]
     engine: dict[str, Any]
+    drafters: dict[str, dict[str, Any]]
+    """See measurement.drafter_figures()."""
 
 
 async def _run_in(engine: Engine, workload: _Workload, draft_length: int | None) -> _Run:
     """The workload in an engine of this process."""
+    from draftwerk.cli.measurement import drafter_figures
     from draftwerk.memory import peak_resident_bytes
 
+    logging.getLogger("draftwerk.acceptance").addHandler(logging.NullHandler())  # the report has its warning
     engine.deliver_on(asyncio.get_running_loop())
     token_ids = [engine.encode_prompt(workload.prompt(i)) for i in range(len(workload.prompts))]
     await engine.submit(token_ids[0], replace(workload.params, **_WARM_UP)).aresult()
+    before = engine.stats()["drafters"]
     records, seconds = await _measure(lambda ids: engine.submit(ids, workload.params), workload, token_ids)
     info = engine.info
     model = {
@@ -216,11 +235,17 @@ async def _run_in(engine: Engine, workload: _Workload, draft_length: int | None)
         "drafter": info.drafter,
         "draft_length": draft_length,
     }
-    return _Run(records, seconds, peak_resident_bytes(), model, engine.stats())
+    stats = engine.stats()
+    after = {
+        name: {**figures, "warning": figures["warning"] and figures["warning"]["text"]}
+        for name, figures in stats["drafters"].items()
+    }
+    return _Run(records, seconds, peak_resident_bytes(), model, stats, drafter_figures(before, after))
 
 
 async def _run_at(target: str, workload: _Workload) -> _Run:
     """The workload at a server."""
+    from draftwerk.cli.measurement import drafter_figures
     from draftwerk_client import AsyncClient
 
     params: dict[str, Any] = {name: getattr(workload.params, name) for name in _PARAMETERS}
@@ -228,6 +253,7 @@ async def _run_at(target: str, workload: _Workload) -> _Run:
         info = await client.model()
         token_ids = [(await client.tokenize(workload.prompt(i))).token_ids for i in range(len(workload.prompts))]
         await client.generate(token_ids[0], **{**params, **_WARM_UP})
+        before = await client.stats()
         records, seconds = await _measure(lambda ids: client.stream(ids, **params), workload, token_ids)
         stats = await client.stats()
     model = {
@@ -238,7 +264,8 @@ async def _run_at(target: str, workload: _Workload) -> _Run:
         "drafter": info.drafter,
         "server_version": info.server_version,
     }
-    return _Run(records, seconds, stats.peak_resident_bytes, model, asdict(stats))
+    of_drafters = [{drafter.name: asdict(drafter) for drafter in looked.drafters} for looked in (before, stats)]
+    return _Run(records, seconds, stats.peak_resident_bytes, model, asdict(stats), drafter_figures(*of_drafters))
 
 
 async def _measure(
@@ -301,7 +328,18 @@ def _print_report(report: dict[str, Any], json_file: Path | None) -> None:
         f"peak memory {report['peak_rss_mb']:.0f} MiB",
         highlight=False,
     )
+    for name, drafts in report["drafters"].items():
+        shares = drafts["acceptance_by_position"]
+        console.print(
+            f"drafter {name}: {sum(drafts['drafted_by_position'])} drafts, accepted by position "
+            + (" ".join(f"{share:.0%}" for share in shares[:_POSITIONS]) or "-")
+            + (" ..." if len(shares) > _POSITIONS else ""),
+            highlight=False,
+        )
     console.print(f"output sha256 {report['output_sha256']}", style="dim", highlight=False)
+    for drafts in report["drafters"].values():
+        if drafts["warning"] is not None:
+            options.messages.print(Text(f"warning: {drafts['warning']}", style="yellow"), soft_wrap=True)
 
 
 def _speculation_cells(values: dict[str, Any]) -> list[str]:

@@ -62,6 +62,7 @@ def generate(
     ] = None,
     ignore_eos: options.IgnoreEos = False,
     drafter: options.Drafter = "auto",
+    no_lookup: options.NoLookup = False,
     draft_length: options.DraftLength = None,
     weights: options.Weights = "auto",
     threads: options.Threads = 0,
@@ -91,6 +92,7 @@ def generate(
     with options.open_engine(
         model,
         drafter=drafter,
+        no_lookup=no_lookup,
         draft_length=draft_length,
         threads=threads,
         kv_memory=kv_memory,

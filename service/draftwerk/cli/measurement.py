@@ -8,9 +8,9 @@ import json
 import statistics
 import struct
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
@@ -215,6 +215,34 @@ def _speculation(records: Sequence[StreamRecord]) -> dict[str, Any]:
         "accepted": accepted,
         "acceptance_rate": accepted / drafted if drafted else 0.0,
     }
+
+
+def drafter_figures(
+    before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """What each drafter did between two looks at the engine's statistics of its drafters, at a server for everybody.
+
+    Args:
+        before: drafted_by_position and accepted_by_position, by drafter.
+        after: the same later, and warning.
+
+    Returns:
+        by drafter the difference, the share of accepted drafts by position (of those that were drafted there), and the
+        warning now.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    for name, now in after.items():
+        drafted, accepted = (
+            [count - there for count, there in zip_longest(now[key], before.get(name, {}).get(key, ()), fillvalue=0)]
+            for key in ("drafted_by_position", "accepted_by_position")
+        )
+        figures[name] = {
+            "drafted_by_position": drafted,
+            "accepted_by_position": accepted,
+            "acceptance_by_position": [a / d if d else 0.0 for a, d in zip(accepted, drafted, strict=True)],
+            "warning": now["warning"] or None,
+        }
+    return figures
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float]:

@@ -23,8 +23,15 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="A Hugging Face directory, a GGUF file, or a built-in name.", metavar="M")
 ]
 Drafter = Annotated[
-    str, typer.Option("--drafter", "-d", help="auto, lookup or none. Changes the speed, never the text.", metavar="D")
+    str,
+    typer.Option(
+        "--drafter",
+        "-d",
+        help="auto, lookup, none, or the path or hub name of an MTP drafter. Changes the speed alone.",
+        metavar="D",
+    ),
 ]
+NoLookup = Annotated[bool, typer.Option("--no-lookup", help="Draft with the MTP drafter alone.")]
 DraftLength = Annotated[
     Optional[int],
     typer.Option(
@@ -40,7 +47,7 @@ KvMemory = Annotated[
 ]
 Weights = Annotated[
     str,
-    typer.Option("--weights", help="auto, int8, f32, f16 or bf16: the type to hold float weights in.", metavar="TYPE"),
+    typer.Option("--weights", help="auto, int8, int4, f32, f16 or bf16: how to hold float weights.", metavar="TYPE"),
 ]
 NoPrefixCache = Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt from its first token.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.", metavar="N")]
@@ -102,6 +109,7 @@ def open_engine(
     model: str,
     *,
     drafter: str,
+    no_lookup: bool,
     draft_length: int | None,
     threads: int,
     kv_memory: str | None,
@@ -115,6 +123,7 @@ def open_engine(
         engine = Engine(
             model,
             drafter=drafter,
+            lookup=not no_lookup,
             draft_length=draft_length,
             max_draft_length=max(8, draft_length or 0),
             threads=threads,

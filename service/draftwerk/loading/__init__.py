@@ -5,13 +5,19 @@ Everything in a file is checked before it is used; whatever is wrong with it end
 
 from draftwerk.loading.builtin import BUILTIN_MODELS, BuiltinModel, resolve_builtin
 from draftwerk.loading.chat_template import ChatTemplate, ChatTemplateError
-from draftwerk.loading.checkpoint import Checkpoint, TensorView, open_checkpoint
-from draftwerk.loading.config import TextConfig
+from draftwerk.loading.checkpoint import AssistantCheckpoint, Checkpoint
+from draftwerk.loading.config import AssistantConfig, TextConfig
+from draftwerk.loading.drafter_fit import check_fits, find_assistant
 from draftwerk.loading.errors import CheckpointError
+from draftwerk.loading.hub import is_hub_name
+from draftwerk.loading.opening import is_assistant, open_assistant, open_checkpoint
+from draftwerk.loading.tensors import TensorView
 from draftwerk.loading.tokenizer import Tokenizer
 
 __all__ = [
     "BUILTIN_MODELS",
+    "AssistantCheckpoint",
+    "AssistantConfig",
     "BuiltinModel",
     "ChatTemplate",
     "ChatTemplateError",
@@ -20,6 +26,11 @@ __all__ = [
     "TensorView",
     "TextConfig",
     "Tokenizer",
+    "check_fits",
+    "find_assistant",
+    "is_assistant",
+    "is_hub_name",
+    "open_assistant",
     "open_checkpoint",
     "resolve_builtin",
 ]

@@ -63,14 +63,19 @@ TENSOR_TYPES: dict[int, BlockType] = {
     8: BlockType("q8_0", 32, 34),
     12: BlockType("q4_k", 256, 144),
     14: BlockType("q6_k", 256, 210),
+    26: BlockType("i32", 1, 4),
+    27: BlockType("i64", 1, 8),
     30: BlockType("bf16", 1, 2),
 }
-BLOCK_TYPES: dict[str, BlockType] = {block.name: block for block in TENSOR_TYPES.values()}
+# Those that weights may have.
+BLOCK_TYPES: dict[str, BlockType] = {
+    block.name: block for block in TENSOR_TYPES.values() if not block.name.startswith("i")
+}
 # Names of types that exist but that the engine has no kernels for: an error can say which one it was.
 _OTHER_TYPES = {
     3: "q4_1", 7: "q5_1", 9: "q8_1", 10: "q2_k", 11: "q3_k", 13: "q5_k", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs",
-    18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16", 26: "i32",
-    27: "i64", 28: "f64", 29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4",
+    18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16",
+    28: "f64", 29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4",
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Tokenizers of Gemma checkpoints.
 
-Three sources, one behaviour: the SentencePiece data in a GGUF file and ``tokenizer.model`` (both through
-``sentencepiece``), and ``tokenizer.json`` (through ``tokenizers``). All are BPE with byte fallback over text whose
-spaces are written U+2581.
+Four sources, one behaviour: the SentencePiece data in a GGUF file and ``tokenizer.model`` (both through
+``sentencepiece``), and the merges in a Gemma 4 GGUF file and ``tokenizer.json`` (both through ``tokenizers``). All are
+BPE with byte fallback over text whose spaces are written U+2581.
 
 Any Unicode text survives ``decode(encode(text, add_bos=False), skip_special_tokens=False)`` unchanged. Two decisions:
 
@@ -16,8 +16,9 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from draftwerk.loading import byte_spans
 from draftwerk.loading import sentencepiece_model as proto
 from draftwerk.loading.errors import CheckpointError, printable
-from draftwerk.loading.gguf import GgufFile
+from draftwerk.loading.gguf import GgufFile, StringArray
 
 _SPACE = "\u2581"
 _SPACE_BYTES = _SPACE.encode()
@@ -197,15 +198,19 @@ class SentencePieceTokenizer(Tokenizer):
 
 def _check_pieces(vocabulary: proto.Vocabulary) -> None:
     """Raises ValueError for pieces that are not UTF-8 (sentencepiece does not check) or of no known type."""
-    joined, kinds = vocabulary.joined, vocabulary.kinds
-    unknown = np.flatnonzero((kinds < proto.NORMAL) | (kinds > proto.BYTE))
-    if unknown.size:
-        raise ValueError(f"token {unknown[0]} has unknown type {kinds[unknown[0]]}")
+    _check_kinds(vocabulary.kinds)
+    joined = vocabulary.joined
     try:
         joined.replace(byte_spans.SEPARATOR, b"\n").decode()
     except UnicodeDecodeError as error:
         token = joined.count(byte_spans.SEPARATOR, 0, error.start) - 1
         raise ValueError(f"string {token} is not UTF-8") from None
+
+
+def _check_kinds(kinds: npt.NDArray[np.int64]) -> None:
+    unknown = np.flatnonzero((kinds < proto.NORMAL) | (kinds > proto.BYTE))
+    if unknown.size:
+        raise ValueError(f"token {unknown[0]} has unknown type {kinds[unknown[0]]}")
 
 
 def _matching_special_tokens(vocabulary: proto.Vocabulary) -> proto.Vocabulary:
@@ -224,40 +229,62 @@ def _matching_special_tokens(vocabulary: proto.Vocabulary) -> proto.Vocabulary:
     )
 
 
-class JsonTokenizer(Tokenizer):
-    """A ``tokenizer.json`` in Gemma's form: BPE with byte fallback, spaces written U+2581.
+class BpeTokenizer(Tokenizer):
+    """A BPE tokenizer of the ``tokenizers`` library in Gemma's form: byte fallback, spaces written U+2581.
 
     Args:
-        path: the file.
+        path: names the file in errors.
+        tokenizer: a ``tokenizers.Tokenizer``.
+        texts: its tokens.
         bos_token_id: as for :class:`Tokenizer`.
 
     Raises:
-        CheckpointError: the file is damaged, or the tokenizer does not give back the text it was given.
+        CheckpointError: the tokenizer does not give back the text it was given.
     """
 
     # Everything that tokenizers of another form lose or change.
     _PROBE = " A\u0301 \u00e9\u212b  \ufb01\t\n\n x\x00\u4e2d\U0010ffff\u2581 "
 
-    def __init__(self, path: str, bos_token_id: int | None) -> None:
-        import tokenizers  # see SentencePieceTokenizer
-
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(path)
-            # Both can be left over from training.
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-            texts = self._texts(path)
-        except (KeyboardInterrupt, SystemExit, MemoryError, CheckpointError):
-            raise
-        except BaseException as error:  # a panic of the Rust library is no Exception
-            raise CheckpointError(path, f"is refused by the tokenizers library: {error}") from None
+    def __init__(self, path: str, tokenizer: Any, texts: TokenTexts, bos_token_id: int | None) -> None:
+        self._tokenizer = tokenizer
         super().__init__(path, texts, bos_token_id)
         if self.decode(self.encode(self._PROBE, add_bos=False), skip_special_tokens=False) != self._PROBE:
             raise CheckpointError(path, "is not a Gemma tokenizer: it does not give back the text it was given")
 
-    def _texts(self, path: str) -> TokenTexts:
-        added = self._tokenizer.get_added_tokens_decoder()
-        size = max([self._tokenizer.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
+    def _encode_segment(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def id_of(self, piece: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(piece)
+        return found
+
+    def piece_of(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or "" if token_id >= 0 else ""
+
+
+@contextmanager
+def _refusals(path: str) -> Iterator[None]:
+    """Turns whatever the tokenizers library raises into a CheckpointError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, CheckpointError):
+        raise
+    except BaseException as error:  # a panic of the Rust library is no Exception
+        raise CheckpointError(path, f"is refused by the tokenizers library: {error}") from None
+
+
+def _from_json(path: str) -> BpeTokenizer:
+    """The tokenizer in a ``tokenizer.json``."""
+    import tokenizers  # see SentencePieceTokenizer
+
+    with _refusals(path):
+        tokenizer = tokenizers.Tokenizer.from_file(path)
+        # Both can be left over from training.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder()
+        size = max([tokenizer.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
         if size > _MAX_TOKENS:
             raise CheckpointError(path, f"it claims {size} tokens (at most {_MAX_TOKENS} are accepted)")
         pieces: list[bytes] = []
@@ -265,23 +292,47 @@ class JsonTokenizer(Tokenizer):
         for index in range(size):
             token = added.get(index)
             if token is None:
-                piece = (self._tokenizer.id_to_token(index) or "").encode()
+                piece = (tokenizer.id_to_token(index) or "").encode()
                 if _BYTE_PIECE.fullmatch(piece):
                     kinds[index] = proto.BYTE
             else:
                 piece = token.content.encode()
                 kinds[index] = proto.CONTROL if token.special else proto.USER_DEFINED
             pieces.append(byte_spans.SEPARATOR + piece)
-        return TokenTexts.of(b"".join(pieces), kinds)
+        texts = TokenTexts.of(b"".join(pieces), kinds)
+    return BpeTokenizer(path, tokenizer, texts, None)
 
-    def _encode_segment(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def id_of(self, piece: str) -> int | None:
-        return self._tokenizer.token_to_id(piece)
+def _from_merges(
+    path: str, tokens: StringArray, kinds: npt.NDArray[np.int64], merges: StringArray, bos_token_id: int | None
+) -> BpeTokenizer:
+    """The tokenizer of a Gemma 4 GGUF: its scores say nothing, but it has the merges of the ``tokenizer.json``."""
+    import tokenizers
+    from tokenizers import models, normalizers
 
-    def piece_of(self, token_id: int) -> str:
-        return self._tokenizer.id_to_token(token_id) or "" if token_id >= 0 else ""
+    try:
+        _check_kinds(kinds)
+        pieces = [tokens[index].decode() for index in range(len(tokens))]
+        pairs = [merge.decode().partition(" ") for merge in map(merges.__getitem__, range(len(merges)))]
+        texts = TokenTexts.of(tokens.joined(), kinds)
+    except ValueError as error:
+        raise CheckpointError(path, f"unusable vocabulary: {error}") from None
+    unknown = next((pieces[index] for index in np.flatnonzero(kinds == proto.UNKNOWN).tolist()), None)
+    with _refusals(path):
+        model = models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=[(first, second) for first, _, second in pairs],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+        for index in np.flatnonzero((kinds == proto.CONTROL) | (kinds == proto.UNKNOWN)).tolist():
+            tokenizer.add_special_tokens([tokenizers.AddedToken(pieces[index], special=True, normalized=False)])
+        for index in np.flatnonzero(kinds == proto.USER_DEFINED).tolist():
+            tokenizer.add_tokens([tokenizers.AddedToken(pieces[index], normalized=False)])
+    return BpeTokenizer(path, tokenizer, texts, bos_token_id)
 
 
 def tokenizer_from_gguf(gguf: GgufFile) -> Tokenizer | None:
@@ -294,27 +345,36 @@ def tokenizer_from_gguf(gguf: GgufFile) -> Tokenizer | None:
     if tokens is None:
         return None
     model = gguf.string("tokenizer.ggml.model")
-    if model != "llama":
+    if model not in ("llama", "gemma4"):
         raise CheckpointError(
-            gguf.path, f"tokenizer model {printable(repr(model))} is not supported (supported: 'llama', SentencePiece)"
+            gguf.path,
+            f"tokenizer model {printable(repr(model))} is not supported "
+            "(supported: 'llama', SentencePiece, and 'gemma4')",
         )
-    columns = []
-    for key in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
-        column = gguf.numbers(key)
-        if column is None or len(column) != len(tokens):
-            found = "missing" if column is None else f"{len(column)} long"
-            raise CheckpointError(gguf.path, f"metadata {key} is {found}; tokenizer.ggml.tokens has {len(tokens)}")
-        columns.append(column)
-    scores, types = columns
-    if types.dtype.kind not in "iu" or scores.dtype.kind != "f":
-        raise CheckpointError(gguf.path, "metadata tokenizer.ggml.scores or token_type has the wrong element type")
-
+    bos_id = gguf.integer("tokenizer.ggml.bos_token_id")
+    types = _column(gguf, "tokenizer.ggml.token_type", len(tokens), "iu").astype(np.int64)
+    if model == "gemma4":
+        merges = gguf.strings("tokenizer.ggml.merges")
+        if merges is None:
+            raise CheckpointError(gguf.path, "metadata tokenizer.ggml.merges is missing")
+        return _from_merges(gguf.path, tokens, types, merges, bos_id)
+    scores = _column(gguf, "tokenizer.ggml.scores", len(tokens), "f").astype(np.float32)
     try:
         joined = tokens.joined()
     except ValueError as error:
         raise CheckpointError(gguf.path, f"unusable vocabulary: {error}") from None
-    vocabulary = proto.Vocabulary(joined, scores.astype(np.float32), types.astype(np.int64))
-    return SentencePieceTokenizer(gguf.path, vocabulary, gguf.integer("tokenizer.ggml.bos_token_id"))
+    return SentencePieceTokenizer(gguf.path, proto.Vocabulary(joined, scores, types), bos_id)
+
+
+def _column(gguf: GgufFile, key: str, tokens: int, kinds: str) -> npt.NDArray[np.generic]:
+    """One number for each token, of an element type in ``kinds``."""
+    column = gguf.numbers(key)
+    if column is None or len(column) != tokens:
+        found = "missing" if column is None else f"{len(column)} long"
+        raise CheckpointError(gguf.path, f"metadata {key} is {found}; tokenizer.ggml.tokens has {tokens}")
+    if column.dtype.kind not in kinds:
+        raise CheckpointError(gguf.path, f"metadata {key} has the wrong element type")
+    return column
 
 
 def tokenizer_from_directory(directory: Path, bos_token: str | int | None) -> Tokenizer | None:
@@ -329,7 +389,7 @@ def tokenizer_from_directory(directory: Path, bos_token: str | int | None) -> To
     """
     tokenizer: Tokenizer
     if (path := directory / "tokenizer.json").exists():
-        tokenizer = JsonTokenizer(str(path), None)
+        tokenizer = _from_json(str(path))
     elif (path := directory / "tokenizer.model").exists():
         tokenizer = _from_model_file(path)
     else:

@@ -12,6 +12,8 @@ from typing import Any, Literal, TextIO
 import structlog
 from structlog.typing import Processor
 
+from draftwerk import acceptance
+
 _MOST_FRAMES = 100  # exceptions can be each other's context, in a circle
 
 _log = structlog.stdlib.get_logger("draftwerk.server")
@@ -36,7 +38,7 @@ def configure(form: Literal["auto", "console", "json"], level: str, stream: Text
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder(allow=acceptance.LOG_FIELDS), *shared],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )

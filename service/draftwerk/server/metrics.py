@@ -31,6 +31,7 @@ SESSION = "Generation/Session"
 _SHORTEST_DELAY, _LONGEST_DELAY = 0.1, 10.0  # seconds
 _SPEED_WINDOW = 1.0  # seconds over which the speed of working off the queue is measured
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 2, 5, 10, 30, 60)
+_POSITIONS = 8  # in a draft, that have a label of their own
 _TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
 
 
@@ -212,6 +213,7 @@ class Metrics:
         yield _counter("generated_tokens", "Tokens generated.", stats["generated_tokens"])
         yield _by("drafted_tokens", "Tokens drafted and verified, by place in the draft.", stats["drafted_by_position"])
         yield _by("accepted_tokens", "Drafted tokens accepted, by place in the draft.", stats["accepted_by_position"])
+        yield from _of_drafters(stats["drafters"])
         phases = CounterMetricFamily("draftwerk_engine_seconds", "Time of the engine's thread.", labels=["phase"])
         for phase, seconds in stats["seconds"].items():
             phases.add_metric([phase], seconds)
@@ -234,6 +236,40 @@ class Metrics:
             "prefix_lookup_tokens", "Prompt tokens looked up in the prefix cache.", kv["prefix_lookup_tokens"]
         )
         yield _counter("prefix_hit_tokens", "Prompt tokens found in the prefix cache.", kv["prefix_hit_tokens"])
+
+
+def _of_drafters(drafters: dict[str, Any]) -> Iterator[Metric]:
+    labels = ["drafter", "position"]
+    drafted = CounterMetricFamily(
+        "draftwerk_drafter_drafted_tokens", "Tokens that a drafter drafted and that were verified.", labels=labels
+    )
+    accepted = CounterMetricFamily("draftwerk_drafter_accepted_tokens", "Those that were accepted.", labels=labels)
+    recent = GaugeMetricFamily(
+        "draftwerk_drafter_recent_acceptance",
+        "Share of accepted first drafts over the last 512 to 1,023 rounds of a drafter.",
+        labels=["drafter"],
+    )
+    near_zero = GaugeMetricFamily(
+        "draftwerk_drafter_acceptance_near_zero",
+        "Whether a warning is in force, because hardly any drafts of a model drafter are accepted.",
+        labels=["drafter"],
+    )
+    for name, figures in drafters.items():
+        for position, count in _bounded_positions(figures["drafted_by_position"]):
+            drafted.add_metric([name, position], count)
+        for position, count in _bounded_positions(figures["accepted_by_position"]):
+            accepted.add_metric([name, position], count)
+        if figures["recent"]["rounds"]:  # else there is no share
+            recent.add_metric([name], figures["recent"]["accepted_by_position"][0] / figures["recent"]["rounds"])
+        near_zero.add_metric([name], int(figures["warning"] is not None))
+    yield from (drafted, accepted, recent, near_zero)
+
+
+def _bounded_positions(counts: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """Counts by position as a label: drafts can be 64 long, so the last label sums up what few of them reach."""
+    yield from zip(map(str, range(_POSITIONS)), counts, strict=False)
+    if len(counts) > _POSITIONS:
+        yield f"{_POSITIONS}+", sum(counts[_POSITIONS:])
 
 
 def _gauge(name: str, documentation: str, value: float) -> GaugeMetricFamily:

@@ -8,6 +8,7 @@ from draftwerk.memory import peak_resident_bytes, resident_bytes
 from draftwerk.server.responses import duration
 from draftwerk_client.v1 import operations_pb2 as pb
 from draftwerk_client.v1 import operations_pb2_grpc
+from draftwerk_client.v1.statistics_pb2 import DrafterStatistics, DraftStatistics
 
 if TYPE_CHECKING:
     from draftwerk.engine import Engine
@@ -25,7 +26,7 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):
     async def GetStats(self, request: pb.GetStatsRequest, context: Any) -> pb.GetStatsResponse:  # noqa: N802 (gRPC's name)
         """Figures since the server started, and its state now."""
         stats = self._engine.stats()
-        response = pb.GetStatsResponse(
+        return pb.GetStatsResponse(
             uptime=duration(self._metrics.uptime),
             max_queued_tokens=self._max_queued_tokens,
             sessions=self._metrics.sessions,
@@ -33,14 +34,10 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):
             time=pb.EngineTime(**{phase: duration(seconds) for phase, seconds in stats["seconds"].items()}),
             resident_bytes=resident_bytes(),
             peak_resident_bytes=peak_resident_bytes(),
+            drafts=_drafts(stats),
+            drafters=[_drafter(name, figures) for name, figures in stats["drafters"].items()],
             **{name: stats[name] for name in _SAME_NAMES},
         )
-        for name in ("drafted", "accepted", "drafted_by_position", "accepted_by_position"):
-            if isinstance(stats[name], list):
-                getattr(response.drafts, name).extend(stats[name])
-            else:
-                setattr(response.drafts, name, stats[name])
-        return response
 
 
 _SAME_NAMES = (
@@ -71,4 +68,21 @@ _SAME_CACHE_NAMES = (
 def _cache(kv: dict[str, Any]) -> pb.CacheStatistics:
     return pb.CacheStatistics(
         reclaimable_bytes=kv["cached_bytes"] + kv["parked_bytes"], **{name: kv[name] for name in _SAME_CACHE_NAMES}
+    )
+
+
+def _drafts(figures: dict[str, Any]) -> DraftStatistics:
+    drafted, accepted = figures["drafted_by_position"], figures["accepted_by_position"]
+    return DraftStatistics(
+        drafted=sum(drafted), accepted=sum(accepted), drafted_by_position=drafted, accepted_by_position=accepted
+    )
+
+
+def _drafter(name: str, figures: dict[str, Any]) -> DrafterStatistics:
+    return DrafterStatistics(
+        name=name,
+        drafts=_drafts(figures),
+        recent=_drafts(figures["recent"]),
+        recent_rounds=figures["recent"]["rounds"],
+        warning="" if figures["warning"] is None else figures["warning"]["text"],
     )

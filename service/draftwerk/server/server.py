@@ -209,6 +209,7 @@ def open_engine(settings: Settings, progress: Progress | None = None) -> Engine:
     return Engine(
         settings.model,
         drafter=settings.drafter,
+        lookup=settings.lookup,
         threads=settings.threads,
         kv_memory=settings.kv_memory,
         weights=settings.weights,

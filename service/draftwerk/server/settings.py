@@ -75,8 +75,13 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = _setting("gemma-3-270m", "Model", "M", "A Hugging Face directory, a GGUF file, or a built-in name.")
-    drafter: str = _setting("auto", "Model", "D", "auto, lookup or none. Changes the speed, never the text.")
-    weights: str = _setting("auto", "Model", "TYPE", "auto, int8, f32, f16 or bf16: the type to hold float weights in.")
+    drafter: str = _setting(
+        "auto", "Model", "D", "auto, lookup, none, or the path or hub name of an MTP drafter. Changes the speed alone."
+    )
+    lookup: bool = _setting(True, "Model", "", "Draft by lookup too, beside an MTP drafter.")
+    weights: str = _setting(
+        "auto", "Model", "TYPE", "auto, int8, int4, f32, f16 or bf16: the type to hold float weights in."
+    )
     threads: int = _setting(0, "Model", "N", "Kernel threads; 0 uses all cores.", ge=0)
 
     listen: Address = _setting("127.0.0.1:50051", "Network", "ADDRESS", "HOST:PORT or unix:PATH of the service.")

@@ -13,8 +13,17 @@ import grpc
 import pytest
 from scripted_server import TIMEOUT, ScriptedServer, last, piece, two_pieces, until_cancelled
 
-from draftwerk_client import Cancelled, Chunk, Client, DeadlineExceeded, GenerationStats, ServerError, TokenLogprobs
-from draftwerk_client.v1 import generation_pb2, models_pb2, operations_pb2, output_pb2
+from draftwerk_client import (
+    Cancelled,
+    Chunk,
+    Client,
+    DeadlineExceeded,
+    DrafterStats,
+    GenerationStats,
+    ServerError,
+    TokenLogprobs,
+)
+from draftwerk_client.v1 import generation_pb2, models_pb2, operations_pb2, output_pb2, statistics_pb2
 
 
 def test_completion_is_all_chunks_together(client: Any, server: ScriptedServer) -> None:
@@ -304,20 +313,32 @@ def test_stats(client: Any, server: ScriptedServer) -> None:
     response.drafts.accepted_by_position.extend([2, 1])
     response.cache.used_bytes = 7
     response.time.target.FromMilliseconds(500)
+    response.drafters.add(
+        name="mtp",
+        drafts={"drafted": 9, "accepted": 4, "drafted_by_position": [5, 4], "accepted_by_position": [3, 1]},
+        recent={"drafted": 3, "accepted": 1, "drafted_by_position": [2, 1], "accepted_by_position": [1, 0]},
+        recent_rounds=2,
+        warning="hardly any",
+    )
     server.unary[operations_pb2.GetStatsRequest] = lambda *_: response
     stats = client.stats()
     assert (stats.requests, stats.sessions, stats.uptime) == (3, 2, 1.5)
     assert (stats.accepted_by_position, stats.cache.used_bytes, stats.time.target) == ((2, 1), 7, 0.5)
+    assert stats.drafters == (DrafterStats("mtp", 9, 4, (5, 4), (3, 1), 2, (2, 1), (1, 0), "hardly any"),)
 
 
 def test_results_have_every_field_of_the_api(client: Any, server: ScriptedServer) -> None:
     """A field added to the API has to be added here too."""
-    server.unary[operations_pb2.GetStatsRequest] = lambda *_: operations_pb2.GetStatsResponse()
-    flattened = {"drafts": ["drafted", "accepted", "drafted_by_position", "accepted_by_position"]}
+    server.unary[operations_pb2.GetStatsRequest] = lambda *_: operations_pb2.GetStatsResponse(drafters=[{"name": "a"}])
+    flattened = {
+        "drafts": ["drafted", "accepted", "drafted_by_position", "accepted_by_position"],
+        "recent": ["recent_drafted_by_position", "recent_accepted_by_position"],  # of which the others are sums
+    }
     for result, descriptor in [
         (client.model(), models_pb2.Model.DESCRIPTOR),
         (client.stats(), operations_pb2.GetStatsResponse.DESCRIPTOR),
         (client.stats().cache, operations_pb2.CacheStatistics.DESCRIPTOR),
+        (client.stats().drafters[0], statistics_pb2.DrafterStatistics.DESCRIPTOR),
         (client.stats().time, operations_pb2.EngineTime.DESCRIPTOR),
         (client.generate("x").stats, output_pb2.GenerateResponse().statistics.DESCRIPTOR),
     ]:

@@ -194,7 +194,7 @@ BAD_FILES: dict[str, tuple[Change, str | None, str]] = {
     "architecture": (
         having("general.architecture", tiny.STRING, "llama"),
         None,
-        "'llama' is not supported (supported: gemma3)",
+        "'llama' is not supported (supported: gemma3, gemma4)",
     ),
     "no architecture": (entry("general.architecture", None), None, "general.architecture is missing"),
     "architecture type": (having("general.architecture", tiny.U32, 3), None, "is not a string"),

@@ -42,16 +42,29 @@ def test_reads_the_configuration_of_transformers_5(tmp_path: Path) -> None:
         intermediate_size=tiny.MLP,
         num_attention_heads=tiny.HEADS,
         num_key_value_heads=tiny.KV_HEADS,
+        num_global_key_value_heads=tiny.KV_HEADS,
         head_dim=tiny.HEAD_DIM,
+        global_head_dim=tiny.HEAD_DIM,
         sliding_window=tiny.WINDOW,
         layer_types=("sliding_attention", "full_attention"),
         rope_theta=2e6,
         rope_local_theta=1e4,
         rope_scaling_factor=8.0,
+        rope_partial_rotary_factor=1.0,
         rms_norm_eps=1e-6,
         query_pre_attn_scalar=32.0,
         max_position_embeddings=128,
         final_logit_softcapping=30.0,
+        value_norm=False,
+        layer_scalars=False,
+        num_kv_shared_layers=0,
+        use_double_wide_mlp=False,
+        attention_k_eq_v=False,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=0,
+        num_experts=0,
+        top_k_experts=0,
+        moe_intermediate_size=0,
     )
     assert checkpoint.name == "tiny-model"
     assert checkpoint.tokenizer is None
@@ -81,7 +94,7 @@ def test_one_set_of_rope_parameters_is_that_of_the_full_layers(tmp_path: Path) -
 )
 def test_agrees_with_transformers(rope: Json) -> None:
     transformers = pytest.importorskip("transformers")
-    from draftwerk.loading.config import config_from_hugging_face
+    from draftwerk.loading.hugging_face_config import config_from_hugging_face
 
     raw = tiny.hugging_face_config()
     del raw["layer_types"], raw["rope_parameters"]
@@ -285,7 +298,7 @@ BAD_CONFIGS: dict[str, tuple[Callable[[Json], object], str]] = {
             "query_pre_attn_scalar",
         )
     },
-    "model type": (having(model_type="llama"), "model_type 'llama' is not supported (supported: gemma3_text, gemma3)"),
+    "model type": (having(model_type="llama"), "model_type 'llama' is not supported (supported: gemma3_text, gemma3, "),
     "no model type": (without("model_type"), "model_type None is not supported"),
     "odd model type": (having(model_type=["gemma3"]), "is not supported"),
     "no text_config": (having(model_type="gemma3"), "field text_config is missing"),

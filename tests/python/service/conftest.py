@@ -149,6 +149,13 @@ def figures(scripted: fake_core.Engine, monkeypatch: pytest.MonkeyPatch) -> dict
         "accepted": 21,
         "drafted_by_position": [20, 10],
         "accepted_by_position": [15, 6],
+        "drafters": {
+            "mtp": fake_core.drafter_figures(
+                [15, 8], [11, 4], rounds=10, drafted_by_position=[10, 5], accepted_by_position=[8, 1]
+            ),
+            "lookup": fake_core.drafter_figures([5, 2], [4, 2]),
+            "idle": fake_core.drafter_figures(),
+        },
         "preemptions": 6,
         "seconds": {"schedule": 0.25, "draft": 0.5, "target": 8.0, "commit": 0.125},
         "kv": {

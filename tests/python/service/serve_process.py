@@ -9,10 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import IO, Any
+
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from draftwerk.server.server import Server
 
@@ -93,6 +97,18 @@ def failed_serve(*flags: str) -> tuple[int, str]:
     return ended.returncode, line
 
 
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`draftwerk` with these arguments, in a process of its own: with its own logging."""
+    return subprocess.run(
+        [sys.executable, "-m", "draftwerk", *arguments],
+        env=_environment(None),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+
+
 def _command(flags: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "draftwerk", "serve", *flags]
 
@@ -111,6 +127,17 @@ def end(server: ServerProcess) -> int:
         return server.wait()
     finally:
         server.process.kill()
+
+
+def scraped(address: str) -> dict[tuple[str, ...], float]:
+    """What an address serves over HTTP: (name, label values in the order of their names) to value."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT) as response:
+        text = response.read().decode()
+    return {_key(sample): sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+
+
+def _key(sample: Sample) -> tuple[str, ...]:
+    return (sample.name, *(sample.labels[name] for name in sorted(sample.labels)))
 
 
 ServerFactory = Callable[..., RunningServer]

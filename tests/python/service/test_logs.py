@@ -17,6 +17,8 @@ from serve_process import TIMEOUT, InProcess
 
 import draftwerk
 import fake_core
+from draftwerk.acceptance import AcceptanceWarning
+from draftwerk.acceptance_causes import Cause
 from draftwerk.requests import RequestError
 from draftwerk.server import logs
 from draftwerk_client.v1 import generation_pb2_grpc, models_pb2_grpc
@@ -72,6 +74,17 @@ def test_what_libraries_log_has_the_same_form(log: io.StringIO) -> None:
     logging.getLogger("some.library").error("failed: %s", "why")
     (entry,) = entries(log)
     assert (entry["event"], entry["level"], entry["logger"]) == ("failed: why", "error", "some.library")
+
+
+def test_what_an_engine_warns_of_keeps_its_fields(log: io.StringIO) -> None:
+    cause = Cause("wrong_drafter", "it is another's")
+    fields = AcceptanceWarning("mtp", 90, (90, 4), (1, 0), None, (cause,)).log_fields()
+    logging.getLogger("draftwerk.acceptance").warning("%s", "hardly any", extra={**fields, "prompt": SECRET})
+    (entry,) = entries(log, "hardly any")
+    assert (entry["level"], entry["drafter"], entry["rounds"]) == ("warning", "mtp", 90)
+    assert (entry["drafted_by_position"], entry["accepted_by_position"]) == ([90, 4], [1, 0])
+    assert entry["likely_causes"] == ["wrong_drafter"]
+    assert SECRET not in log.getvalue()
 
 
 @pytest.mark.parametrize(

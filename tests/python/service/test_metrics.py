@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.samples import Sample
-from serve_process import TIMEOUT, RunningServer
+from serve_process import TIMEOUT, RunningServer, scraped
 
 import draftwerk
+import fake_core
 from draftwerk.results import Chunk, GenerationStats
 from draftwerk.server.metrics import Metrics
 from draftwerk_client.v1 import generation_pb2_grpc
@@ -34,17 +32,6 @@ def scrape(metrics: Metrics) -> Iterator[Any]:
     server.shutdown()
     server.server_close()
     thread.join(30)
-
-
-def scraped(address: str) -> dict[tuple[str, ...], float]:
-    """What an address serves over HTTP: (name, label values in the order of their names) to value."""
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT) as response:
-        text = response.read().decode()
-    return {key(sample): sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
-
-
-def key(sample: Sample) -> tuple[str, ...]:
-    return (sample.name, *(sample.labels[name] for name in sorted(sample.labels)))
 
 
 def chunk(tokens: int, received_at: float) -> Chunk:
@@ -124,6 +111,14 @@ ENGINE_FIGURES = {
     ("draftwerk_drafted_tokens_total", "1"): 10,
     ("draftwerk_accepted_tokens_total", "0"): 15,
     ("draftwerk_accepted_tokens_total", "1"): 6,
+    ("draftwerk_drafter_drafted_tokens_total", "mtp", "0"): 15,
+    ("draftwerk_drafter_drafted_tokens_total", "mtp", "1"): 8,
+    ("draftwerk_drafter_accepted_tokens_total", "mtp", "0"): 11,
+    ("draftwerk_drafter_accepted_tokens_total", "mtp", "1"): 4,
+    ("draftwerk_drafter_drafted_tokens_total", "lookup", "1"): 2,
+    ("draftwerk_drafter_recent_acceptance", "mtp"): 0.8,
+    ("draftwerk_drafter_recent_acceptance", "lookup"): 0.8,
+    ("draftwerk_drafter_acceptance_near_zero", "mtp"): 0,
     ("draftwerk_engine_seconds_total", "target"): 8.0,
     ("draftwerk_kv_budget_bytes",): 1000,
     ("draftwerk_kv_used_bytes",): 800,
@@ -142,6 +137,22 @@ def test_the_engine_is_asked_at_each_scrape(scrape: Any, figures: dict[str, Any]
     assert {name: found[name] for name in ENGINE_FIGURES} == ENGINE_FIGURES
     figures["running"] = 63
     assert scrape()["draftwerk_generations_running",] == 63
+
+
+def test_a_drafter_that_has_not_drafted_has_no_acceptance(scrape: Any) -> None:
+    found = scrape()
+    assert ("draftwerk_drafter_recent_acceptance", "idle") not in found
+    assert found["draftwerk_drafter_acceptance_near_zero", "idle"] == 0
+
+
+def test_positions_far_back_in_a_draft_share_a_label(scrape: Any, figures: dict[str, Any]) -> None:
+    figures["drafters"] = {"mtp": fake_core.drafter_figures([100] * 60, [50, *[1] * 59])}
+    found = scrape()
+    drafted = {name[2]: n for name, n in found.items() if name[0] == "draftwerk_drafter_drafted_tokens_total"}
+    accepted = {name[2]: n for name, n in found.items() if name[0] == "draftwerk_drafter_accepted_tokens_total"}
+    assert drafted == {**{str(position): 100 for position in range(8)}, "8+": 5200}
+    assert accepted == {"0": 50, **{str(position): 1 for position in range(1, 8)}, "8+": 52}
+    assert found["draftwerk_drafter_recent_acceptance", "mtp"] == 0.5
 
 
 def test_what_is_served_and_its_memory(scrape: Any) -> None:

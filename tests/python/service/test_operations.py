@@ -29,6 +29,16 @@ async def test_every_figure_is_the_engines(
     assert (stats.drafts.drafted, stats.drafts.accepted) == (30, 21)
     assert list(stats.drafts.drafted_by_position) == [20, 10]
     assert list(stats.drafts.accepted_by_position) == [15, 6]
+    mtp, lookup, idle = stats.drafters
+    assert [drafter.name for drafter in stats.drafters] == ["mtp", "lookup", "idle"]
+    assert (mtp.drafts.drafted, mtp.drafts.accepted) == (23, 15)
+    assert list(mtp.drafts.drafted_by_position) == [15, 8]
+    assert list(mtp.drafts.accepted_by_position) == [11, 4]
+    assert (mtp.recent.drafted, mtp.recent.accepted, mtp.recent_rounds) == (15, 9, 10)
+    assert list(mtp.recent.drafted_by_position) == [10, 5]
+    assert list(mtp.recent.accepted_by_position) == [8, 1]
+    assert (lookup.recent_rounds, idle.recent_rounds) == (5, 0)
+    assert not any(drafter.warning for drafter in stats.drafters)
     for name in ("budget_bytes", "used_bytes", "peak_bytes", "sliding_pages", "full_pages", "prefix_lookup_tokens",
                  "prefix_hit_tokens", "evicted_pages"):  # fmt: skip
         assert getattr(stats.cache, name) == figures["kv"][name], name

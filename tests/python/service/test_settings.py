@@ -55,6 +55,7 @@ def test_the_environment_names_the_file(tmp_path: Path) -> None:
 VALUES: dict[str, Any] = {
     "model": "m",
     "drafter": "none",
+    "lookup": False,
     "weights": "int8",
     "threads": 3,
     "listen": 'unix:/tmp/ü "x"\n.sock',

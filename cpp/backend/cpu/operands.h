@@ -1,0 +1,85 @@
+// What the operations of the CPU backend work on, behind the interface's types: packed weights, mapped tables and rows
+// of float32 tensors.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "backend/backend.h"
+#include "backend/cpu/memory.h"
+#include "backend/cpu/packing.h"
+
+namespace draftwerk::cpu {
+
+/// A broken call by our own code, not a user's mistake.
+inline void require(bool condition, const char* what) {
+  if (!condition) throw std::logic_error(std::string("cpu backend: ") + what);
+}
+
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+class CpuWeight final : public Weight {
+ public:
+  CpuWeight(const PackedMatrix& matrix, MemorySlice memory) : matrix_(matrix), memory_(std::move(memory)) {}
+  [[nodiscard]] WeightType type() const override { return matrix_.type; }
+  [[nodiscard]] std::int64_t rows() const override { return matrix_.rows; }
+  [[nodiscard]] std::int64_t columns() const override { return matrix_.columns; }
+  [[nodiscard]] std::size_t bytes() const override {
+    return static_cast<std::size_t>(panel_count(matrix_.rows)) * matrix_.panel_bytes;
+  }
+  [[nodiscard]] const PackedMatrix& matrix() const { return matrix_; }
+  [[nodiscard]] std::byte* data() const { return memory_.data; }
+
+ private:
+  PackedMatrix matrix_;
+  MemorySlice memory_;
+};
+
+/// Rows as a file stores them, read where they are.
+class CpuRowTable final : public RowTable {
+ public:
+  CpuRowTable(WeightType type, std::int64_t rows, std::int64_t columns, const std::byte* data,
+              std::shared_ptr<const void> owner)
+      : type_(type),
+        rows_(rows),
+        columns_(columns),
+        row_bytes_(stored_row_bytes(type, columns)),
+        data_(data),
+        owner_(std::move(owner)) {}
+  [[nodiscard]] WeightType type() const override { return type_; }
+  [[nodiscard]] std::int64_t rows() const override { return rows_; }
+  [[nodiscard]] std::int64_t columns() const override { return columns_; }
+  [[nodiscard]] const std::byte* row(std::int64_t index) const {
+    return data_ + static_cast<std::size_t>(index) * row_bytes_;
+  }
+
+ private:
+  WeightType type_;
+  std::int64_t rows_;
+  std::int64_t columns_;
+  std::size_t row_bytes_;
+  const std::byte* data_;
+  std::shared_ptr<const void> owner_;
+};
+
+inline const PackedMatrix& packed(const Weight& weight) { return static_cast<const CpuWeight&>(weight).matrix(); }
+
+/// Rows [first, first + rows) of a matrix, both multiples of 16, as a matrix.
+inline PackedMatrix panels_of(const PackedMatrix& matrix, std::int64_t first, std::int64_t rows) {
+  PackedMatrix part = matrix;
+  part.rows = rows;
+  part.data += static_cast<std::size_t>(first / kPanel) * matrix.panel_bytes;
+  return part;
+}
+
+inline float* row_of(Tensor tensor, std::int64_t row) {
+  return static_cast<float*>(tensor.data) + row * tensor.row_stride();
+}
+
+}  // namespace draftwerk::cpu

@@ -1,0 +1,64 @@
+"""Checkpoints by their name on the Hugging Face hub. All of the downloading is huggingface_hub's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from draftwerk.loading.errors import CheckpointError, printable
+
+# One organisation, one name; nothing that looks like a relative path to a file.
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_ELSEWHERE = ("*/*",)  # other forms of the same weights
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether this can be a name on the hub, such as ``google/gemma-4-E2B-it``."""
+    return _NAME.fullmatch(model) is not None and not model.endswith((".gguf", ".json", ".safetensors"))
+
+
+def cached_name(directory: Path) -> str | None:
+    """The name of the checkpoint whose place in huggingface_hub's cache this is; ``None`` if it is no such place."""
+    kind, _, name = directory.parent.parent.name.partition("--")
+    if directory.parent.name != "snapshots" or kind != "models":
+        return None
+    name = name.replace("--", "/", 1)
+    return name if is_hub_name(name) else None
+
+
+def download(name: str) -> Path:
+    """The directory of a checkpoint, downloaded first where the local cache does not have it.
+
+    Without a network the cache alone is looked at, as with ``HF_HUB_OFFLINE=1``.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it may not be read, or the hub cannot be reached.
+    """
+    # Here, not above: it takes a while to import, and is of no use for paths.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=list(_ELSEWHERE))
+        )
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            name,
+            f"its terms have to be accepted first: open https://huggingface.co/{name}, then run `hf auth login`",
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise NotOnHubError(
+            name, "no such file or directory, and no such model on the Hugging Face hub (or a private one)"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        raise NotOnHubError(
+            name, "is not in the local cache of the Hugging Face hub, which cannot be reached from here"
+        ) from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+        raise CheckpointError(name, f"cannot be downloaded: {printable(str(error), 200)}") from error
+
+
+class NotOnHubError(CheckpointError):
+    """The hub has no such checkpoint, or cannot be asked."""

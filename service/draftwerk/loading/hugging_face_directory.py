@@ -1,0 +1,288 @@
+"""Opening a Hugging Face directory, as the hub has it or as transformers' ``save_pretrained()`` writes it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from draftwerk.loading.chat_template import ChatTemplate
+from draftwerk.loading.checkpoint import AssistantCheckpoint, Checkpoint
+from draftwerk.loading.errors import CheckpointError, printable
+from draftwerk.loading.hugging_face_config import (
+    MULTIMODAL_TYPES,
+    assistant_config_from_hugging_face,
+    config_from_hugging_face,
+    text_part,
+)
+from draftwerk.loading.safetensors import SafetensorsFile, parse_json_object
+from draftwerk.loading.tensors import FileRange, FoundTensors, Source, histogram
+from draftwerk.loading.tokenizer import tokenizer_from_directory
+from draftwerk.loading.vocabulary_checks import chat_template, checked_ids, token_ordering
+
+_logger = logging.getLogger(__name__)
+_MAX_JSON_BYTES = 1 << 26
+# Where the text model's tensors lie: on the hub, in a multimodal checkpoint of transformers 4 and 5, in a bare
+# `Gemma3TextModel`.
+_TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "model.", "")
+# The other parts of multimodal models: Gemma 3's, Gemma 4's towers and embedders, Gemma 4 unified's embedder.
+_OTHER_PARTS = tuple(
+    prefix + part
+    for part in (
+        "vision_tower.",
+        "multi_modal_projector.",
+        "audio_tower.",
+        "embed_vision.",
+        "embed_audio.",
+        "vision_embedder.",
+    )
+    for prefix in ("", "model.")
+)
+_DRAFTER_PARTS = ("pre_projection.", "post_projection.", "masked_embedding.")
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_ORDERING = "masked_embedding.token_ordering"
+
+
+def open_model(directory: Path, name: str | None) -> Checkpoint:
+    """Opens a model.
+
+    Args:
+        directory: where it lies.
+        name: what to call it; by default as the directory.
+
+    Raises:
+        CheckpointError: it is damaged or not supported.
+    """
+    path = str(directory)
+    raw = read_config(directory)
+    config_path = str(directory / "config.json")
+    config = config_from_hugging_face(config_path, raw)
+    found, skipped = _find_tensors(directory, _text_name)
+    if raw["model_type"] in MULTIMODAL_TYPES:
+        _logger.info("%s is multimodal: only its text model is loaded (%d other tensors are skipped)", path, skipped)
+    head = found.take(_HEAD)
+    if head is not None and head.shape != (config.vocab_size, config.hidden_size):
+        raise found.error(
+            _HEAD,
+            f"has shape {list(head.shape)}, not that of the embedding it is tied to, "
+            f"{[config.vocab_size, config.hidden_size]}",
+        )
+    layers = f"{config.architecture}, {config.num_hidden_layers} layers"
+    sources = found.match(config.expected_tensors(), config.ignored_tensors(), layers)
+
+    text_config = text_part(config_path, raw)
+    generation = _read_json(directory / "generation_config.json") or {}
+    tokenizer_config = _read_json(directory / "tokenizer_config.json") or {}
+    special = {
+        kind: text
+        for kind in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if (text := _token_text(tokenizer_config.get(kind))) is not None
+    }
+    bos = _first(
+        generation.get("bos_token_id"),
+        text_config.get("bos_token_id"),
+        raw.get("bos_token_id"),
+        special.get("bos_token"),
+    )
+    if bos is not None and not isinstance(bos, str):
+        bos = checked_ids(path, config, _as_ids(path, "bos_token_id", bos))[0]
+    tokenizer = tokenizer_from_directory(directory, bos)
+    bos_id = tokenizer.bos_token_id if tokenizer is not None else bos if isinstance(bos, int) else None
+    eos = _first(generation.get("eos_token_id"), raw.get("eos_token_id"), text_config.get("eos_token_id"))
+    if eos is None and tokenizer is not None and "eos_token" in special:
+        eos = tokenizer.id_of(special["eos_token"])
+    if tokenizer is not None and bos_id is not None:
+        special.setdefault("bos_token", tokenizer.piece_of(bos_id))
+    return Checkpoint(
+        path=path,
+        name=name or directory.resolve().name,
+        config=config,
+        tokenizer=tokenizer,
+        chat_template=_template(path, directory, tokenizer_config, special),
+        bos_token_id=bos_id,
+        eos_token_ids=checked_ids(path, config, [] if eos is None else _as_ids(path, "eos_token_id", eos)),
+        weight_types=histogram(sources),
+        _sources=sources,
+        _norms_add_one=config.architecture == "gemma3",
+    )
+
+
+def open_drafter(directory: Path, name: str | None) -> AssistantCheckpoint:
+    """Opens a drafter; arguments and errors as of open_model()."""
+    path = str(directory)
+    config = assistant_config_from_hugging_face(str(directory / "config.json"), read_config(directory))
+    found, _ = _find_tensors(directory, _drafter_name)
+    if _EMBEDDING in found:  # the head is tied to it, and at times stored under this name alone
+        found.take(_HEAD)
+        found.rename(_EMBEDDING, _HEAD)
+    ordering = _token_ordering(found, config.num_centroids, config.text.vocab_size)
+    layers = f"an assistant of {config.text.num_hidden_layers} layers"
+    sources = found.match(config.expected_tensors(), config.text.ignored_tensors(), layers)
+    generation = _read_json(directory / "generation_config.json") or {}
+    length = generation.get("num_assistant_tokens")
+    if length is not None and (type(length) is not int or not 1 <= length <= 1 << 10):
+        raise CheckpointError(
+            directory / "generation_config.json",
+            f"num_assistant_tokens = {printable(repr(length))} is not an integer from 1 to {1 << 10}",
+        )
+    return AssistantCheckpoint(
+        path=path,
+        name=name or directory.resolve().name,
+        config=config,
+        token_ordering=ordering,
+        draft_length=length,
+        weight_types=histogram(sources),
+        _sources=sources,
+    )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The parsed ``config.json``.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    raw = _read_json(directory / "config.json")
+    if raw is None:
+        raise CheckpointError(directory, "no config.json: not a Hugging Face checkpoint")
+    return raw
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def _find_tensors(directory: Path, canonical: Callable[[str], str | None]) -> tuple[FoundTensors, int]:
+    """The tensors that have a canonical name, and how many have none."""
+    found = FoundTensors(str(directory), lambda name: name)
+    skipped = 0
+    for shard, listed in _weight_files(directory).items():
+        path = directory / shard
+        if listed is not None and not any(map(canonical, listed)):
+            skipped += len(listed)
+            continue
+        file = SafetensorsFile(path)
+        for stored in file.tensors if listed is None else listed:
+            name = canonical(stored)
+            if name is None:
+                skipped += 1
+                continue
+            tensor = file.tensors.get(stored)
+            if tensor is None:
+                raise CheckpointError(path, "is missing, though the index says it is here", tensor=stored)
+            place = FileRange(file.file, tensor.offset, tensor.size)
+            found.add(name, Source(tensor.dtype, tensor.shape, (place,)), str(path), stored)
+    return found, skipped
+
+
+def _weight_files(directory: Path) -> dict[str, list[str] | None]:
+    """File name to the tensors to take from it, of every safetensors file of a directory; ``None`` for all of them."""
+    index_path = directory / "model.safetensors.index.json"
+    index = _read_json(index_path)
+    if index is None:
+        if not (directory / "model.safetensors").exists():
+            raise CheckpointError(directory, "neither model.safetensors nor model.safetensors.index.json: no weights")
+        return {"model.safetensors": None}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(index_path, "weight_map is missing or empty")
+    shards: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        # A shard is a file of this directory: an index must not make us open files elsewhere.
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") or "\0" in shard:
+            raise CheckpointError(index_path, f"{printable(repr(shard))} is not a file name", tensor=name)
+        shards.setdefault(shard, []).append(name)
+    return {**shards}
+
+
+def _text_name(stored: str) -> str | None:
+    """The name in a text-only checkpoint; ``None`` for what is no part of the text model."""
+    if stored.startswith(_OTHER_PARTS) or "rotary_emb." in stored:
+        return None
+    if stored in (_HEAD, "language_model.lm_head.weight"):
+        return _HEAD
+    prefix = next(prefix for prefix in _TEXT_PREFIXES if stored.startswith(prefix))
+    return "model." + stored.removeprefix(prefix)
+
+
+def _drafter_name(stored: str) -> str | None:
+    if "rotary_emb." in stored:
+        return None
+    return stored if stored == _HEAD or stored.startswith(_DRAFTER_PARTS) else _text_name(stored)
+
+
+def _token_ordering(found: FoundTensors, centroids: int, vocabulary: int) -> npt.NDArray[np.int32] | None:
+    source = found.take(_ORDERING)
+    if not centroids:
+        if source is not None:
+            raise found.error(_ORDERING, "is there, but the configuration says use_ordered_embeddings = False")
+        return None
+    return token_ordering(found, _ORDERING, source, vocabulary)
+
+
+# --- the small files -------------------------------------------------------------------------------------------------
+
+
+def _as_ids(path: str, where: str, value: Any) -> list[int]:
+    ids = value if isinstance(value, list) else [value]
+    if not ids or any(type(token_id) is not int for token_id in ids):
+        raise CheckpointError(path, f"{where} = {printable(repr(value))} is neither a token id nor a list of them")
+    return ids
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token of ``tokenizer_config.json``: its text, or an object with the text in ``content``."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _read_text(path: Path) -> bytes | None:
+    """The bytes of a small file; ``None`` if there is none."""
+    if not path.exists():
+        return None
+    try:
+        if not path.is_file():
+            raise CheckpointError(path, "not a regular file")
+        with path.open("rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(path, error.strerror or str(error)) from error
+    if len(text) > _MAX_JSON_BYTES:
+        raise CheckpointError(path, f"larger than {_MAX_JSON_BYTES} bytes")
+    return text
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    text = _read_text(path)
+    return None if text is None else parse_json_object(str(path), text, "the file")
+
+
+def _template(
+    path: str, directory: Path, tokenizer_config: Mapping[str, Any], special: Mapping[str, str]
+) -> ChatTemplate | None:
+    """From ``chat_template.jinja``, ``chat_template.json`` or ``tokenizer_config.json``."""
+    jinja_path = directory / "chat_template.jinja"
+    text = _read_text(jinja_path)
+    if text is not None:
+        try:
+            return chat_template(path, text.decode("utf-8"), special)
+        except UnicodeDecodeError:
+            raise CheckpointError(jinja_path, "is not UTF-8") from None
+    separate = _read_json(directory / "chat_template.json") or {}
+    template = _first(separate.get("chat_template"), tokenizer_config.get("chat_template"))
+    if isinstance(template, list):  # several by name
+        template = next(
+            (entry.get("template") for entry in template if isinstance(entry, dict) and entry.get("name") == "default"),
+            None,
+        )
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(directory, "chat_template is not a text")
+    return chat_template(path, template, special)

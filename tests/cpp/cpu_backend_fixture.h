@@ -1,0 +1,120 @@
+// What the tests of the CPU backend share: matrices with their plain values, steps, and comparisons.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cpu/quantized_blocks.h"
+#include "backend/cpu/reference.h"
+#include "random_blocks.h"
+
+namespace draftwerk {
+
+inline std::unique_ptr<Weight> upload(Backend& backend, WeightType type, std::int64_t rows, std::int64_t columns,
+                                      const std::vector<std::byte>& blocks) {
+  std::unique_ptr<Weight> weight = backend.create_weight(type, rows, columns);
+  // In two parts, as a loader does.
+  const std::int64_t first = rows > 16 ? rows / 32 * 16 : 0;
+  const std::size_t row_bytes = blocks.size() / static_cast<std::size_t>(rows);
+  if (first > 0) backend.upload_rows(*weight, 0, first, type, blocks.data());
+  backend.upload_rows(*weight, first, rows - first, type, blocks.data() + static_cast<std::size_t>(first) * row_bytes);
+  return weight;
+}
+
+struct Matrix {
+  Matrix(Backend& backend, WeightType type, std::int64_t rows, std::int64_t columns, std::mt19937& random)
+      : rows(rows), columns(columns), values(static_cast<std::size_t>(rows * columns)) {
+    const std::vector<std::byte> blocks = cpu::random_blocks(type, rows * columns, random);
+    cpu::dequantize(type, blocks.data(), rows * columns, values.data());
+    weight = upload(backend, type, rows, columns, blocks);
+  }
+  [[nodiscard]] std::vector<double> times(const std::vector<double>& x) const {
+    return cpu::reference::multiply(values, x);
+  }
+  std::int64_t rows;
+  std::int64_t columns;
+  std::vector<float> values;
+  std::unique_ptr<Weight> weight;
+};
+
+/// A step of plain rows: one segment from position 0.
+struct PlainStep {
+  explicit PlainStep(int rows, int vocabulary) {
+    for (int r = 0; r < rows; ++r) {
+      tokens.push_back((r * 37 + 5) % vocabulary);
+      positions.push_back(r);
+      if (r % 2 == 0) outputs.push_back(r);
+    }
+    segments.push_back({0, rows, 0, {nullptr, nullptr}});
+  }
+  [[nodiscard]] StepRows rows() const { return {tokens, positions, segments, outputs}; }
+  std::vector<TokenId> tokens;
+  std::vector<std::int64_t> positions;
+  std::vector<Segment> segments;
+  std::vector<int> outputs;
+};
+
+/// Rows of float32 that lie further apart than they are wide, with a value between them that nobody may touch.
+struct Rows {
+  Rows(int rows, int columns, int gap = 0) : columns(columns), stride(columns + gap) {
+    values.assign(static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride), kUntouched);
+  }
+  /// The rows of `source` [rows, columns] in the order of `order`.
+  Rows(const std::vector<float>& source, int columns, const std::vector<int>& order, int gap = 0)
+      : Rows(static_cast<int>(order.size()), columns, gap) {
+    for (std::size_t r = 0; r < order.size(); ++r) {
+      std::copy_n(source.data() + std::ptrdiff_t{order[r]} * columns, columns, row(static_cast<int>(r)));
+    }
+  }
+  [[nodiscard]] Tensor tensor() { return {values.data(), columns, stride == columns ? 0 : stride}; }
+  [[nodiscard]] float* row(int r) { return values.data() + std::ptrdiff_t{r} * stride; }
+  [[nodiscard]] std::vector<float> copy(int r) { return {row(r), row(r) + columns}; }
+  void expect_gaps_untouched() const {
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (static_cast<int>(i) % stride < columns) continue;
+      ASSERT_EQ(values[i], kUntouched) << i;
+    }
+  }
+  static constexpr float kUntouched = -77;
+  int columns;
+  int stride;
+  std::vector<float> values;
+};
+
+/// One way to run the same rows: on so many threads, in this order, so far apart.
+struct Arrangement {
+  int threads;
+  std::vector<int> order;
+  int gap;
+};
+
+/// `rows` rows alone, together, backwards, twice over, strided, and on several threads.
+inline std::vector<Arrangement> arrangements(int rows) {
+  std::vector<int> all(static_cast<std::size_t>(rows));
+  std::iota(all.begin(), all.end(), 0);
+  const std::vector<int> backwards(all.rbegin(), all.rend());
+  std::vector<int> twice = backwards;
+  twice.insert(twice.end(), all.begin(), all.end());
+  std::vector<Arrangement> ways = {{1, all, 0}, {1, backwards, 16}, {2, all, 3}, {2, twice, 0}, {5, backwards, 0}};
+  for (const int r : {0, rows / 2, rows - 1}) ways.push_back({r % 2 + 1, {r}, 7});
+  return ways;
+}
+
+/// |got - want| relative to the largest |want|: int8 activations are off by up to 1/254 of their block's largest, which
+/// is some 3% of a sum that cancels.
+inline void expect_close(const float* got, const std::vector<double>& want, double tolerance) {
+  double largest = 1e-6;
+  for (const double w : want) largest = std::max(largest, std::abs(w));
+  for (std::size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(got[i], want[i], tolerance * largest) << i;
+}
+
+}  // namespace draftwerk

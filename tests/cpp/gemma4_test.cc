@@ -1,0 +1,227 @@
+// Engines on small models of each kind of Gemma 4, with their MTP drafters.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "engine/evaluation.h"
+#include "reference_engine.h"
+
+namespace draftwerk {
+namespace {
+
+using testing::collect;
+using testing::kPlenty;
+using testing::Outcome;
+using testing::TinyModel;
+
+enum class Kind : std::uint8_t { gemma3, edge, dense, experts };
+
+ModelConfig config_of(Kind kind) {
+  switch (kind) {
+    case Kind::edge:
+      return testing::tiny_edge_config();
+    case Kind::dense:
+      return testing::tiny_dense_config();
+    case Kind::experts:
+      return testing::tiny_experts_config();
+    case Kind::gemma3:
+      break;
+  }
+  return testing::tiny_config();
+}
+
+/// Prompts shorter and longer than the window, some sharing a prefix, under alternating sampling parameters.
+std::vector<Request> requests() {
+  std::mt19937 random(5);
+  std::vector<Request> all;
+  const std::vector<TokenId> shared = testing::random_prompt(random, 45, 300);
+  for (int i = 0; i < 6; ++i) {
+    Request request;
+    if (i % 2 == 0) request.prompt = shared;
+    const auto tail = testing::random_prompt(random, 1 + 13 * i, 300);
+    request.prompt.insert(request.prompt.end(), tail.begin(), tail.end());
+    request.max_tokens = 24 + i;
+    request.sampling.seed = static_cast<std::uint64_t>(i) * 77U;
+    if (i % 3 == 1) {
+      request.sampling.temperature = 0.8F;
+      request.sampling.top_k = 20;
+      request.sampling.top_p = 0.95F;
+    }
+    if (i % 3 == 2) request.sampling.repetition_penalty = 1.3F;
+    // Few tokens to choose from, and noise that says more than the logits: target and drafter, both random, often
+    // agree.
+    if (i % 2 == 0) {
+      request.sampling.temperature = 20.0F;
+      request.sampling.logit_bias = {{5, 600.0F}, {9, 600.0F}, {17, 600.0F}};
+    }
+    all.push_back(request);
+  }
+  return all;
+}
+
+std::vector<std::vector<TokenId>> run_all(Engine& engine) {
+  std::vector<RequestId> ids;
+  for (const Request& request : requests()) ids.push_back(engine.submit(request));
+  auto outcomes = collect(engine, ids);
+  std::vector<std::vector<TokenId>> tokens;
+  for (const RequestId id : ids) {
+    EXPECT_EQ(outcomes[id].finish_reason, FinishReason::length) << outcomes[id].error;
+    tokens.push_back(outcomes[id].token_ids);
+  }
+  return tokens;
+}
+
+/// The specification: one request at a time, nothing drafted, nothing cached, one thread.
+std::vector<std::vector<TokenId>> expected_tokens(Kind kind, WeightType type) {
+  TinyModel tiny(type, 1, 128, config_of(kind));
+  EngineOptions options;
+  options.prefix_cache = false;
+  Engine engine(tiny.model(), options, {}, {});
+  std::vector<std::vector<TokenId>> expected;
+  for (const Request& request : requests()) {
+    const RequestId id = engine.submit(request);
+    expected.push_back(collect(engine, {id})[id].token_ids);
+  }
+  return expected;
+}
+
+struct Variant {
+  const char* drafters;
+  int clusters;
+  int draft_length;
+  int prefill_chunk;
+  int threads;
+  int max_sequences;
+};
+
+class Gemma4Promise : public ::testing::TestWithParam<std::tuple<Kind, WeightType, Variant>> {};
+
+TEST_P(Gemma4Promise, TokensDoNotDependOnHowTheyAreComputed) {
+  const auto& [kind, type, variant] = GetParam();
+  static std::map<std::pair<Kind, WeightType>, std::vector<std::vector<TokenId>>> expected;
+  auto& tokens = expected[{kind, type}];
+  if (tokens.empty()) tokens = expected_tokens(kind, type);
+
+  TinyModel tiny(type, variant.threads, 128, config_of(kind));
+  EngineOptions options;
+  options.draft_length = variant.draft_length;
+  options.prefill_chunk = variant.prefill_chunk;
+  options.max_sequences = variant.max_sequences;
+  Engine engine(tiny.model(), options, tiny.drafters(variant.drafters, variant.clusters), {});
+  EXPECT_EQ(run_all(engine), tokens);
+  EXPECT_EQ(run_all(engine), tokens) << "with a warm prefix cache";
+  if (variant.draft_length > 0) {
+    EXPECT_GT(engine.statistics().accepted, 0);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Variants, Gemma4Promise,
+    ::testing::Combine(::testing::Values(Kind::gemma3, Kind::edge, Kind::dense, Kind::experts),
+                       ::testing::Values(WeightType::f32, WeightType::q8_0),
+                       ::testing::Values(Variant{"none", 0, -1, 7, 2, 16}, Variant{"mtp", 0, 3, 64, 2, 16},
+                                         Variant{"mtp", 60, 8, 16, 1, 3}, Variant{"mtp+lookup", 60, -1, 64, 2, 16},
+                                         Variant{"random", 0, 4, 33, 2, 16})));
+
+TEST(MtpDrafter, DraftsDoNotDependOnTheSequencesBesideIt) {
+  for (const int clusters : {0, 60}) {
+    TinyModel tiny(WeightType::q8_0, 2, 128, testing::tiny_edge_config());
+    MtpModel& mtp = tiny.mtp(clusters);
+    const Request request = requests()[1];
+    const std::vector<TokenId> alone = draft(mtp, request.prompt, 5, request.sampling, 0).tokens;
+    EXPECT_EQ(draft(mtp, request.prompt, 5, request.sampling, 3).tokens, alone) << "prompt in chunks";
+    const std::vector<TokenId> fewer = draft(mtp, request.prompt, 2, request.sampling, 0).tokens;
+    EXPECT_EQ(fewer, std::vector<TokenId>(alone.begin(), alone.begin() + 2));
+  }
+}
+
+// Whatever was accepted before, the engine's rounds are those that the same text gives from scratch.
+TEST(MtpDrafter, ReadsTheStateOfTheRowThatChoseTheToken) {
+  TinyModel tiny(WeightType::f32, 1, 128, testing::tiny_edge_config());
+  EngineOptions options;
+  options.draft_length = 4;
+  Engine engine(tiny.model(), options, tiny.drafters("mtp"), {});
+  Request request = requests()[0];
+  request.max_tokens = 60;
+  const RequestId id = engine.submit(request);
+  const Outcome outcome = collect(engine, {id})[id];
+  engine.close();
+  // The same rounds, one by one, outside of the engine.
+  std::vector<TokenId> text = request.prompt;
+  std::size_t done = 0;
+  std::int64_t accepted = 0;
+  text.push_back(outcome.token_ids[done++]);
+  while (done < outcome.token_ids.size()) {
+    const int left = static_cast<int>(outcome.token_ids.size() - done);
+    const int count = std::min(4, left - 1);
+    std::size_t agreed = 0;
+    if (count > 0) {
+      const std::vector<TokenId> drafts = draft(tiny.mtp(), text, count, request.sampling, 0).tokens;
+      while (agreed < drafts.size() && drafts[agreed] == outcome.token_ids[done + agreed]) ++agreed;
+    }
+    accepted += static_cast<std::int64_t>(agreed);
+    for (std::size_t i = 0; i <= agreed; ++i) {
+      EXPECT_EQ(outcome.drafted[done], i < agreed) << "token " << done;
+      text.push_back(outcome.token_ids[done++]);
+    }
+  }
+  EXPECT_EQ(accepted, outcome.statistics.accepted);
+  EXPECT_GT(accepted, 5);
+  EXPECT_LT(accepted, outcome.statistics.drafted);
+}
+
+TEST(MtpDrafter, IsRefusedIfItDoesNotFit) {
+  TinyModel tiny(WeightType::f32, 1, 16, testing::tiny_edge_config());
+  auto backend = make_cpu_backend(1);
+  Weights weights(*backend);
+  const auto message = [&](const MtpConfig& config) -> std::string {
+    try {
+      const MtpModel model(tiny.model(), config, weights);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const MtpConfig fitting = testing::tiny_mtp_config(tiny.model().config(), 0);
+  MtpConfig config = fitting;
+  config.target_hidden = 80;
+  EXPECT_EQ(message(config),
+            "the drafter does not fit the target: the target's hidden size is 80 in the drafter and 64 in the target");
+  config = fitting;
+  config.text.vocabulary = 301;
+  EXPECT_EQ(message(config),
+            "the drafter does not fit the target: the vocabulary size is 301 in the drafter and 300 in the target");
+  config = fitting;
+  config.text.layers[1].head_dim = 128;
+  EXPECT_EQ(message(config),
+            "the drafter does not fit the target: the head size of full layers is 128 in the drafter and 64 in the "
+            "target");
+  config = fitting;
+  config.text.layers[0].kv_heads = 4;
+  EXPECT_EQ(message(config),
+            "the drafter does not fit the target: the number of key-value heads of sliding layers is 4 in the drafter "
+            "and 2 in the target");
+  config = fitting;
+  config.text.window = 25;
+  EXPECT_EQ(message(config),
+            "the drafter does not fit the target: the sliding window is 25 in the drafter and 24 in the target");
+}
+
+TEST(MtpDrafter, TakesNothingFromTheKvBudget) {
+  TinyModel tiny(WeightType::f32, 1, 128, testing::tiny_edge_config());
+  const KvPageShape before = tiny.model().kv_page_shape();
+  tiny.mtp();
+  const KvPageShape after = tiny.model().kv_page_shape();
+  for (int t = 0; t < kPageTables; ++t) EXPECT_EQ(before.page_bytes[t], after.page_bytes[t]);
+  // Two of three sliding layers own K/V of 2 heads of 32, two of three full ones of 1 head of 64: the last two share.
+  EXPECT_EQ(before.page_bytes[0], 2U * 2 * 2 * 32 * kPageSize * sizeof(float));
+  EXPECT_EQ(before.page_bytes[1], 2U * 2 * 1 * 64 * kPageSize * sizeof(float));
+}
+
+}  // namespace
+}  // namespace draftwerk

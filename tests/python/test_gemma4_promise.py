@@ -1,0 +1,94 @@
+"""The promise of test_promise.py for every family of Gemma 4 and for MTP drafters: who drafts changes no token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tiny_gemma4
+from test_promise import TINY_POOL, Case, Setup, Subject, check, setups, subject_of
+from tiny_gemma4 import FAMILIES
+
+__all__ = ["subject_of"]  # the fixture
+
+# The last ones choose among few tokens, and noise says more than the logits: drafts of a random model are accepted.
+FEW = dict.fromkeys((5, 9, 17), 600.0)
+CASES = [
+    *TINY_POOL[:20],
+    *(
+        Case(case.prompt, replace(case.params, temperature=20.0, logit_bias=FEW, seed=i))
+        for i, case in enumerate(TINY_POOL[20:26])
+    ),
+]
+# What the matrices are stored as, and what they are loaded as.
+VARIANTS = {"f32": (torch.float32, "auto"), "bf16": (torch.bfloat16, "auto"), "int8": (torch.bfloat16, "int8")}
+Subjects = Callable[[str, str], tuple[Subject, str]]
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory, subject_of: Callable[..., Subject]) -> Subjects:
+    """By family and variant: the target, and the path of its drafter."""
+    root = tmp_path_factory.mktemp("gemma4")
+    made: dict[tuple[str, str], tuple[Subject, str]] = {}
+
+    def make(family: str, variant: str) -> tuple[Subject, str]:
+        if (family, variant) not in made:
+            dtype, weights = VARIANTS[variant]
+            model = FAMILIES[family](seed=12)
+            # One with centroids, the others without.
+            assistant = tiny_gemma4.assistant_for(model, centroids=32 if family == "ple_shared" else 0, seed=13)
+            directory: Path = root / f"{family}-{variant}"
+            tiny_gemma4.save(model, directory, dtype=dtype)
+            drafter = tiny_gemma4.save(assistant, directory.with_name(directory.name + "-drafter"), dtype=dtype)
+            made[family, variant] = subject_of(directory, weights), str(drafter)
+        return made[family, variant]
+
+    return make
+
+
+@settings(
+    max_examples=int(os.environ.get("DRAFTWERK_PROMISE_EXAMPLES", "40")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(
+    setup=setups,
+    family=st.sampled_from(sorted(FAMILIES)),
+    variant=st.sampled_from(sorted(VARIANTS)),
+    mtp=st.booleans(),
+    tight=st.booleans(),
+    picks=st.sets(st.integers(0, len(CASES) - 1), min_size=1),
+)
+def test_random_setups(
+    subjects: Subjects, setup: Setup, family: str, variant: str, mtp: bool, tight: bool, picks: set[int]
+) -> None:
+    subject, drafter = subjects(family, variant)
+    if mtp:
+        setup = replace(setup, drafter=drafter)
+    if tight:
+        setup = replace(setup, kv_memory=600_000 if variant == "f32" else 300_000)
+    check(subject, [CASES[i] for i in sorted(picks)], setup)
+
+
+@pytest.mark.parametrize("draft_length", [1, 2, 5, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_with_its_drafter(subjects: Subjects, family: str, draft_length: int) -> None:
+    subject, drafter = subjects(family, "bf16")
+    stats = check(subject, CASES, Setup(drafter, draft_length, batch=6, prefix_cache=True, rounds=2))
+    assert stats["drafters"]["mtp"]["drafted"] + stats["drafters"]["lookup"]["drafted"] == stats["drafted"]
+    assert stats["drafters"]["mtp"]["accepted"] > 0
+
+
+def test_preemption_with_a_drafter(subjects: Subjects) -> None:
+    subject, drafter = subjects("ple_shared", "f32")
+    setup = Setup(drafter, 4, batch=16, kv_memory=600_000, max_step_rows=128, prefill_chunk=32, rounds=2)
+    stats = check(subject, CASES, setup)
+    assert stats["preemptions"] > 0
