@@ -19,7 +19,8 @@ from draftwerk_client.errors import (
     ServerError,
     Unavailable,
 )
-from draftwerk_client.parameters import GenerationOptions, Message, Prompt, RequestOptions
+from draftwerk_client.parameters import Chat, GenerationOptions, Message, Prompt, RequestOptions
+from draftwerk_client.reply import Reply, ReplyPart, ReplyReader, ToolCall, read_reply, reply_opening
 from draftwerk_client.results import (
     Appended,
     CacheStats,
@@ -45,6 +46,7 @@ __all__ = [
     "AsyncStream",
     "CacheStats",
     "Cancelled",
+    "Chat",
     "Chunk",
     "Client",
     "Completion",
@@ -64,6 +66,9 @@ __all__ = [
     "OutOfOrder",
     "Prompt",
     "QueueFull",
+    "Reply",
+    "ReplyPart",
+    "ReplyReader",
     "RequestOptions",
     "ServerError",
     "Session",
@@ -71,6 +76,9 @@ __all__ = [
     "Stream",
     "TokenLogprobs",
     "Tokens",
+    "ToolCall",
     "Unavailable",
+    "read_reply",
+    "reply_opening",
 ]
 __version__ = "0.1.0"

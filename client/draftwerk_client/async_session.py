@@ -303,8 +303,10 @@ class AsyncSession:
     async def append(self, prompt: Prompt, *, timeout: float | None = None) -> Appended:
         """Adds text, token ids or chat messages to the end of the branch; not while it generates.
 
-        Text and token ids are added as they are; chat messages as the model's chat template writes them after what is
-        there.
+        Text and token ids are added as they are. With chat messages the branch becomes what the model's chat template
+        writes for the whole chat, in which what was generated is a message of the assistant. Where the template writes
+        earlier turns otherwise than the branch has them, as when it leaves out thoughts, the branch changes from there
+        on.
         """
         request = self._action()
         request.append.content.CopyFrom(prompt_message(prompt))

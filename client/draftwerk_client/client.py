@@ -82,7 +82,7 @@ class Client:
         """Generates from one prompt.
 
         Args:
-            prompt: text, token ids or chat messages.
+            prompt: text, token ids or chat messages (a list of them, or a Chat).
             timeout: seconds. None: the client's; math.inf: no limit.
             request_id: 1 to 128 printable ASCII characters, for cancel() and the server's log. None: a new one.
             options: see RequestOptions.
@@ -152,9 +152,9 @@ class Client:
         response = self._ask(self._models.Tokenize, request, timeout)
         return Tokens(tuple(response.token_ids), tuple(response.token_bytes))
 
-    def detokenize(self, ids: Sequence[int], *, timeout: float | None = None) -> str:
-        """Text of token ids; control tokens have none."""
-        request = models_pb2.DetokenizeRequest(token_ids=token_ids("token_ids", ids))
+    def detokenize(self, ids: Sequence[int], *, special_tokens: bool = False, timeout: float | None = None) -> str:
+        """Text of token ids; control tokens have none, or with `special_tokens` their names."""
+        request = models_pb2.DetokenizeRequest(token_ids=token_ids("token_ids", ids), special_tokens=special_tokens)
         return self._ask(self._models.Detokenize, request, timeout).text
 
     def stats(self, *, timeout: float | None = None) -> Stats:

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NamedTuple, TypedDict, Union, cast
+from typing import Any, NamedTuple, TypedDict, Union
 
 from draftwerk_client.errors import invalid
 from draftwerk_client.v1 import generation_pb2, parameters_pb2, session_pb2
 
-Message = Mapping[str, str]
-"""One chat message: {"role": "user", "content": "Hello"}."""
+Message = Mapping[str, Any]
+"""One chat message: {"role": "user", "content": "Hello"}. Other keys are those of OpenAI's chat completions:
+"reasoning_content" and "tool_calls" of the assistant, "tool_call_id" and "name" of the role "tool". Content that is no
+string is sent as structured data: a list of parts, or what a function returned."""
 
-Prompt = Union[str, Sequence[int], Sequence[Message]]
+
+@dataclass(frozen=True)
+class Chat:
+    """Chat messages and what else the model's chat template makes a prompt of."""
+
+    messages: Sequence[Message]
+    """In the order in which they were said; at least one."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Functions that the model may call: {"type": "function", "function": {"name", "description", "parameters"}}."""
+    enable_thinking: bool | None = None
+    """Whether the model is to think before it answers. None: as the template does when it is not told."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """More variables of the template."""
+
+
+Prompt = Union[str, Sequence[int], Sequence[Message], Chat]
 """Text (the beginning-of-sequence token is added), token ids (taken as they are), or chat messages."""
 
 
@@ -21,7 +40,8 @@ class GenerationOptions(TypedDict, total=False):
     """How the tokens of one generation are chosen, where they end and what is told about them.
 
     Whatever is left out, or None, has the server's default. Together with the weights and the prompt tokens these
-    values determine the output completely; only `drafting` and `max_draft_length` have no influence on it.
+    values determine the output completely; only `drafting` and `max_draft_length` have no influence on it, and
+    `special_tokens` only on its text.
     """
 
     max_tokens: int | None
@@ -60,6 +80,9 @@ class GenerationOptions(TypedDict, total=False):
     """At most this many drafts per step. Default: the server's limit."""
     token_bytes: bool | None
     """Report the bytes of each token. Default False."""
+    special_tokens: bool | None
+    """Give control tokens their names in the text, which mark thoughts and calls of functions: see read_reply(). The
+    token that ends the generation is no part of the text all the same. Default False."""
 
 
 class RequestOptions(GenerationOptions, total=False):
@@ -101,6 +124,7 @@ _FIELDS = {
     "drafting": _Field("drafting", "enabled", "bool"),
     "max_draft_length": _Field("drafting", "max_length", "int32"),
     "token_bytes": _Field("output", "token_bytes", "bool"),
+    "special_tokens": _Field("output", "special_tokens", "bool"),
     "salt": _Field("", "cache_salt", "string"),
     "model": _Field("", "model", "string"),
 }
@@ -148,15 +172,16 @@ def prompt_message(prompt: Prompt) -> parameters_pb2.Prompt:
     """
     if isinstance(prompt, str):
         return parameters_pb2.Prompt(text=_text("prompt.text", prompt))
+    if isinstance(prompt, Chat):
+        return parameters_pb2.Prompt(messages=_chat_messages("prompt.messages", prompt))
     if not isinstance(prompt, Iterable) or isinstance(prompt, (bytes, bytearray, Mapping)):
-        raise invalid("prompt", prompt, "text, a sequence of token ids or a sequence of chat messages")
+        raise invalid("prompt", prompt, "text, token ids, chat messages or a draftwerk_client.Chat")
     items: list[Any] = list(prompt)
-    message = parameters_pb2.Prompt()
     if items and isinstance(items[0], Mapping):
-        message.messages.messages.extend([_chat_message(i, item) for i, item in enumerate(items)])
-    else:
-        message.token_ids.ids.extend(token_ids("prompt.token_ids.ids", items))
-        message.token_ids.SetInParent()  # no token ids are a prompt too, which the server has an answer for
+        return parameters_pb2.Prompt(messages=_chat_messages("prompt.messages", Chat(items)))
+    message = parameters_pb2.Prompt()
+    message.token_ids.ids.extend(token_ids("prompt.token_ids.ids", items))
+    message.token_ids.SetInParent()  # no token ids are a prompt too, which the server has an answer for
     return message
 
 
@@ -253,11 +278,78 @@ def _biases(path: str, values: Any) -> dict[int, float]:
     return {_integer(path, token, 0, 2**31 - 1): _number(f"{path}[{token}]", bias) for token, bias in values.items()}
 
 
-def _chat_message(index: int, message: Any) -> parameters_pb2.ChatMessage:
-    path = f"prompt.messages.messages[{index}]"
-    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        raise invalid(path, message, 'a mapping with exactly "role" and "content"')
-    message = cast(Message, message)
-    return parameters_pb2.ChatMessage(
-        role=_text(f"{path}.role", message["role"]), content=_text(f"{path}.content", message["content"])
+# --- chats ---------------------------------------------------------------------------------------------------------
+
+_MESSAGE_KEYS = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls", "tool_call_id", "name"})
+_CALL_FORM = 'a mapping of the form {"id": ..., "type": "function", "function": {"name": ..., "arguments": ...}}'
+
+
+def _chat_messages(path: str, chat: Chat) -> parameters_pb2.ChatMessages:
+    if isinstance(chat.messages, (str, bytes, Mapping)) or not isinstance(chat.messages, Iterable):
+        raise invalid(f"{path}.messages", chat.messages, "a sequence of chat messages")
+    messages = parameters_pb2.ChatMessages(
+        messages=[_chat_message(f"{path}.messages[{i}]", message) for i, message in enumerate(chat.messages)]
     )
+    if isinstance(chat.tools, (str, bytes, Mapping)) or not isinstance(chat.tools, Iterable):
+        raise invalid(f"{path}.tools", chat.tools, "a sequence of functions")
+    messages.tools.extend([_json(f"{path}.tools[{i}]", tool) for i, tool in enumerate(chat.tools)])
+    if chat.enable_thinking is not None:
+        messages.enable_thinking = bool(chat.enable_thinking)
+    if not isinstance(chat.template_variables, Mapping):
+        raise invalid(f"{path}.template_variables", chat.template_variables, "a mapping from name to value")
+    for name, value in chat.template_variables.items():
+        variable = f"{path}.template_variables[{name!r}]"
+        messages.template_variables[_text(variable, name)] = _json(variable, value)
+    return messages
+
+
+def _chat_message(path: str, message: Any) -> parameters_pb2.ChatMessage:
+    if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & set(message):
+        raise invalid(path, message, 'a mapping with "role", and "content" or "tool_calls"')
+    unknown = [key for key, value in message.items() if key not in _MESSAGE_KEYS and value is not None]
+    if unknown:
+        raise invalid(path, message, f"without {unknown[0]!r}: a message has {', '.join(sorted(_MESSAGE_KEYS))}")
+    sent = parameters_pb2.ChatMessage(role=_text(f"{path}.role", message["role"]))
+    content = message.get("content")
+    if isinstance(content, str):
+        sent.content = _text(f"{path}.content", content)
+    elif isinstance(content, (Mapping, list, tuple)):
+        sent.structured_content = _json(f"{path}.content", content)
+    elif content is not None:
+        raise invalid(f"{path}.content", content, "a string, a list of parts, or what a function returned: a mapping")
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    for name, value in (
+        ("reasoning_content", reasoning),
+        ("tool_call_id", message.get("tool_call_id")),
+        ("name", message.get("name")),
+    ):
+        if value is not None:
+            setattr(sent, name, _text(f"{path}.{name}", value))
+    calls = message.get("tool_calls") or ()
+    if isinstance(calls, (str, bytes, Mapping)) or not isinstance(calls, Iterable):
+        raise invalid(f"{path}.tool_calls", calls, "a sequence of calls")
+    sent.tool_calls.extend([_tool_call(f"{path}.tool_calls[{i}]", call) for i, call in enumerate(calls)])
+    return sent
+
+
+def _tool_call(path: str, call: Any) -> parameters_pb2.ToolCall:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or "name" not in function:
+        raise invalid(path, call, _CALL_FORM)
+    arguments = function.get("arguments", {})
+    return parameters_pb2.ToolCall(
+        id=_text(f"{path}.id", call.get("id") or ""),
+        name=_text(f"{path}.function.name", function["name"]),
+        arguments=(
+            _text(f"{path}.function.arguments", arguments)  # JSON already, as OpenAI's clients have it
+            if isinstance(arguments, str)
+            else _json(f"{path}.function.arguments", arguments)
+        ),
+    )
+
+
+def _json(path: str, value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise invalid(path, value, "what JSON can hold") from None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Literal
 
+from draftwerk_client.reply import Reply, read_reply
 from draftwerk_client.v1 import models_pb2, operations_pb2, output_pb2, statistics_pb2
 
 FinishReason = Literal["stop", "length", "cancelled", "unknown"]
@@ -98,7 +99,7 @@ class Chunk:
     logprobs: tuple[TokenLogprobs, ...] | None
     """Per token, if asked for."""
     token_bytes: tuple[bytes, ...] | None
-    """Per token, if asked for: the bytes that it adds to the text; empty for control tokens."""
+    """Per token, if asked for: the bytes that it stands for; empty for control tokens, unless they have text."""
     finish_reason: FinishReason | None
     """In the last chunk only."""
     stats: GenerationStats | None
@@ -124,6 +125,10 @@ class Completion:
     request_id: str
     stats: GenerationStats
 
+    def reply(self) -> Reply:
+        """Thoughts, calls of functions and answer, of a generation with `special_tokens`. See read_reply()."""
+        return read_reply(self.text)
+
 
 @dataclass(frozen=True, slots=True)
 class Appended:
@@ -132,6 +137,12 @@ class Appended:
     token_ids: tuple[int, ...]
     length: int
     """Of the branch now, in tokens."""
+
+    @property
+    def position(self) -> int:
+        """In the branch, of the first of token_ids; they are the branch's tokens from there on. Chat messages may have
+        changed what the branch had there before."""
+        return self.length - len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +185,10 @@ class Model:
     """Identifies the weights."""
     weight_bytes: int
     server_version: str
+    has_thinking: bool
+    """Whether the chat template knows Chat.enable_thinking."""
+    has_tools: bool
+    """Whether the chat template knows Chat.tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +324,8 @@ def model_of(model: models_pb2.Model) -> Model:
         fingerprint=model.fingerprint,
         weight_bytes=model.weight_bytes,
         server_version=model.server_version,
+        has_thinking=model.has_thinking,
+        has_tools=model.has_tools,
     )
 
 

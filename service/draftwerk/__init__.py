@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from draftwerk.engine import Engine, EngineInfo
     from draftwerk.generation import Generation
     from draftwerk.loading import CheckpointError
-    from draftwerk.requests import EngineClosed, Prompt, QueueFull, RequestError, SamplingParams
+    from draftwerk.requests import Chat, EngineClosed, Prompt, QueueFull, RequestError, SamplingParams
     from draftwerk.results import Chunk, Completion, GenerationError, GenerationStats, TokenLogprobs
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chat",
     "CheckpointError",
     "Chunk",
     "Completion",
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Chat": "draftwerk.requests",
     "CheckpointError": "draftwerk.loading",
     "Conversation": "draftwerk.conversation",
     "Engine": "draftwerk.engine",

@@ -20,12 +20,14 @@ from draftwerk.loading import ChatTemplate, ChatTemplateError, Checkpoint, Token
 from draftwerk.memory import available_memory, parse_size
 from draftwerk.output_text import OutputText
 from draftwerk.requests import (
+    Chat,
     Message,
     Prompt,
     RequestError,
     SamplingParams,
     native_request,
     stop_bytes,
+    template_variables,
     token_id_list,
     unread_limit,
 )
@@ -189,7 +191,9 @@ class Engine:
             request.conversation = conversation.id
         if params.stop and self._tokenizer is None:
             raise RequestError("stop", list(params.stop), "empty: this checkpoint has no tokenizer")
-        text = None if self._tokenizer is None else OutputText(self._tokenizer, stop_bytes(params.stop))
+        text = None
+        if self._tokenizer is not None:
+            text = OutputText(self._tokenizer, stop_bytes(params.stop), special_tokens=params.special_tokens)
         on_end = self._acceptance.request_ended if params.drafting else None
         generation = Generation(self._dispatcher, tuple(request.prompt), text, unread_limit(max_unread_tokens), on_end)
         self._dispatcher.submit(request, generation)
@@ -206,12 +210,14 @@ class Engine:
         return Conversation(self._dispatcher)
 
     @overload
-    def generate(self, prompt: str | Sequence[int] | Sequence[Message], params: SamplingParams = ...) -> Completion: ...
+    def generate(
+        self, prompt: str | Sequence[int] | Sequence[Message] | Chat, params: SamplingParams = ...
+    ) -> Completion: ...
 
     @overload
     def generate(
         self,
-        prompt: list[str] | list[list[int]] | list[list[Message]] | list[Prompt],
+        prompt: list[str] | list[list[int]] | list[list[Message]] | list[Chat] | list[Prompt],
         params: SamplingParams | Sequence[SamplingParams] = ...,
     ) -> list[Completion]: ...
 
@@ -221,7 +227,7 @@ class Engine:
         """Generates from one prompt, or from a list of prompts at the same time.
 
         Args:
-            prompt: text, token ids or chat messages; or a list of these.
+            prompt: text, token ids or chat messages (a list of them, or a Chat); or a list of these.
             params: for all prompts, or one for each.
         """
         if not _is_batch(prompt):
@@ -265,6 +271,16 @@ class Engine:
         """Whether prompts may be chat messages."""
         return self._tokenizer is not None and self._chat_template is not None
 
+    @property
+    def has_thinking(self) -> bool:
+        """Whether the chat template knows Chat.enable_thinking."""
+        return self._template_reads("enable_thinking")
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the chat template knows Chat.tools."""
+        return self._template_reads("tools")
+
     def tokenize(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Token ids of a text, <bos> first unless `add_bos` is False."""
         tokenizer = self._tokenizer_for("prompt", repr(text[:40]))
@@ -273,42 +289,59 @@ class Engine:
         except ValueError as error:
             raise RequestError("prompt", repr(text[:40]), f"valid Unicode text: {error}") from None
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Text of token ids; control tokens have none."""
-        return self._tokenizer_for("token_ids", "given", "absent").decode(token_id_list("token_ids", token_ids))
-
-    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
-        """For each token the bytes that it adds to the text: empty for control tokens."""
+    def detokenize(self, token_ids: Sequence[int], *, special_tokens: bool = False) -> str:
+        """Text of token ids; control tokens have none, or with `special_tokens` their names."""
         tokenizer = self._tokenizer_for("token_ids", "given", "absent")
-        return list(map(tokenizer.token_bytes, token_id_list("token_ids", token_ids)))
+        return tokenizer.decode(token_id_list("token_ids", token_ids), skip_special_tokens=not special_tokens)
+
+    def token_bytes(self, token_ids: Sequence[int], *, special_tokens: bool = False) -> list[bytes]:
+        """For each token the bytes that it stands for: of control tokens none, or with `special_tokens` their names."""
+        tokenizer = self._tokenizer_for("token_ids", "given", "absent")
+        ids = token_id_list("token_ids", token_ids)
+        if not special_tokens:
+            return list(map(tokenizer.token_bytes, ids))
+        special = tokenizer.special_ids
+        return [tokenizer.piece_of(i).encode() if i in special else tokenizer.token_bytes(i) for i in ids]
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """The token ids that a prompt stands for."""
         if isinstance(prompt, str):
             return self.tokenize(prompt)
+        if isinstance(prompt, Chat):
+            return self._encode_chat("prompt", prompt)
         if isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
-            return self._encode_messages("prompt", cast("Sequence[Message]", prompt))
+            return self._encode_chat("prompt", Chat(cast("Sequence[Message]", prompt)), messages="prompt")
         return token_id_list("prompt", prompt)
 
-    def continue_chat(self, token_ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
-        """The tokens to append to a sequence so that these messages follow, as the chat template writes them.
+    def render_chat(self, chat: Chat) -> str:
+        """The text that the chat template writes for a chat; encode_prompt() gives its tokens.
 
-        An answer of the model at the end of the sequence is closed first, as far as it is not closed already (an answer
-        that ended with <end_of_turn> has that token), and the beginning of the next answer comes last.
+        Raises:
+            RequestError: there is no chat template, or it refuses the chat, or has no use for part of it.
+        """
+        return self._render_chat("prompt", chat, "prompt.messages")
+
+    def continue_chat(self, token_ids: Sequence[int], messages: Sequence[Message]) -> list[int]:
+        """The tokens to append to a sequence that is no chat, so that these messages follow.
+
+        They are as the chat template writes them behind an answer of the model, which the end of the sequence is taken
+        for. It is closed first, as far as it is not closed already (an answer that ended with <end_of_turn> has that
+        token), and the beginning of the next answer comes last. What is a chat from its beginning is better encoded
+        anew, with the answer as a message: templates may write earlier turns otherwise than they were generated.
 
         Args:
-            token_ids: the sequence so far. Empty: `messages` begin the conversation.
+            token_ids: the sequence so far. Empty: `messages` begin a chat.
             messages: at least one.
 
         Raises:
             RequestError: there is no chat template, or it does not write these messages behind what was said before.
         """
-        if len(messages) == 0:
-            raise RequestError("messages", "empty", "at least one message")
-        if len(token_ids) == 0:
-            return self._encode_messages("messages", messages)
+        chat = Chat(messages)
+        if len(token_ids) == 0 or len(messages) == 0:
+            return self._encode_chat("messages", chat, messages="messages")
+        template = self._template("messages")
         try:
-            closing, text = self._template("messages").after_answer(_plain("messages", messages))
+            closing, text = template.after_answer(_plain("messages", messages))
         except ChatTemplateError as error:
             raise RequestError("messages", "given", f"such that they can follow an answer: {error}") from None
         following, closing_ids = self.tokenize(text, add_bos=False), self.tokenize(closing, add_bos=False)
@@ -323,12 +356,30 @@ class Engine:
         self._tokenizer_for(field, "chat messages")
         return self._chat_template
 
-    def _encode_messages(self, field: str, messages: Sequence[Message]) -> list[int]:
-        try:
-            text = self._template(field).render(_plain(field, messages))
-        except ChatTemplateError as error:
-            raise RequestError(field, "chat messages", f"as the chat template wants it: {error}") from None
+    def _template_reads(self, variable: str) -> bool:
+        return self._chat_template is not None and variable in self._chat_template.variables
+
+    def _encode_chat(self, field: str, chat: Chat, *, messages: str | None = None) -> list[int]:
+        text = self._render_chat(field, chat, messages or f"{field}.messages")
         return self.tokenize(text, add_bos=False)  # the template writes <bos> itself
+
+    def _render_chat(self, field: str, chat: Chat, messages: str) -> str:
+        """What the chat template writes.
+
+        Args:
+            field: where the chat is, for errors.
+            messages: where its messages are.
+        """
+        template = self._template(field)
+        if isinstance(chat.messages, (str, bytes)) or not isinstance(chat.messages, Sequence) or not chat.messages:
+            raise RequestError(messages, repr(chat.messages), "at least one message")
+        variables = template_variables(field, chat, template.variables, template.special_tokens)
+        try:
+            return template.render(
+                _plain(messages, chat.messages), tools=list(map(dict, chat.tools)) or None, **variables
+            )
+        except ChatTemplateError as error:
+            raise RequestError(messages, "chat messages", f"as the chat template wants it: {error}") from None
 
     def _tokenizer_for(self, field: str, value: str, instead: str = "token ids") -> Tokenizer:
         if self._tokenizer is None:
@@ -412,7 +463,7 @@ def _is_batch(prompt: object) -> bool:
     """Whether this is a list of prompts: its first element is a prompt, not a token id or a message."""
     if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
         return False
-    return len(prompt) == 0 or isinstance(prompt[0], (str, Sequence))
+    return len(prompt) == 0 or isinstance(prompt[0], (str, Sequence, Chat))
 
 
 def _kv_memory_bytes(kv_memory: int | str | None) -> int:

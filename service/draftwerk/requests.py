@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Union
 
@@ -15,9 +15,25 @@ if TYPE_CHECKING:
     from draftwerk import _core
 
 Message = Mapping[str, Any]
-"""One chat message, such as {"role": "user", "content": "Hello"}."""
+"""One chat message, such as {"role": "user", "content": "Hello"}. Other keys are those of OpenAI's chat completions:
+"reasoning_content" and "tool_calls" of the assistant, "tool_call_id" and "name" of the role "tool"."""
 
-Prompt = Union[str, Sequence[int], Sequence[Message]]
+
+@dataclass(frozen=True)
+class Chat:
+    """Chat messages and what else the model's chat template makes a prompt of."""
+
+    messages: Sequence[Message]
+    """In the order in which they were said; at least one."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Functions that the model may call: {"type": "function", "function": {"name", "description", "parameters"}}."""
+    enable_thinking: bool | None = None
+    """Whether the model is to think before it answers. None: as the template does when it is not told."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """More variables of the template."""
+
+
+Prompt = Union[str, Sequence[int], Sequence[Message], Chat]
 """Raw text (<bos> is added), token ids (taken as they are), or chat messages for the model's chat template."""
 
 _INT32_MAX = 2**31 - 1
@@ -52,7 +68,7 @@ class SamplingParams:
     """How the tokens of one request are chosen and where they end.
 
     Together with the weights and the prompt tokens these values, the seed included, determine the output completely;
-    only `drafting`, `max_draft_length` and `salt` have no influence on it.
+    only `drafting`, `max_draft_length` and `salt` have no influence on it, and `special_tokens` only on its text.
     """
 
     max_tokens: int = 256
@@ -91,6 +107,51 @@ class SamplingParams:
     """At most this many drafts per step for this request; None: the engine's limit."""
     salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    special_tokens: bool = False
+    """Give control tokens their names in the text: models mark thoughts and calls of functions with them, which
+    draftwerk_client.read_reply() reads. The token that ends the generation is no part of the text all the same."""
+
+
+_CHAT_FIELDS = ("messages", "tools", "enable_thinking", "add_generation_prompt")
+
+
+def template_variables(path: str, chat: Chat, read: Collection[str], checkpoint: Collection[str]) -> dict[str, Any]:
+    """The variables that a chat sets in its template, messages and tools aside.
+
+    What the template would overlook is refused: a misspelt variable, or tools that the model would never hear of.
+
+    Args:
+        path: of the chat, for errors.
+        read: names that the template reads.
+        checkpoint: names that the checkpoint sets.
+
+    Raises:
+        RequestError: something of the chat is of the wrong form, or the template does not read it.
+    """
+    if isinstance(chat.tools, (str, bytes)) or not isinstance(chat.tools, Sequence):
+        raise RequestError(f"{path}.tools", repr(chat.tools), "a sequence of functions")
+    if chat.tools and "tools" not in read:
+        raise RequestError(f"{path}.tools", f"{len(chat.tools)} functions", "absent: the chat template has no tools")
+    for i, tool in enumerate(chat.tools):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            allowed = 'of the form {"type": "function", "function": {"name": ..., ...}}'
+            raise RequestError(f"{path}.tools[{i}]", repr(tool)[:80], allowed)
+    if not isinstance(chat.template_variables, Mapping):
+        raise RequestError(f"{path}.template_variables", repr(chat.template_variables), "a mapping from name to value")
+    for name in chat.template_variables:
+        known = sorted(set(read) - {*_CHAT_FIELDS, *checkpoint})
+        if name not in known:
+            allowed = f"of the chat template's own: {', '.join(known)}" if known else "absent: the template reads none"
+            raise RequestError(f"{path}.template_variables", repr(name)[:40], allowed)
+    variables = dict(chat.template_variables)
+    if chat.enable_thinking is not None:
+        if not isinstance(chat.enable_thinking, bool):
+            raise RequestError(f"{path}.enable_thinking", repr(chat.enable_thinking), "True, False or None")
+        if chat.enable_thinking and "enable_thinking" not in read:
+            raise RequestError(f"{path}.enable_thinking", True, "False or absent: the chat template knows no thinking")
+        variables["enable_thinking"] = chat.enable_thinking
+    return variables
 
 
 def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
@@ -206,10 +267,10 @@ def stop_bytes(stop: Sequence[str]) -> list[bytes]:
 
 
 def output_fingerprint(weights: int, prompt_ids: Sequence[int], params: SamplingParams) -> int:
-    """64 bits that identify an output: of everything that determines its tokens and its text.
+    """64 bits that identify an output: of everything that determines its tokens and where its text ends.
 
-    Equal for equal requests on any engine with the same weights. What has no influence on the output (`drafting`,
-    `max_draft_length`, `salt`, `logprobs`) and the order of stop conditions make no difference.
+    Equal for equal requests on any engine with the same weights. What has no influence on that (`drafting`,
+    `max_draft_length`, `salt`, `logprobs`, `special_tokens`) and the order of stop conditions make no difference.
 
     Args:
         weights: `Engine.info.fingerprint`.

@@ -70,6 +70,7 @@ def sensible_value(rng: random.Random, name: str, vocabulary: int) -> Any:
         "drafting": rng.random() < 0.5,
         "max_draft_length": rng.choice([None, 0, 4]),
         "salt": rng.choice(["", "tenant"]),
+        "special_tokens": rng.random() < 0.5,
     }[name]
 
 

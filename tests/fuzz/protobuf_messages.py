@@ -29,6 +29,7 @@ _TEXTS = [
     "<bos>",
 ]
 _TEXTS += ["<end_of_turn>", "<bos>", "Tiny", "{{ 7 * 7 }}", "x" * 257]
+_TEXTS += ['{"type": "function", "function": {"name": "f"}}', '{"a": [1, {}]}', "true", "[" * 3000, "tool", "tools"]
 _NOT_UTF8 = [b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", b"ok\xfe"]
 
 _FIXED = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class ByteTokenizer:
 
     vocab_size = VOCABULARY
     bos_token_id = BOS
+    special_ids = frozenset(range(4))
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         return [BOS] * add_bos + [4 + byte for byte in text.encode()]
@@ -33,8 +34,12 @@ class ByteTokenizer:
     def piece_of(self, token_id: int) -> str:
         return f"<control {token_id}>" if token_id < 4 else f"<0x{token_id - 4:02X}>"
 
-    def decode(self, ids: Any) -> str:
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+    def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
+        def spelled(token_id: int) -> bytes:
+            named = not skip_special_tokens and token_id in self.special_ids
+            return self.piece_of(token_id).encode() if named else self.token_bytes(token_id)
+
+        return b"".join(map(spelled, ids)).decode(errors="replace")
 
     def token_bytes_table(self) -> tuple[np.ndarray, bytes]:
         offsets = np.array([0] * 4 + list(range(VOCABULARY - 3)), dtype=np.uint32)
@@ -42,6 +47,9 @@ class ByteTokenizer:
 
 
 class QuotingTemplate:
+    variables = frozenset({"messages"})
+    special_tokens: ClassVar[dict[str, str]] = {}
+
     def render(self, messages: list[dict[str, Any]], **_: Any) -> str:
         return "".join(f"<{message['role']}>{message['content']}" for message in messages)
 

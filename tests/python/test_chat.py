@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from draftwerk.cli.draft_colours import DRAFTED, OWN, DraftColours
 from draftwerk.cli.failures import CommandError
 from draftwerk.cli.status_line import StatusLine
 from draftwerk.cli.terminal_chat import TerminalChat
-from draftwerk_client import Chunk, GenerationStats, InvalidRequest, OutOfOrder, Unavailable
+from draftwerk_client import Appended, Chat, Chunk, GenerationStats, InvalidRequest, OutOfOrder, Unavailable
 
 END = GenerationStats(prompt_tokens=9, cached_tokens=4, generated_tokens=5, steps=2, drafted=4, accepted=3)
 
@@ -68,10 +69,14 @@ class ScriptedSession:
     def length(self) -> int:
         return len(self.content)
 
-    def append(self, prompt: Any) -> None:
+    def append(self, prompt: str | Chat) -> Appended:
+        """Thoughts are dropped as soon as more follows."""
         self._check()
         self.appended.append(prompt)
-        self.content += prompt if isinstance(prompt, str) else "".join(f"<{m['role']}>{m['content']}" for m in prompt)
+        said = prompt if isinstance(prompt, str) else "".join(f"<{m['role']}>{m['content']}" for m in prompt.messages)
+        agreed = min((place for place in [self.content.find("<|channel>")] if place >= 0), default=len(self.content))
+        self.content = re.sub(r"<\|channel>.*?<channel\|>", "", self.content, flags=re.DOTALL) + said
+        return Appended(tuple(self.content[agreed:].encode()), len(self.content))
 
     def stream(self, **parameters: Any) -> Iterator[Chunk]:
         self._check()
@@ -111,8 +116,11 @@ def unavailable() -> Unavailable:
     return Unavailable("connection refused", code=None, request_id=None, retry_after=None)  # type: ignore[arg-type]
 
 
-def opened(script: Script, *, has_chat_template: bool = True, system: str | None = None) -> Conversations:
-    return Conversations(ScriptedSession(script), has_chat_template=has_chat_template, system=system)  # type: ignore[arg-type]
+def opened(
+    script: Script, *, has_chat_template: bool = True, system: str | None = None, **thinking: Any
+) -> Conversations:
+    root: Any = ScriptedSession(script)
+    return Conversations(root, has_chat_template=has_chat_template, system=system, **thinking)
 
 
 def parameters() -> dict[str, Any]:
@@ -128,10 +136,14 @@ def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
         shown = io.StringIO()
         console = Console(file=shown, width=200, force_terminal=options.pop("colours", False))
         show_drafts = options.pop("show_drafts", False)
+        given = {**parameters(), **options.pop("parameters", {})}
+        has_thinking = options.pop("has_thinking", False)
         conversations = opened(script, **options)
         with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
             pipe.send_text(keys)
-            TerminalChat(console, conversations, parameters(), "some-model", show_drafts=show_drafts).run()
+            TerminalChat(
+                console, conversations, given, "some-model", show_drafts=show_drafts, has_thinking=has_thinking
+            ).run()
         return shown.getvalue()
 
     return type_into
@@ -198,6 +210,52 @@ def test_a_refused_turn_leaves_the_conversation_as_it_was() -> None:
     assert conversations.current.session.content == "<system>be brief<user>ayes!<user>cyes!"
 
 
+THOUGHTFUL = '<|channel>thought\nHm.<channel|>Sure.<|tool_call>call:f{a:<|"|>é<|"|>}<tool_call|>'
+
+
+def thoughtful_answer(_: ScriptedSession) -> Iterator[Chunk]:
+    for piece in (THOUGHTFUL[:20], THOUGHTFUL[20:40]):
+        yield chunk(piece)
+    yield chunk(THOUGHTFUL[40:], finish_reason="stop", stats=END)
+
+
+def test_a_refused_turn_after_which_thoughts_are_gone_is_said_anew() -> None:
+    """The message that was refused had made the branch another one: it cannot just be cut."""
+    script = Script(thoughtful_answer)
+    conversations = opened(script, system="be brief", thinking=True)
+    said(conversations, "a")
+    before = conversations.current.session
+    script.answer = lambda _: iter([chunk("half"), *failing()])
+    with pytest.raises(TurnRefused, match="too many"):
+        said(conversations, "b")
+    assert before.closed  # type: ignore[attr-defined]
+    assert [turn.text for turn in conversations.current.turns] == ["a", THOUGHTFUL]
+    (restored,) = conversations.current.session.appended  # type: ignore[attr-defined]
+    assert restored == Chat(
+        [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "content": "Sure.",
+                "reasoning_content": "Hm.",
+                "tool_calls": [
+                    {"id": "call_0", "type": "function", "function": {"name": "f", "arguments": {"a": "é"}}}
+                ],
+            },
+        ],
+        enable_thinking=True,
+    )
+    script.answer = short_answer
+    said(conversations, "c")
+    assert conversations.current.session.content == "<system>be brief<user>a<assistant>Sure.<user>cyes!"
+
+
+def failing() -> Iterator[Chunk]:
+    raise invalid("max_tokens: too many")
+    yield
+
+
 def test_a_lost_session_is_not_a_refused_turn() -> None:
     script = Script(short_answer)
     conversations = opened(script)
@@ -214,6 +272,13 @@ def test_lines_are_messages_and_answers_are_lines(capsys: pytest.CaptureFixture[
     answer_lines(conversations, parameters(), ["one\n", "\n", "/help is a message\n", "last"])
     assert capsys.readouterr().out == "yes!\nyes!\nyes!\n"
     assert [turn.text for turn in conversations.current.turns[::2]] == ["one", "/help is a message", "last"]
+
+
+def test_thoughts_are_left_out_of_answers_and_calls_are_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    conversations = opened(Script(thoughtful_answer))
+    answer_lines(conversations, {**parameters(), "special_tokens": True}, ["one\n", "two\n"])
+    assert capsys.readouterr().out == 'Sure.\nf({"a": "é"})\n' * 2
+    assert [turn.text for turn in conversations.current.turns] == ["one", THOUGHTFUL, "two", THOUGHTFUL]
 
 
 def test_a_refusal_ends_the_pipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,7 +310,7 @@ def test_alt_enter_is_a_new_line_and_a_space_hides_a_slash(chat: Callable[..., s
     contents = []
 
     def answer(session: ScriptedSession) -> Iterator[Chunk]:
-        contents.append(session.appended[-1][-1]["content"])
+        contents.append(session.appended[-1].messages[-1]["content"])
         return short_answer(session)
 
     chat("two\x1b\rlines\r /quit\r\x04", Script(answer))
@@ -398,6 +463,59 @@ def test_what_a_model_writes_cannot_steer_the_terminal(chat: Callable[..., str])
     shown = chat("x\r/history\r\x04", Script(hostile))
     assert not {"\x1b", "\x07", "\x9b"} & set(shown)
     assert shown.count("b\tc\n") == 2
+
+
+# --- thoughts and calls --------------------------------------------------------------------------------------------
+
+MARKED = {"special_tokens": True}
+
+
+def test_thoughts_are_dimmed_and_calls_stand_out(chat: Callable[..., str]) -> None:
+    shown = chat("a\r/history\r\x04", Script(thoughtful_answer), parameters=MARKED, colours=True)
+    answer = '\x1b[2;3mHm.\x1b[0m\nSure.\n\x1b[35mf({"a": "é"})\x1b[0m\n'
+    shown = re.sub(r"(?<!\n)\x1b\[0m\x1b\[2;3m", "", shown)  # of thoughts that came in pieces
+    assert shown.count(answer) == 2, "as it comes, and in the history"
+    assert "<|channel>" not in shown
+
+
+def test_an_answer_that_is_cut_off_in_its_thoughts_or_in_a_call(chat: Callable[..., str]) -> None:
+    for text, expected in (
+        ("<|channel>thought\nHm <", "Hm <\n"),
+        ("So:<|tool_call>call:f{", "So:<|tool_call>call:f{\n"),
+    ):
+
+        def cut(_: ScriptedSession, text: str = text) -> Iterator[Chunk]:
+            yield chunk(text)
+            yield chunk("", token_ids=(), drafted=(), finish_reason="length", stats=END)
+
+        assert expected in chat("a\r\x04", Script(cut), parameters=MARKED)
+
+
+def test_without_markers_text_is_text(chat: Callable[..., str]) -> None:
+    def spells(_: ScriptedSession) -> Iterator[Chunk]:
+        yield chunk("<|channel>is its name", finish_reason="stop", stats=END)
+
+    assert "<|channel>is its name\n" in chat("a\r\x04", Script(spells))
+
+
+def test_draft_colours_are_those_of_all_tokens(chat: Callable[..., str]) -> None:
+    shown = chat("a\r\x04", Script(thoughtful_answer), parameters=MARKED, show_drafts=True, colours=True)
+    assert "channel" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+
+
+def test_thinking_is_switched(chat: Callable[..., str]) -> None:
+    sessions: list[ScriptedSession] = []
+
+    def answer(session: ScriptedSession) -> Iterator[Chunk]:
+        sessions.append(session)
+        return short_answer(session)
+
+    keys = "/thinking\ra\r/thinking on\rb\r/thinking off\rc\r\x04"
+    shown = chat(keys, Script(answer), has_thinking=True)
+    assert [one.enable_thinking for one in sessions[-1].appended] == [None, True, False]
+    assert "/thinking on or /thinking off; now it is as the chat template has it" in shown
+    assert "thinking is on\n" in shown
+    assert "the chat template of some-model knows no thinking" in chat("/thinking on\r\x04", Script(answer))
 
 
 # --- colours and status --------------------------------------------------------------------------------------------

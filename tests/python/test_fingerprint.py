@@ -18,7 +18,13 @@ from draftwerk.requests import output_fingerprint
 from draftwerk.weights import fingerprint
 from fake_checkpoint import Config, FakeCheckpoint, FakeTensor
 
-WITHOUT_INFLUENCE = {"drafting": False, "max_draft_length": 3, "salt": "tenant", "logprobs": 2}
+WITHOUT_INFLUENCE = {
+    "drafting": False,
+    "max_draft_length": 3,
+    "salt": "tenant",
+    "logprobs": 2,
+    "special_tokens": True,
+}
 WITH_INFLUENCE: dict[str, Any] = {
     "max_tokens": 257,
     "min_tokens": 1,

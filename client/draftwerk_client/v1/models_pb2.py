@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from draftwerk_client.v1 import parameters_pb2 as draftwerk_dot_v1_dot_parameters__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64raftwerk/v1/models.proto\x12\x0c\x64raftwerk.v1\x1a\x1d\x64raftwerk/v1/parameters.proto\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.draftwerk.v1.Model\"\x87\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x0f\n\x07\x64rafter\x18\x04 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x05 \x01(\x05\x12\x13\n\x0bmax_context\x18\x06 \x01(\x03\x12\x15\n\rend_token_ids\x18\x07 \x03(\x05\x12\x15\n\rhas_tokenizer\x18\x08 \x01(\x08\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\x06\x12\x14\n\x0cweight_bytes\x18\x0b \x01(\x03\x12\x16\n\x0eserver_version\x18\x0c \x01(\t\"G\n\x0fTokenizeRequest\x12$\n\x06prompt\x18\x01 \x01(\x0b\x32\x14.draftwerk.v1.Prompt\x12\x0e\n\x06no_bos\x18\x02 \x01(\x08\":\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x13\n\x0btoken_bytes\x18\x02 \x03(\x0c\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xef\x01\n\x06Models\x12I\n\x08GetModel\x12\x1d.draftwerk.v1.GetModelRequest\x1a\x1e.draftwerk.v1.GetModelResponse\x12I\n\x08Tokenize\x12\x1d.draftwerk.v1.TokenizeRequest\x1a\x1e.draftwerk.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.draftwerk.v1.DetokenizeRequest\x1a .draftwerk.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64raftwerk/v1/models.proto\x12\x0c\x64raftwerk.v1\x1a\x1d\x64raftwerk/v1/parameters.proto\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.draftwerk.v1.Model\"\xb0\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x03 \x01(\t\x12\x0f\n\x07\x64rafter\x18\x04 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x05 \x01(\x05\x12\x13\n\x0bmax_context\x18\x06 \x01(\x03\x12\x15\n\rend_token_ids\x18\x07 \x03(\x05\x12\x15\n\rhas_tokenizer\x18\x08 \x01(\x08\x12\x19\n\x11has_chat_template\x18\t \x01(\x08\x12\x13\n\x0b\x66ingerprint\x18\n \x01(\x06\x12\x14\n\x0cweight_bytes\x18\x0b \x01(\x03\x12\x16\n\x0eserver_version\x18\x0c \x01(\t\x12\x14\n\x0chas_thinking\x18\r \x01(\x08\x12\x11\n\thas_tools\x18\x0e \x01(\x08\"G\n\x0fTokenizeRequest\x12$\n\x06prompt\x18\x01 \x01(\x0b\x32\x14.draftwerk.v1.Prompt\x12\x0e\n\x06no_bos\x18\x02 \x01(\x08\":\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x13\n\x0btoken_bytes\x18\x02 \x03(\x0c\">\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x16\n\x0especial_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xef\x01\n\x06Models\x12I\n\x08GetModel\x12\x1d.draftwerk.v1.GetModelRequest\x1a\x1e.draftwerk.v1.GetModelResponse\x12I\n\x08Tokenize\x12\x1d.draftwerk.v1.TokenizeRequest\x1a\x1e.draftwerk.v1.TokenizeResponse\x12O\n\nDetokenize\x12\x1f.draftwerk.v1.DetokenizeRequest\x1a .draftwerk.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,15 +37,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELRESPONSE']._serialized_start=107
   _globals['_GETMODELRESPONSE']._serialized_end=161
   _globals['_MODEL']._serialized_start=164
-  _globals['_MODEL']._serialized_end=427
-  _globals['_TOKENIZEREQUEST']._serialized_start=429
-  _globals['_TOKENIZEREQUEST']._serialized_end=500
-  _globals['_TOKENIZERESPONSE']._serialized_start=502
-  _globals['_TOKENIZERESPONSE']._serialized_end=560
-  _globals['_DETOKENIZEREQUEST']._serialized_start=562
-  _globals['_DETOKENIZEREQUEST']._serialized_end=600
-  _globals['_DETOKENIZERESPONSE']._serialized_start=602
-  _globals['_DETOKENIZERESPONSE']._serialized_end=636
-  _globals['_MODELS']._serialized_start=639
-  _globals['_MODELS']._serialized_end=878
+  _globals['_MODEL']._serialized_end=468
+  _globals['_TOKENIZEREQUEST']._serialized_start=470
+  _globals['_TOKENIZEREQUEST']._serialized_end=541
+  _globals['_TOKENIZERESPONSE']._serialized_start=543
+  _globals['_TOKENIZERESPONSE']._serialized_end=601
+  _globals['_DETOKENIZEREQUEST']._serialized_start=603
+  _globals['_DETOKENIZEREQUEST']._serialized_end=665
+  _globals['_DETOKENIZERESPONSE']._serialized_start=667
+  _globals['_DETOKENIZERESPONSE']._serialized_end=701
+  _globals['_MODELS']._serialized_start=704
+  _globals['_MODELS']._serialized_end=943
 # @@protoc_insertion_point(module_scope)

@@ -83,6 +83,8 @@ class Model(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
+    HAS_THINKING_FIELD_NUMBER: _builtins.int
+    HAS_TOOLS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name as its files give it, such as "Gemma 3 270m", or that of its directory."""
     architecture: _builtins.str
@@ -105,6 +107,10 @@ class Model(_message.Message):
     """Bytes that the weights take in memory."""
     server_version: _builtins.str
     """Version of the server, such as "0.1.0"."""
+    has_thinking: _builtins.bool
+    """Whether the chat template knows ChatMessages.enable_thinking."""
+    has_tools: _builtins.bool
+    """Whether the chat template knows ChatMessages.tools."""
     @_builtins.property
     def end_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end a generation."""
@@ -124,10 +130,12 @@ class Model(_message.Message):
         fingerprint: _builtins.int = ...,
         weight_bytes: _builtins.int = ...,
         server_version: _builtins.str = ...,
+        has_thinking: _builtins.bool = ...,
+        has_tools: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "backend", b"backend", "drafter", b"drafter", "end_token_ids", b"end_token_ids", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "has_tokenizer", b"has_tokenizer", "max_context", b"max_context", "name", b"name", "server_version", b"server_version", "vocabulary_size", b"vocabulary_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "backend", b"backend", "drafter", b"drafter", "end_token_ids", b"end_token_ids", "fingerprint", b"fingerprint", "has_chat_template", b"has_chat_template", "has_thinking", b"has_thinking", "has_tokenizer", b"has_tokenizer", "has_tools", b"has_tools", "max_context", b"max_context", "name", b"name", "server_version", b"server_version", "vocabulary_size", b"vocabulary_size", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -198,6 +206,9 @@ class DetokenizeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    special_tokens: _builtins.bool
+    """Whether control tokens have text, which is their names. Default false."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens, in order."""
@@ -206,10 +217,11 @@ class DetokenizeRequest(_message.Message):
         self,
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        special_tokens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["special_tokens", b"special_tokens", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -223,7 +235,7 @@ class DetokenizeResponse(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The text. Control tokens have none; bytes that are no valid UTF-8 become U+FFFD."""
+    """The text. Control tokens have none unless special_tokens is set; bytes that are no valid UTF-8 become U+FFFD."""
     def __init__(
         self,
         *,

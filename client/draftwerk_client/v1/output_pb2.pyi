@@ -91,8 +91,8 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def token_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """One for each of token_ids, if OutputOptions.token_bytes is set: the bytes that the token adds to the text; empty for
-        control tokens.
+        """One for each of token_ids, if OutputOptions.token_bytes is set: the bytes that the token stands for; empty for control
+        tokens, unless OutputOptions.special_tokens gives them their names.
         """
 
     @_builtins.property

@@ -24,31 +24,37 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64raftwerk/v1/parameters.proto\x12\x0c\x64raftwerk.v1\"\x80\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.draftwerk.v1.TokenIdsH\x00\x12.\n\x08messages\x18\x03 \x01(\x0b\x32\x1a.draftwerk.v1.ChatMessagesH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\";\n\x0c\x43hatMessages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.draftwerk.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xbf\x03\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x43\n\nlogit_bias\x18\x08 \x03(\x0b\x32/.draftwerk.v1.SamplingParameters.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\x8b\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x0f\n\x07strings\x18\x03 \x03(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12\x19\n\x11ignore_end_tokens\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"[\n\x0f\x44raftingOptions\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\nmax_length\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\n\n\x08_enabledB\r\n\x0b_max_length\"H\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0btoken_bytes\x18\x02 \x01(\x08\x42\x0b\n\t_logprobsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x64raftwerk/v1/parameters.proto\x12\x0c\x64raftwerk.v1\"\x80\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.draftwerk.v1.TokenIdsH\x00\x12.\n\x08messages\x18\x03 \x01(\x0b\x32\x1a.draftwerk.v1.ChatMessagesH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\x85\x02\n\x0c\x43hatMessages\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.draftwerk.v1.ChatMessage\x12\r\n\x05tools\x18\x02 \x03(\t\x12\x1c\n\x0f\x65nable_thinking\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12M\n\x12template_variables\x18\x04 \x03(\x0b\x32\x31.draftwerk.v1.ChatMessages.TemplateVariablesEntry\x1a\x38\n\x16TemplateVariablesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x12\n\x10_enable_thinking\"\xb3\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x1a\n\x12structured_content\x18\x03 \x01(\t\x12\x19\n\x11reasoning_content\x18\x04 \x01(\t\x12*\n\ntool_calls\x18\x05 \x03(\x0b\x32\x16.draftwerk.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x06 \x01(\t\x12\x0c\n\x04name\x18\x07 \x01(\t\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\xbf\x03\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x43\n\nlogit_bias\x18\x08 \x03(\x0b\x32/.draftwerk.v1.SamplingParameters.LogitBiasEntry\x12\x0c\n\x04seed\x18\t \x01(\x04\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"\x8b\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x0f\n\x07strings\x18\x03 \x03(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12\x19\n\x11ignore_end_tokens\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"[\n\x0f\x44raftingOptions\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\nmax_length\x18\x02 \x01(\x05H\x01\x88\x01\x01\x42\n\n\x08_enabledB\r\n\x0b_max_length\"`\n\rOutputOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x13\n\x0btoken_bytes\x18\x02 \x01(\x08\x12\x16\n\x0especial_tokens\x18\x03 \x01(\x08\x42\x0b\n\t_logprobsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'draftwerk_client.v1.parameters_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_CHATMESSAGES_TEMPLATEVARIABLESENTRY']._loaded_options = None
+  _globals['_CHATMESSAGES_TEMPLATEVARIABLESENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_PROMPT']._serialized_start=48
   _globals['_PROMPT']._serialized_end=176
   _globals['_TOKENIDS']._serialized_start=178
   _globals['_TOKENIDS']._serialized_end=201
-  _globals['_CHATMESSAGES']._serialized_start=203
-  _globals['_CHATMESSAGES']._serialized_end=262
-  _globals['_CHATMESSAGE']._serialized_start=264
-  _globals['_CHATMESSAGE']._serialized_end=308
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=311
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=758
-  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=598
-  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=646
-  _globals['_STOPCONDITIONS']._serialized_start=761
-  _globals['_STOPCONDITIONS']._serialized_end=900
-  _globals['_DRAFTINGOPTIONS']._serialized_start=902
-  _globals['_DRAFTINGOPTIONS']._serialized_end=993
-  _globals['_OUTPUTOPTIONS']._serialized_start=995
-  _globals['_OUTPUTOPTIONS']._serialized_end=1067
+  _globals['_CHATMESSAGES']._serialized_start=204
+  _globals['_CHATMESSAGES']._serialized_end=465
+  _globals['_CHATMESSAGES_TEMPLATEVARIABLESENTRY']._serialized_start=389
+  _globals['_CHATMESSAGES_TEMPLATEVARIABLESENTRY']._serialized_end=445
+  _globals['_CHATMESSAGE']._serialized_start=468
+  _globals['_CHATMESSAGE']._serialized_end=647
+  _globals['_TOOLCALL']._serialized_start=649
+  _globals['_TOOLCALL']._serialized_end=704
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=707
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=1154
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=994
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=1042
+  _globals['_STOPCONDITIONS']._serialized_start=1157
+  _globals['_STOPCONDITIONS']._serialized_end=1296
+  _globals['_DRAFTINGOPTIONS']._serialized_start=1298
+  _globals['_DRAFTINGOPTIONS']._serialized_end=1389
+  _globals['_OUTPUTOPTIONS']._serialized_start=1391
+  _globals['_OUTPUTOPTIONS']._serialized_end=1487
 # @@protoc_insertion_point(module_scope)

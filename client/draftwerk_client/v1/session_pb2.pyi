@@ -91,8 +91,17 @@ class SessionRequest(_message.Message):
         @_builtins.property
         def content(self) -> _parameters_pb2.Prompt:
             """Text and token ids are added as they are, each append tokenised by itself; text at the start of an empty branch
-            gets the beginning-of-sequence token. Chat messages are added as the model's chat template writes them after what
-            is there: an answer that was generated before is closed first. Required.
+            gets the beginning-of-sequence token.
+
+            A branch that begins with chat messages holds a chat. What is generated in it, or added otherwise, becomes a message
+            of the assistant: its thoughts are the reasoning_content, its calls of functions the tool_calls. With each append of
+            more messages the branch becomes what the chat template writes for the whole chat. If that begins with the text that
+            the branch has (an end token at its end aside), tokens are added behind it. Otherwise, as when the template leaves out
+            the thoughts of earlier turns, the branch gets the tokens that Tokenize gives for the whole chat; what it has in
+            common with them stays warm. Tools, enable_thinking and template_variables hold until an append brings others.
+
+            Behind tokens that are no chat, messages are added as the chat template writes them after an answer, which is closed
+            first. Required.
             """
 
         def __init__(
@@ -239,7 +248,9 @@ class SessionRequest(_message.Message):
 
     @_builtins.property
     def append(self) -> Global___SessionRequest.Append:
-        """Adds to the end of the branch; not while it generates. Answered by `appended`."""
+        """Adds to the end of the branch; not while it generates. Chat messages may change what is there. Answered by
+        `appended`.
+        """
 
     @_builtins.property
     def generate(self) -> Global___SessionRequest.Generate:
@@ -329,7 +340,9 @@ class SessionResponse(_message.Message):
         """The length of the branch now, in tokens."""
         @_builtins.property
         def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-            """The tokens that were added."""
+            """The tokens that were added: the last of the branch. Where chat messages have changed what was there, they take the
+            place of all tokens that the branch had from their position, length minus their number, on.
+            """
 
         def __init__(
             self,

@@ -23,6 +23,8 @@ EPILOG = """
 
   draftwerk chat --model ./gemma-3-1b-it --temperature 1 --top-k 64 --top-p 0.95 --seed 7
 
+  draftwerk chat --model ./gemma-4-E2B-it --thinking
+
   draftwerk chat --target 127.0.0.1:50051 --show-drafts
 
   printf 'What is a page table?\\nAnd a TLB?\\n' | draftwerk chat -m ./gemma-3-1b-it
@@ -48,6 +50,14 @@ def chat(
     system: Annotated[
         Optional[str], typer.Option("--system", help="What the model is told before the first message.", metavar="TEXT")
     ] = None,
+    thinking: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="Let the model think before it answers, if it can.",
+            show_default="as its chat template has it",
+        ),
+    ] = None,
     max_tokens: options.MaxTokens = 512,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -71,7 +81,9 @@ def chat(
 
     At the prompt, /help lists what else there is to do.
 
-    Without a terminal, each line of stdin is a message, and stdout gets the answers.
+    Thoughts of the model are shown dimmed, and functions that it wants to call in a colour of their own.
+
+    Without a terminal, each line of stdin is a message, and stdout gets the answers, without thoughts.
     """
     parameters: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -114,35 +126,53 @@ def chat(
                     markup=False,
                     highlight=False,
                 )
+            if thinking and not served.has_thinking:
+                raise usage_error(f"--thinking: the chat template of {served.name} knows no thinking")
             from draftwerk.cli.chat_branches import Conversations
 
+            # The control tokens that mark thoughts and calls; other models' answers have none that would mean anything.
+            parameters["special_tokens"] = served.has_thinking or served.has_tools
             with client.session() as session:
-                conversations = Conversations(session, has_chat_template=served.has_chat_template, system=system)
+                conversations = Conversations(
+                    session,
+                    has_chat_template=served.has_chat_template,
+                    system=system,
+                    thinking=thinking if served.has_thinking else None,
+                )
                 if sys.stdin.isatty() and sys.stdout.isatty():
                     from draftwerk.cli.terminal_chat import TerminalChat
 
-                    TerminalChat(Console(), conversations, parameters, served.name, show_drafts=show_drafts).run()
+                    TerminalChat(
+                        Console(),
+                        conversations,
+                        parameters,
+                        served.name,
+                        show_drafts=show_drafts,
+                        has_thinking=served.has_thinking,
+                    ).run()
                 else:
                     answer_lines(conversations, parameters, sys.stdin)
 
 
 def answer_lines(conversations: Conversations, parameters: Mapping[str, Any], lines: Iterable[str]) -> None:
-    """Answers each line that is not empty, on stdout.
+    """Answers each line that is not empty, on stdout. Thoughts are left out.
 
     Raises:
         CommandError: a message got no answer.
     """
+    from draftwerk.cli.answer_parts import AnswerParts
     from draftwerk.cli.chat_branches import TurnRefused
 
     for line in lines:
         message = line.rstrip("\r\n")
         if not message.strip():
             continue
+        parts = AnswerParts(marked=parameters.get("special_tokens", False), thoughts=False)
         try:
             for chunk in conversations.say(message, parameters):
-                sys.stdout.write(chunk.text)
+                sys.stdout.write("".join(text for text, _ in parts.push(chunk.text)))
                 sys.stdout.flush()
         except TurnRefused as error:
             raise CommandError(str(error)) from None
-        sys.stdout.write("\n")
+        sys.stdout.write("".join(text for text, _ in parts.finish()) + "\n")
         sys.stdout.flush()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from draftwerk_client import Chunk, DraftwerkError, Session, Unavailable
+from draftwerk_client import Chat, Chunk, DraftwerkError, Session, Unavailable, read_reply
 
 
 class TurnRefused(Exception):
@@ -19,6 +19,11 @@ class Turn:
 
     role: str
     text: str
+    """Of an answer of a model whose chat template knows thinking or tools: with the names of control tokens."""
+
+    def message(self) -> dict[str, Any]:
+        """What was said as a chat message."""
+        return {"role": self.role, "content": self.text} if self.role == "user" else read_reply(self.text).message()
 
 
 @dataclass
@@ -40,11 +45,15 @@ class Conversations:
         root: the session as it was opened. It stays empty: every conversation is a fork of it or of another one.
         has_chat_template: otherwise what is said is one text that goes on, a line for each message.
         system: what the model is told before the first message.
+        thinking: whether the model is to think before it answers. None: as its chat template has it.
     """
 
-    def __init__(self, root: Session, *, has_chat_template: bool, system: str | None) -> None:
+    def __init__(
+        self, root: Session, *, has_chat_template: bool, system: str | None, thinking: bool | None = None
+    ) -> None:
         self._root = root
         self._has_chat_template = has_chat_template
+        self.thinking = thinking
         self.branches: dict[int, Branch] = {}
         self.current = self.begin(system)
 
@@ -79,8 +88,9 @@ class Conversations:
         """
         branch = self.current
         length, turns = branch.session.length, len(branch.turns)
+        unchanged = length  # how many tokens of the branch are those from before the message
         try:
-            branch.session.append(self._content(branch, text))
+            unchanged = min(length, branch.session.append(self._content(branch, text)).position)
             answer = Turn("assistant", "")
             branch.turns += [Turn("user", text), answer]
             for chunk in branch.session.stream(**parameters):
@@ -89,25 +99,37 @@ class Conversations:
         except Unavailable:
             raise
         except DraftwerkError as error:
-            refused = branch.session
-            branch.session = refused.fork(length)  # fails if it is the session that failed
-            refused.close()
             del branch.turns[turns:]
+            self._restore(branch, length, unchanged)
             raise TurnRefused(str(error)) from error
 
     def interrupt(self) -> None:
         """Ends the answer that the current conversation generates; what was said of it stays."""
         self.current.session.interrupt()
 
+    def _restore(self, branch: Branch, length: int, unchanged: int) -> None:
+        """Gives a branch the tokens back that it had before a message; fails if it is the session that failed."""
+        refused = branch.session
+        if unchanged == length:
+            branch.session = refused.fork(length)
+        else:  # the message made the chat template write earlier turns otherwise
+            branch.session = self._root.fork(0)
+            branch.session.append(self._chat(branch, [turn.message() for turn in branch.turns]))
+        refused.close()
+
     def _add(self, session: Session, system: str | None, turns: list[Turn]) -> Branch:
         branch = Branch(len(self.branches), session, system, turns)
         self.branches[branch.number] = branch
         return branch
 
-    def _content(self, branch: Branch, text: str) -> str | list[dict[str, str]]:
+    def _content(self, branch: Branch, text: str) -> str | Chat:
         """What to append for a message: with the first one goes the system's."""
         first = not branch.turns
         if self._has_chat_template:
-            system = [{"role": "system", "content": branch.system}] if first and branch.system else []
-            return [*system, {"role": "user", "content": text}]
+            said = [Turn("user", text).message()]
+            return self._chat(branch, said) if first else Chat(said, enable_thinking=self.thinking)
         return "\n".join([*([branch.system] if first and branch.system else []), text]) if first else f"\n{text}"
+
+    def _chat(self, branch: Branch, messages: list[dict[str, Any]]) -> Chat:
+        system = [{"role": "system", "content": branch.system}] if branch.system else []
+        return Chat([*system, *messages], enable_thinking=self.thinking)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.segment import Segments
 from rich.text import Text
 
+from draftwerk.cli.answer_parts import AnswerParts
 from draftwerk.cli.chat_branches import Branch, Conversations, TurnRefused
 from draftwerk.cli.draft_colours import DraftColours, legend
 from draftwerk.cli.generate import summary
@@ -44,6 +45,7 @@ class TerminalChat:
         parameters: sampling parameters of the answers, by the names of the client; commands change them.
         model: the name of the model.
         show_drafts: whether answers are coloured by draft outcome.
+        has_thinking: whether the model can be told to think.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class TerminalChat:
         model: str,
         *,
         show_drafts: bool,
+        has_thinking: bool = False,
     ) -> None:
         self._console = console
         self._conversations = conversations
         self._parameters = parameters
         self._model = model
         self._show_drafts = show_drafts
+        self._has_thinking = has_thinking
         self._last_stats: GenerationStats | None = None
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "/help": ("", "show this list", self._help),
@@ -72,6 +76,7 @@ class TerminalChat:
             "/seed": ("N", "from now on the noise of seed N; matters if the temperature is not 0", self._seed),
             "/temperature": ("T", "0 takes the most probable token", self._temperature),
             "/max-tokens": ("N", "most tokens of an answer", self._max_tokens),
+            "/thinking": ("on|off", "whether the model thinks before it answers", self._thinking),
             "/drafts": ("on|off", "colour every token by whether it was drafted", self._drafts),
             "/stats": ("", "what the last answer cost", self._stats),
             "/quit": ("", "end; so do Ctrl-D, and Ctrl-C at an empty prompt", self._quit),
@@ -109,7 +114,9 @@ class TerminalChat:
     # --- answers -----------------------------------------------------------------------------------------------
 
     def _answer(self, message: str) -> None:
+        # Colours of drafts belong to tokens, and so to the text with all markers in it.
         colours = DraftColours() if self._show_drafts else None
+        parts = AnswerParts(marked=self._parameters.get("special_tokens", False))
         ending = ""
 
         def interrupt() -> None:
@@ -123,7 +130,10 @@ class TerminalChat:
                 speed = _Speed()
                 try:
                     for chunk in self._conversations.say(message, parameters):
-                        self._print(chunk, colours)
+                        if colours is not None and chunk.token_bytes is not None:
+                            self._show(colours.coloured(chunk.text, chunk.token_bytes, chunk.drafted))
+                        else:
+                            self._show_parts(parts.push(chunk.text))
                         status.show(speed.after(chunk))
                         if chunk.stats is not None:
                             self._last_stats = chunk.stats
@@ -131,6 +141,7 @@ class TerminalChat:
                         elif interrupted():
                             interrupt()  # the first time there may have been nothing to interrupt yet
                 finally:
+                    self._show_parts(parts.finish())
                     self._console.print()
         except TurnRefused as error:
             self._complain(f"{error} (the conversation is as it was before)")
@@ -138,11 +149,9 @@ class TerminalChat:
         if self._last_stats is not None:
             self._say(", ".join(filter(None, [ending, summary(self._last_stats)])))
 
-    def _print(self, chunk: Chunk, colours: DraftColours | None) -> None:
-        if colours is None or chunk.token_bytes is None:
-            self._show(Text(chunk.text))
-        else:
-            self._show(colours.coloured(chunk.text, chunk.token_bytes, chunk.drafted))
+    def _show_parts(self, parts: Iterable[tuple[str, str]]) -> None:
+        for text, style in parts:
+            self._show(Text(text, style=style))
 
     # --- commands ----------------------------------------------------------------------------------------------
 
@@ -199,7 +208,11 @@ class TerminalChat:
         if branch.system:
             self._say(f"system: {branch.system}")
         for turn in branch.turns:
-            self._show(Text(f"> {turn.text}\n", style="bold") if turn.role == "user" else Text(f"{turn.text}\n"))
+            if turn.role == "user":
+                self._show(Text(f"> {turn.text}\n", style="bold"))
+            else:
+                parts = AnswerParts(marked=self._parameters.get("special_tokens", False))
+                self._show_parts([*parts.push(turn.text), *parts.finish(), ("\n", "")])
         if not branch.turns:
             self._say("nothing was said yet")
 
@@ -230,6 +243,15 @@ class TerminalChat:
         self._show_drafts = argument == "on"
         self._console.print(legend() if self._show_drafts else Text("no colours", style="dim"))
 
+    def _thinking(self, argument: str) -> None:
+        if not self._has_thinking:
+            raise _Wrong(f"the chat template of {self._model} knows no thinking")
+        if argument not in ("on", "off"):
+            now = {True: "on", False: "off", None: "as the chat template has it"}[self._conversations.thinking]
+            raise _Wrong(f"/thinking on or /thinking off; now it is {now}")
+        self._conversations.thinking = argument == "on"
+        self._say(f"thinking is {argument}")
+
     def _stats(self, _: str) -> None:
         if self._last_stats is None:
             raise _Wrong("there is no answer yet")
@@ -255,6 +277,7 @@ class TerminalChat:
 
     def _show(self, text: Text) -> None:
         text.plain = text.plain.translate(_CONTROLS)
+        text.stylize_before(text.style)  # Text.render leaves out the style of a text without spans
         # As segments: rich would wrap the text and turn its tabs into spaces.
         self._console.print(Segments(text.render(self._console)), soft_wrap=True)
 

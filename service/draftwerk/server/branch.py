@@ -12,9 +12,10 @@ from draftwerk.engine import Engine
 from draftwerk.generation import Generation
 from draftwerk.requests import SamplingParams, output_fingerprint
 from draftwerk.results import Chunk, GenerationStats
+from draftwerk.server.chat_history import ChatHistory
 from draftwerk.server.errors import InvalidField
 from draftwerk.server.metrics import Metrics
-from draftwerk.server.responses import generate_response, joined_stats
+from draftwerk.server.responses import Spell, generate_response, joined_stats
 from draftwerk_client.v1 import session_pb2 as pb
 
 Send = Callable[[pb.SessionResponse], Awaitable[None]]
@@ -23,11 +24,13 @@ Send = Callable[[pb.SessionResponse], Awaitable[None]]
 class Branch:
     """A sequence of tokens whose keys and values the engine keeps warm between generations."""
 
-    def __init__(self, number: int, conversation: Conversation, tokens: array[int]) -> None:
+    def __init__(self, number: int, conversation: Conversation, tokens: array[int], chat: ChatHistory) -> None:
         self.number = number
         self.conversation = conversation
         self.tokens = tokens
         """What was appended and generated so far; of a running generation, all that has been handed to the client."""
+        self.chat = chat
+        """What the tokens are the chat of; empty if they are none."""
         self.generating: BranchGeneration | None = None
         """Until its last message is on its way."""
 
@@ -59,7 +62,7 @@ class BranchGeneration:
         engine: Engine,
         metrics: Metrics,
         max_unread_tokens: int,
-        speller: Engine | None,
+        spell: Spell | None,
         send: Send,
     ) -> None:
         self.request_number = request_number
@@ -68,7 +71,7 @@ class BranchGeneration:
         self._engine = engine
         self._metrics = metrics
         self._max_unread_tokens = max_unread_tokens
-        self._speller = speller
+        self._spell = spell
         self._send = send
         self._generated = 0
         self._parts: list[tuple[float, GenerationStats]] = []
@@ -145,7 +148,7 @@ class BranchGeneration:
         return chunk
 
     async def _send_chunk(self, chunk: Chunk) -> None:
-        generated = generate_response(chunk, self._fingerprint, self._speller)
+        generated = generate_response(chunk, self._fingerprint, self._spell)
         await self._send(
             pb.SessionResponse(request_number=self.request_number, branch=self._branch.number, generated=generated)
         )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn, TypeVar, cast
 
 from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from draftwerk.engine import Engine
-from draftwerk.requests import Message, Prompt, RequestError, SamplingParams
+from draftwerk.requests import Chat, Prompt, RequestError, SamplingParams
 from draftwerk.server.encoding import LONG_PROMPT_BYTES, off_loop
 from draftwerk.server.errors import InvalidField, ModelNotFound
 from draftwerk_client.v1 import parameters_pb2 as pb
 
 MAX_LOGPROBS = 20
+MAX_CHAT_MESSAGES = 4096
 _MAX_SALT_BYTES = 256
 
 _T = TypeVar("_T")
@@ -94,9 +96,69 @@ def prompt_of(prompt: pb.Prompt, engine: Engine, path: str = "prompt") -> Prompt
         return prompt.text
     if not engine.has_chat_template:
         raise InvalidField(f"{path}.messages", "given", "text or token_ids: the model has no chat template")
-    if not prompt.messages.messages:
-        raise InvalidField(f"{path}.messages.messages", "empty", "at least one message")
-    return [{"role": message.role, "content": message.content} for message in prompt.messages.messages]
+    return chat_of(prompt.messages, f"{path}.messages")
+
+
+def chat_of(chat: pb.ChatMessages, path: str) -> Chat:
+    """The engine's form of a chat.
+
+    Raises:
+        InvalidField: it has no messages, or too many, or what should be JSON is not.
+    """
+    if not 1 <= len(chat.messages) <= MAX_CHAT_MESSAGES:
+        count = f"{len(chat.messages)} messages" if chat.messages else "empty"
+        raise InvalidField(f"{path}.messages", count, f"at least one message, and at most {MAX_CHAT_MESSAGES}")
+    return Chat(
+        messages=[_message_of(message, f"{path}.messages[{i}]") for i, message in enumerate(chat.messages)],
+        tools=[_json_object(tool, f"{path}.tools[{i}]") for i, tool in enumerate(chat.tools)],
+        enable_thinking=chat.enable_thinking if chat.HasField("enable_thinking") else None,
+        template_variables={
+            name: _json_value(value, f"{path}.template_variables") for name, value in chat.template_variables.items()
+        },
+    )
+
+
+def _message_of(message: pb.ChatMessage, path: str) -> dict[str, Any]:
+    """The message with the keys that it has; a chat template knows others only as absent."""
+    if message.structured_content and message.content:
+        raise InvalidField(f"{path}.structured_content", "given", "absent beside content: give one of them")
+    plain: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.structured_content:
+        plain["content"] = _json_value(message.structured_content, f"{path}.structured_content")
+    for name in ("reasoning_content", "tool_call_id", "name"):
+        if value := getattr(message, name):
+            plain[name] = value
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.name,
+                    "arguments": _json_object(call.arguments or "{}", f"{path}.tool_calls[{i}].arguments"),
+                },
+            }
+            for i, call in enumerate(message.tool_calls)
+        ]
+    return plain
+
+
+def _json_object(text: str, path: str) -> dict[str, Any]:
+    value = _json_value(text, path)
+    if not isinstance(value, dict):
+        raise InvalidField(path, "given", "a JSON object")
+    return value
+
+
+def _json_value(text: str, path: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise InvalidField(path, "given", f"JSON: {str(error).splitlines()[0]}") from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 async def token_ids_of(
@@ -107,24 +169,54 @@ async def token_ids_of(
     Args:
         path: of the prompt in the request, for errors.
         add_bos: put the beginning-of-sequence token before text.
-        after: the tokens that chat messages follow; if there are none, they begin a chat.
+        after: the tokens, which are no chat, that chat messages follow; if there are none, they begin a chat.
 
     Raises:
         InvalidField: the prompt is absent, or the model cannot read it.
     """
-    content = prompt_of(prompt, engine, path)
 
     def encode() -> list[int]:
+        content = prompt_of(prompt, engine, path)
         try:
             if isinstance(content, str):
                 return engine.tokenize(content, add_bos=add_bos)
-            if prompt.HasField("messages"):
-                return engine.continue_chat(after, cast("Sequence[Message]", content))
+            if isinstance(content, Chat):
+                if after:
+                    return _behind(after, content, engine, path)
+                return engine.tokenize(render_chat(content, engine, path), add_bos=False)
         except RequestError as error:
             raise InvalidField(f"{path}.{prompt.WhichOneof('content')}", error.value, error.allowed) from None
         return cast("list[int]", content)
 
-    return await off_loop_if_long(_text_bytes(content), encode)
+    return await off_loop_if_long(0 if prompt.HasField("token_ids") else prompt.ByteSize(), encode)
+
+
+def render_chat(chat: Chat, engine: Engine, path: str) -> str:
+    """What the chat template writes for a chat.
+
+    Args:
+        path: of the prompt that it is, for errors.
+
+    Raises:
+        InvalidField: the template refuses it, or has no use for part of it.
+    """
+    try:
+        return engine.render_chat(chat)
+    except RequestError as error:
+        below = error.field.partition(".")[2]  # the engine calls the prompt "prompt"
+        field = f"{path}.messages.{below}" if below and below != "messages" else f"{path}.messages"
+        raise InvalidField(field, error.value, error.allowed) from None
+
+
+def _behind(token_ids: Sequence[int], chat: Chat, engine: Engine, path: str) -> list[int]:
+    """The token ids that put messages behind tokens that are no chat."""
+    if chat.tools or chat.enable_thinking is not None or chat.template_variables:
+        raise InvalidField(
+            f"{path}.messages",
+            "given with tools, enable_thinking or template_variables",
+            "without them: they belong to the beginning of a chat, and these messages follow what is none",
+        )
+    return engine.continue_chat(token_ids, chat.messages)
 
 
 async def off_loop_if_long(size: int, function: Callable[[], _T]) -> _T:
@@ -134,13 +226,6 @@ async def off_loop_if_long(size: int, function: Callable[[], _T]) -> _T:
         size: bytes of text, or tokens.
     """
     return function() if size < LONG_PROMPT_BYTES else await off_loop(function)
-
-
-def _text_bytes(content: Prompt) -> int:
-    """About as many bytes as there are to tokenise."""
-    if isinstance(content, str):
-        return len(content)
-    return sum(len(part["content"]) for part in content if isinstance(part, Mapping))
 
 
 # --- parameters ------------------------------------------------------------------------------------------------
@@ -187,6 +272,7 @@ def sampling_params(
         if not 0 <= output.logprobs <= MAX_LOGPROBS:
             raise InvalidField("output.logprobs", output.logprobs, f"0 to {MAX_LOGPROBS}")
         given["logprobs"] = output.logprobs
+    given["special_tokens"] = output.special_tokens
     if len(cache_salt.encode()) > _MAX_SALT_BYTES:
         raise InvalidField("cache_salt", f"{len(cache_salt.encode())} bytes", f"at most {_MAX_SALT_BYTES} bytes")
     return SamplingParams(

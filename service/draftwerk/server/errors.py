@@ -37,6 +37,7 @@ _PROTO_PATHS = {
     "drafting": "drafting.enabled",
     "max_draft_length": "drafting.max_length",
     "logprobs": "output.logprobs",
+    "special_tokens": "output.special_tokens",
     "salt": "cache_salt",
 }
 

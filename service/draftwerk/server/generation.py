@@ -10,7 +10,7 @@ from draftwerk.requests import output_fingerprint
 from draftwerk.server.calls import current_call
 from draftwerk.server.conversion import check_known_fields, check_model, sampling_params, token_ids_of
 from draftwerk.server.metrics import Metrics
-from draftwerk.server.responses import generate_response
+from draftwerk.server.responses import generate_response, spelling
 from draftwerk.server.session import Session
 from draftwerk_client.v1 import generation_pb2, generation_pb2_grpc
 
@@ -51,13 +51,13 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         try:
             await call.accept()
             fingerprint = output_fingerprint(self._engine.info.fingerprint, prompt, params)
-            speller = self._engine if request.output.token_bytes and self._engine.has_tokenizer else None
+            spell = spelling(request.output, self._engine)
             request_id = call.request_id
             previous_at = None
             async for chunk in generation:
                 if chunk.finish_reason == "error":
                     continue  # the iteration raises it next
-                response = generate_response(chunk, fingerprint, speller)
+                response = generate_response(chunk, fingerprint, spell)
                 if request_id:
                     response.request_id, request_id = request_id, ""
                 self._metrics.observe_chunk(generation.submitted_at, previous_at, chunk)

@@ -42,6 +42,8 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
                 fingerprint=info.fingerprint,
                 weight_bytes=info.weight_bytes,
                 server_version=draftwerk.__version__,
+                has_thinking=self._engine.has_thinking,
+                has_tools=self._engine.has_tools,
             )
         )
 
@@ -60,5 +62,8 @@ class ModelsService(models_pb2_grpc.ModelsServicer):
         if not self._engine.has_tokenizer:
             raise InvalidField("token_ids", "given", "absent: the model was loaded without a tokenizer")
         check_token_ids(request.token_ids, self._engine.info.vocab_size, "token_ids")
-        text = await off_loop_if_long(len(request.token_ids), lambda: self._engine.detokenize(request.token_ids))
+        text = await off_loop_if_long(
+            len(request.token_ids),
+            lambda: self._engine.detokenize(request.token_ids, special_tokens=request.special_tokens),
+        )
         return pb.DetokenizeResponse(text=text)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from google.protobuf.duration_pb2 import Duration
 
 from draftwerk.engine import Engine
 from draftwerk.results import Chunk, FinishReason, GenerationStats, TokenLogprobs
-from draftwerk_client.v1 import output_pb2, statistics_pb2
+from draftwerk_client.v1 import output_pb2, parameters_pb2, statistics_pb2
 
 _FINISH_REASONS: dict[FinishReason, output_pb2.FinishReason.ValueType] = {
     "stop": output_pb2.FINISH_REASON_STOP,
@@ -16,14 +17,24 @@ _FINISH_REASONS: dict[FinishReason, output_pb2.FinishReason.ValueType] = {
     "cancelled": output_pb2.FINISH_REASON_CANCELLED,
 }
 
+Spell = Callable[[Sequence[int]], list[bytes]]
+"""Gives the bytes of each token."""
 
-def generate_response(chunk: Chunk, fingerprint: int, speller: Engine | None = None) -> output_pb2.GenerateResponse:
+
+def spelling(output: parameters_pb2.OutputOptions, engine: Engine) -> Spell | None:
+    """How the tokens of an output are spelled, if its client wants to know."""
+    if not output.token_bytes or not engine.has_tokenizer:
+        return None
+    return partial(engine.token_bytes, special_tokens=output.special_tokens)
+
+
+def generate_response(chunk: Chunk, fingerprint: int, spell: Spell | None = None) -> output_pb2.GenerateResponse:
     """The message of one engine step. Runs once per stream and step.
 
     Args:
         chunk: what the step added; not one that says "error".
         fingerprint: of the output.
-        speller: gives the bytes of the tokens, if the client wants them.
+        spell: if the client wants the bytes of the tokens.
     """
     response = output_pb2.GenerateResponse(
         text=chunk.text,
@@ -34,8 +45,8 @@ def generate_response(chunk: Chunk, fingerprint: int, speller: Engine | None = N
     )
     if chunk.logprobs is not None:
         response.logprobs.extend(map(_token_logprobs, chunk.logprobs))
-    if speller is not None:
-        response.token_bytes.extend(speller.token_bytes(chunk.token_ids))
+    if spell is not None:
+        response.token_bytes.extend(spell(chunk.token_ids))
     if chunk.finish_reason is not None:
         response.finish_reason = _FINISH_REASONS[chunk.finish_reason]
         if chunk.stats is not None:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 import structlog
 
 from draftwerk.engine import Engine
-from draftwerk.requests import SamplingParams
+from draftwerk.requests import Chat, SamplingParams
 from draftwerk.server.branch import Branch, BranchGeneration, check_room
 from draftwerk.server.calls import Call
-from draftwerk.server.conversion import check_known_fields, check_model, sampling_params, token_ids_of
+from draftwerk.server.chat_history import ChatHistory, common_beginning, tokens_of_chat
+from draftwerk.server.conversion import (
+    check_known_fields,
+    check_model,
+    off_loop_if_long,
+    prompt_of,
+    render_chat,
+    sampling_params,
+    token_ids_of,
+)
 from draftwerk.server.errors import InvalidField, OutOfOrder, ShuttingDown, is_foreseen, to_proto
 from draftwerk.server.metrics import Metrics
+from draftwerk.server.responses import spelling
+from draftwerk_client.v1 import parameters_pb2
 from draftwerk_client.v1 import session_pb2 as pb
 
 MAX_BRANCHES = 64
@@ -122,19 +133,43 @@ class Session:
         check_model(defaults.model, self._model_name)
         self._params(defaults, pb.SessionRequest.Generate(), room=self._engine.info.max_context)
         self._defaults = defaults
-        self._add_branch(array("i"))
+        self._add_branch(array("i"), ChatHistory())
         await self._answer(request, opened=pb.SessionResponse.Opened(request_id=self._call.request_id))
 
     async def _append(self, request: pb.SessionRequest) -> None:
         self._refuse_when_draining()
         branch = self._idle_branch(request)
-        tokens = branch.tokens
-        token_ids = await token_ids_of(
-            request.append.content, self._engine, "content", add_bos=not tokens, after=tokens
-        )
-        check_room("content", len(token_ids), room=self._engine.info.max_context - len(tokens))
-        tokens.extend(token_ids)
-        await self._answer(request, appended=pb.SessionResponse.Appended(token_ids=token_ids, length=len(tokens)))
+        content = request.append.content
+        if content.HasField("messages") and (branch.chat or not branch.tokens):
+            token_ids = await self._append_chat(branch, content)
+        else:
+            token_ids = await token_ids_of(
+                content, self._engine, "content", add_bos=not branch.tokens, after=branch.tokens
+            )
+            check_room("content", len(token_ids), room=self._engine.info.max_context - len(branch.tokens))
+            branch.tokens.extend(token_ids)
+        appended = pb.SessionResponse.Appended(token_ids=token_ids, length=len(branch.tokens))
+        await self._answer(request, appended=appended)
+
+    async def _append_chat(self, branch: Branch, content: parameters_pb2.Prompt) -> Sequence[int]:
+        """Makes the branch what its chat is with more messages. Returns the tokens that are new."""
+        chat, size = branch.chat, content.ByteSize()
+
+        def encode() -> tuple[Chat, list[int]]:
+            more = prompt_of(content, self._engine, "content")
+            assert isinstance(more, Chat)
+            whole = chat.continued(branch.tokens, more, size, self._engine, "content")
+            return whole, tokens_of_chat(render_chat(whole, self._engine, "content"), branch.tokens, self._engine)
+
+        # Of what was generated, the tokens are a measure.
+        whole, token_ids = await off_loop_if_long(chat.size + size + 4 * len(branch.tokens), encode)
+        position = common_beginning(branch.tokens, token_ids)
+        new = token_ids[position:]
+        check_room("content", len(new), room=self._engine.info.max_context - position)
+        chat.add(whole, len(token_ids), size=size, unchanged=position)
+        del branch.tokens[position:]
+        branch.tokens.extend(new)
+        return new
 
     async def _generate(self, request: pb.SessionRequest) -> None:
         self._refuse_when_draining()
@@ -158,7 +193,7 @@ class Session:
             self._engine,
             self._metrics,
             self._max_unread_tokens,
-            self._engine if output.token_bytes and self._engine.has_tokenizer else None,
+            spelling(output, self._engine),
             self._send,
         )
         branch.generating = generation
@@ -194,7 +229,7 @@ class Session:
                 "session",
                 "close one that is not needed any more, or open another session",
             )
-        copy = self._add_branch(branch.tokens[:position])
+        copy = self._add_branch(branch.tokens[:position], branch.chat.up_to(position))
         await self._answer(request, forked=pb.SessionResponse.Forked(branch=copy.number, length=position))
 
     async def _close(self, request: pb.SessionRequest) -> None:
@@ -207,8 +242,8 @@ class Session:
 
     # --- branches ----------------------------------------------------------------------------------------------
 
-    def _add_branch(self, tokens: array[int]) -> Branch:
-        branch = Branch(self._next_branch, self._engine.conversation(), tokens)
+    def _add_branch(self, tokens: array[int], chat: ChatHistory) -> Branch:
+        branch = Branch(self._next_branch, self._engine.conversation(), tokens, chat)
         self._branches[branch.number] = branch
         self._next_branch += 1
         return branch

@@ -226,7 +226,7 @@ def test_wrong_values(client: Any, server: ScriptedServer, options: Any, field: 
         ([1, 2**31], "prompt.token_ids.ids[1]"),
         ([1.0], "prompt.token_ids.ids[0]"),
         ([{"role": "user"}], "prompt.messages.messages[0]"),
-        ([{"role": "user", "content": "x", "name": "y"}], "prompt.messages.messages[0]"),
+        ([{"role": "user", "content": "x", "nmae": "y"}], "prompt.messages.messages[0]"),
         ([{"role": "user", "content": "x"}, 7], "prompt.messages.messages[1]"),
         ([{"role": "user", "content": 7}], "prompt.messages.messages[0].content"),
     ],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+from typing import Any
 
 import pytest
 
+import chat_templates
 from draftwerk.loading import ChatTemplate, ChatTemplateError
 
 # In the manner of Gemma 3's own template: a system message goes in front of the first user message.
@@ -175,3 +178,119 @@ def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
 def test_a_text_that_is_no_template(source: str) -> None:
     with pytest.raises(ChatTemplateError, match="cannot be read"):
         ChatTemplate(source)
+
+
+# --- thinking and tools --------------------------------------------------------------------------------------------
+
+QUESTION = {"role": "user", "content": "Weather in Oslo?"}
+CALLING = {
+    "role": "assistant",
+    "content": "",
+    "reasoning_content": "Ask.",
+    "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}],
+}
+RESULT = {"role": "tool", "tool_call_id": "c1", "name": "weather", "content": "rain"}
+CALL_TEXT = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>}<tool_call|>'
+RESULT_TEXT = '<|tool_response>response:weather{value:<|"|>rain<|"|>}<tool_response|>'
+
+
+def gemma_4() -> ChatTemplate:
+    return ChatTemplate(chat_templates.GEMMA_4, {"bos_token": "<bos>"})
+
+
+def test_the_variables_that_a_template_reads() -> None:
+    everywhere = {"messages", "add_generation_prompt", "bos_token"}
+    assert everywhere <= ChatTemplate(GEMMA).variables
+    assert not {"enable_thinking", "tools", "raise_exception", "message"} & ChatTemplate(GEMMA).variables
+    assert gemma_4().variables == {*everywhere, "enable_thinking", "tools"}
+    assert ChatTemplate("{% set x = 1 %}{{ x }}{{ raise_exception('a') if y }}{{ range(3) | list }}").variables == {"y"}
+
+
+def test_a_template_is_told_to_think_or_not() -> None:
+    begin, question = "<bos>", "<|turn>user\nWeather in Oslo?<turn|>\n<|turn>model\n"
+    assert gemma_4().render([QUESTION]) == f"{begin}{question}<|channel>thought\n<channel|>"
+    assert gemma_4().render([QUESTION], enable_thinking=True) == f"{begin}<|turn>system\n<|think|>\n<turn|>\n{question}"
+
+
+def test_a_call_and_its_result_are_one_turn() -> None:
+    rendered = gemma_4().render([QUESTION, CALLING, RESULT], tools=[chat_templates.WEATHER], enable_thinking=True)
+    assert "<|tool>weather{description:" in rendered
+    assert rendered.endswith(f"<|turn>model\n<|channel>thought\nAsk.\n<channel|>{CALL_TEXT}{RESULT_TEXT}")
+    answered = [QUESTION, CALLING, RESULT, {"role": "assistant", "content": "Rain."}]
+    rendered = gemma_4().render([*answered, QUESTION], enable_thinking=True)
+    assert f"<|turn>model\n{CALL_TEXT}{RESULT_TEXT}Rain.<turn|>\n<|turn>user" in rendered, "thoughts are dropped"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}},
+        {"function": {"name": "weather", "arguments": {"city": "Oslo"}}},
+    ],
+)
+def test_arguments_may_be_json_text_as_with_openai(call: dict[str, Any]) -> None:
+    rendered = gemma_4().render([QUESTION, {**CALLING, "tool_calls": [call]}, RESULT])
+    assert f"{CALL_TEXT}{RESULT_TEXT}" in rendered
+
+
+@pytest.mark.parametrize("arguments", ["no json", "[1]", "[" * 100_000, None, 5])
+def test_arguments_that_are_no_json_object_are_the_templates_business(arguments: object) -> None:
+    source = "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].function.arguments }}{% endfor %}"
+    call = {"function": {"name": "f", "arguments": arguments}}
+    assert ChatTemplate(source).render([{**CALLING, "tool_calls": [call]}]) == str(arguments)
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize("read", ["reasoning", "reasoning_content"])
+def test_thoughts_have_two_names(key: str, read: str) -> None:
+    assert ChatTemplate(f"{{{{ messages[0].{read} }}}}").render([{"role": "assistant", key: "Hm."}]) == "Hm."
+
+
+# In the manner of the first templates of Gemma 4: what a function returned is a part of the message that called it.
+RESPONSES_IN_MESSAGE = """{%- for m in messages -%}
+    {{- '[' + m.role + (':' + m.tool_calls[0].function.name if m.tool_calls else '') -}}
+    {%- for r in m.tool_responses or [] -%}{{ '|' + r.name + '=' + r.response | string }}{%- endfor -%}
+    {{- '|' + (m.content or '') + ']' -}}
+{%- endfor -%}"""
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([QUESTION, CALLING, RESULT], "[assistant:weather|weather=rain|]"),
+        ([QUESTION, CALLING, {**RESULT, "tool_call_id": "c2"}], "[assistant:weather|weather=rain|]"),
+        ([QUESTION, CALLING, {"role": "tool", "content": {"t": 5}}], "[assistant:weather|unknown={'t': 5}|]"),
+        ([QUESTION, CALLING, {**RESULT, "name": "of the call"}], "[assistant:weather|weather=rain|]"),
+        ([QUESTION, CALLING, RESULT, RESULT], "[assistant:weather|weather=rain|weather=rain|]"),
+        # The answer is part of the turn.
+        ([CALLING, RESULT, {"role": "assistant", "content": "Rain."}], "[assistant:weather|weather=rain|Rain.]"),
+        ([CALLING, RESULT, CALLING], "[assistant:weather|weather=rain|][assistant:weather|]"),
+        (
+            [{**CALLING, "content": "Look:"}, RESULT, {"role": "assistant", "content": "Rain."}],
+            "[assistant:weather|weather=rain|Look:][assistant|Rain.]",
+        ),
+        ([CALLING, RESULT, QUESTION], "[assistant:weather|weather=rain|][user|Weather in Oslo?]"),
+        # Nothing to move.
+        (
+            [{**CALLING, "tool_responses": [{"name": "f", "response": 1}]}, RESULT],
+            "[assistant:weather|f=1|][tool|rain]",
+        ),
+        ([QUESTION, RESULT], "[tool|rain]"),
+    ],
+)
+def test_results_are_put_where_the_template_looks_for_them(messages: list[dict[str, Any]], expected: str) -> None:
+    given = copy.deepcopy(messages)
+    rendered = ChatTemplate(RESPONSES_IN_MESSAGE).render(messages)
+    assert rendered.removeprefix("[user|Weather in Oslo?]") == expected
+    assert messages == given, "the messages are the caller's"
+
+
+def test_a_template_that_knows_messages_of_tools_gets_them_unless_they_are_structured() -> None:
+    both = RESPONSES_IN_MESSAGE + "{# tool_call_id #}"
+    assert ChatTemplate(both).render([CALLING, RESULT]) == "[assistant:weather|][tool|rain]"
+    structured = {**RESULT, "content": {"t": 5}}
+    assert ChatTemplate(both).render([CALLING, structured]) == "[assistant:weather|weather={'t': 5}|]"
+    # This one would not find them anywhere else.
+    assert ChatTemplate(GEMMA_4).render([{**CALLING, "content": "x"}, RESULT], add_generation_prompt=False) == (
+        "<|turn>model\nx<turn|>\n<|turn>tool\nrain<turn|>\n"
+    )

@@ -76,6 +76,17 @@ def test_a_parameter_that_the_server_refuses_is_one_line(server) -> None:
     assert "top_p" in one_line(stderr)
 
 
+def test_thinking_of_a_model_that_cannot_is_one_line(server) -> None:
+    code, stdout, stderr = chat("--target", server.address, "--thinking", lines=MESSAGES)
+    assert (code, stdout) == (2, "")
+    assert "--thinking: the chat template of tiny-gemma knows no thinking" in one_line(stderr)
+
+
+def test_a_model_that_cannot_think_need_not_be_told(server, answers: list[str]) -> None:
+    code, stdout, _ = chat("--target", server.address, "--no-thinking", lines=MESSAGES)
+    assert (code, stdout) == (0, "".join(f"{answer}\n" for answer in answers))
+
+
 def test_nobody_at_the_address_is_one_line() -> None:
     code, stdout, stderr = chat("--target", "127.0.0.1:1", lines=MESSAGES)
     assert (code, stdout) == (1, "")

@@ -48,7 +48,7 @@ def run(block: str, address: str, directory: Path) -> str:
 
 
 def test_there_are_examples() -> None:
-    assert (len(PLAIN), len(WITH_TLS)) == (10, 1)
+    assert (len(PLAIN), len(WITH_TLS)) == (11, 1)
 
 
 @pytest.mark.parametrize("block", PLAIN)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
 
-from draftwerk import Engine, SamplingParams
+from draftwerk import Chat, Engine, SamplingParams
 from draftwerk.server.conversion import (
     check_known_fields,
     check_model,
@@ -139,7 +140,8 @@ def chat(*said: str) -> parameters_pb2.Prompt:
 def test_the_three_forms_of_a_prompt(engine: Engine) -> None:
     assert prompt_of(parameters_pb2.Prompt(text="a"), engine) == "a"
     assert prompt_of(parameters_pb2.Prompt(token_ids=TOKENS(ids=[5, 6])), engine) == [5, 6]
-    assert prompt_of(chat("a", "b"), engine) == [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    assert prompt_of(chat("a", "b"), engine) == Chat(messages, tools=[])
 
 
 async def test_token_ids_of_the_three_forms(engine: Engine) -> None:
@@ -182,6 +184,117 @@ def test_prompts_that_are_refused_name_their_path(engine: Engine) -> None:
 def test_a_prompt_of_more_tokens_than_a_sequence_may_have(engine: Engine) -> None:
     wrong = refusal(parameters_pb2.Prompt(token_ids=TOKENS(ids=[5] * 4097)), engine)
     assert (wrong.field, wrong.allowed) == ("prompt.token_ids.ids", "at most 4096 (the longest sequence)")
+
+
+# --- chats -----------------------------------------------------------------------------------------------------------
+
+
+def chat_prompt(*messages: parameters_pb2.ChatMessage, **fields: Any) -> parameters_pb2.Prompt:
+    return parameters_pb2.Prompt(messages=parameters_pb2.ChatMessages(messages=messages, **fields))
+
+
+MESSAGE, CALL = parameters_pb2.ChatMessage, parameters_pb2.ToolCall
+
+
+def test_everything_that_a_message_may_have(engine: Engine) -> None:
+    prompt = chat_prompt(
+        MESSAGE(role="user", structured_content='[{"type": "text", "text": "hi"}]'),
+        MESSAGE(
+            role="assistant",
+            reasoning_content="hm",
+            tool_calls=[CALL(id="c1", name="f", arguments='{"b": 1, "a": 2.0}'), CALL(name="g")],
+        ),
+        MESSAGE(role="tool", tool_call_id="c1", name="f", content="text"),
+        MESSAGE(role="tool", structured_content='{"t": null}'),
+        tools=['{"type": "function", "function": {"name": "f"}}'],
+        enable_thinking=False,
+        template_variables={"mood": '"good"', "level": "3"},
+    )
+    calls = [
+        {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"b": 1, "a": 2.0}}},
+        {"id": "", "type": "function", "function": {"name": "g", "arguments": {}}},
+    ]
+    read = prompt_of(prompt, engine)
+    assert read == Chat(
+        [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": calls},
+            {"role": "tool", "content": "text", "tool_call_id": "c1", "name": "f"},
+            {"role": "tool", "content": {"t": None}},
+        ],
+        tools=[{"type": "function", "function": {"name": "f"}}],
+        enable_thinking=False,
+        template_variables={"mood": "good", "level": 3},
+    )
+    assert isinstance(read, Chat)
+    arguments = read.messages[1]["tool_calls"][0]["function"]["arguments"]
+    assert list(arguments) == ["b", "a"], "in the order in which they were given"
+    assert [type(value) for value in arguments.values()] == [int, float]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field", "allowed"),
+    [
+        (chat_prompt(MESSAGE(), tools=["{"]), "prompt.messages.tools[0]", "JSON: "),
+        (chat_prompt(MESSAGE(), tools=["[" * 100_000]), "prompt.messages.tools[0]", "JSON: "),
+        (chat_prompt(MESSAGE(), tools=["{}", "[]"]), "prompt.messages.tools[1]", "a JSON object"),
+        (chat_prompt(MESSAGE(), template_variables={"x": "NaN"}), "prompt.messages.template_variables", "NaN is no"),
+        (
+            chat_prompt(MESSAGE(), MESSAGE(content="a", structured_content="[]")),
+            "prompt.messages.messages[1].structured_content",
+            "absent beside content",
+        ),
+        (
+            chat_prompt(MESSAGE(tool_calls=[CALL(name="f", arguments="5")])),
+            "prompt.messages.messages[0].tool_calls[0].arguments",
+            "a JSON object",
+        ),
+        (chat_prompt(*[MESSAGE(role="user")] * 4097), "prompt.messages.messages", "at most 4096"),
+    ],
+)
+def test_a_chat_that_is_refused_names_its_part(
+    engine: Engine, prompt: parameters_pb2.Prompt, field: str, allowed: str
+) -> None:
+    wrong = refusal(prompt, engine)
+    assert wrong.field == field
+    assert allowed in wrong.allowed
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"tools": ['{"function": {"name": "f"}}']}, "content.messages.tools"),
+        ({"enable_thinking": True}, "content.messages.enable_thinking"),
+        ({"template_variables": {"x": "1"}}, "content.messages.template_variables"),
+    ],
+)
+async def test_what_the_chat_template_overlooks_is_refused(engine: Engine, fields: Any, field: str) -> None:
+    prompt = chat_prompt(MESSAGE(role="user", content="hi"), **fields)
+    with pytest.raises(InvalidField, match="must be") as caught:
+        await token_ids_of(prompt, engine, "content")
+    assert caught.value.field == field
+    with pytest.raises(InvalidField, match="they belong to the beginning of a chat") as caught:
+        await token_ids_of(prompt, engine, "content", after=[5])
+    assert caught.value.field == "content.messages"
+
+
+async def test_a_long_chat_is_read_and_tokenised_in_another_thread(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    render = engine.render_chat
+
+    def recording(prompt: Any) -> str:
+        threads.append(threading.current_thread())
+        return render(prompt)
+
+    monkeypatch.setattr(engine, "render_chat", recording)
+    for length in (100, LONG_PROMPT_BYTES):
+        message = MESSAGE(role="user", content="a", reasoning_content="b" * length)
+        assert await token_ids_of(chat_prompt(message), engine) == engine.encode_prompt(
+            [{"role": "user", "content": "a"}]
+        )
+    assert [thread is threading.current_thread() for thread in threads] == [True, False]
 
 
 def test_prompts_of_a_model_without_tokenizer(checkpoint: FakeCheckpoint) -> None:

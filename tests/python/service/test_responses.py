@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from draftwerk import Chunk, Engine, GenerationStats, TokenLogprobs
-from draftwerk.server.responses import generate_response, generation_statistics, joined_stats
-from draftwerk_client.v1 import output_pb2, statistics_pb2
+from draftwerk.server.responses import generate_response, generation_statistics, joined_stats, spelling
+from draftwerk_client.v1 import output_pb2, parameters_pb2, statistics_pb2
 
 CHUNK = Chunk(text="ab", token_ids=(101, 102, 103), drafted=(True, True, False), position=7, received_at=1.0)
 STATS = GenerationStats(
@@ -37,8 +37,12 @@ def test_log_probabilities_and_bytes(engine: Engine) -> None:
     chunk = replace(
         CHUNK, token_ids=(101, 1), logprobs=(TokenLogprobs(-0.5, ((101, -0.5), (7, -1.0))), TokenLogprobs(-2.0))
     )
-    response = generate_response(chunk, 1, engine)
+    wanted = parameters_pb2.OutputOptions(token_bytes=True)
+    response = generate_response(chunk, 1, spelling(wanted, engine))
     assert list(response.token_bytes) == [b"a", b""]
+    wanted.special_tokens = True
+    assert list(generate_response(chunk, 1, spelling(wanted, engine)).token_bytes) == [b"a", b"<control 1>"]
+    assert spelling(parameters_pb2.OutputOptions(special_tokens=True), engine) is None
     assert [entry.logprob for entry in response.logprobs] == [-0.5, -2.0]
     assert [[(top.token_id, top.logprob) for top in entry.top] for entry in response.logprobs] == [
         [(101, -0.5), (7, -1.0)],
