@@ -2,159 +2,269 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace draftwerk {
 namespace {
 
-// --- acceptance -------------------------------------------------------------------------------------------------
-
-/// Where the classes start from, first draft and later ones: lookup's acceptance in Markdown and Python source in
-/// Gemma's tokens, at 1,000 tokens of context, rounded down.
-constexpr float kPriorAcceptance[kConfidenceClasses][kDraftDepths] = {{0.3F, 0.5F},  {0.45F, 0.6F}, {0.5F, 0.7F},
-                                                                      {0.6F, 0.7F},  {0.7F, 0.75F}, {0.7F, 0.8F},
-                                                                      {0.8F, 0.85F}, {0.9F, 0.95F}, {0.7F, 0.65F}};
-/// Drafts that the prior counts for against those of all sequences, and these against the sequence's own.
-constexpr double kPriorWeight = 4.0;
-constexpr double kSharedWeight = 1.0;
-/// Drafts over which counts reach back.
-constexpr float kSharedWindow = 256.0F;
-constexpr float kSequenceWindow = 24.0F;
-/// A run of equal outcomes that had a smaller chance means that the text changed: only the run still counts, as
-/// a third of a window at least. No single outcome is taken to be unlikelier than kLeastChance, so three are needed.
-constexpr float kSurprise = 0.0011F;
-constexpr double kLeastChance = 0.1;
-
 // --- trials -----------------------------------------------------------------------------------------------------
 
-/// Share of the time of all steps that trials may lose, and what may be saved up, in steps.
-constexpr double kTrialShare = 0.01;
+/// Share of the time of all steps that trials may lose. In steps: what there is at first, what may be saved up, and
+/// what comparisons and probes leave to trials.
+constexpr double kTrialShare = 0.003;
+constexpr double kFirstAllowance = 6.0;
 constexpr double kLargestAllowance = 4.0;
-constexpr double kFirstAllowance = 0.5;
-/// What drafting has to gain over none, as a factor: less is within what costs and acceptance are known to.
-constexpr double kWorthDrafting = 1.01;
-/// What an unknown number of rows has to promise over the best known plan, as a factor.
+constexpr double kReserve = 1.0;
+/// A step that takes so many times as long as expected was disturbed.
+constexpr double kDisturbed = 2.5;
+/// What a number of rows that is not known has to promise over the best known plan, as a factor.
 constexpr double kWorthTrying = 1.01;
-/// Steps between trials that are expected to lose, and between measurements of a step without drafts.
+/// Steps between trials that are expected to lose.
 constexpr std::int64_t kTrialSpacing = 8;
-constexpr std::int64_t kBaselineSpacing = 256;
-/// Most steps until a sequence that gets no drafts is probed; the wait doubles with every probe that fails.
-constexpr int kLongestProbeInterval = 32;
-/// Acceptance of a first draft from which a probe takes a second one, to learn of later drafts too.
-constexpr double kDeepProbe = 0.5;
+/// Steps between measurements of a step without drafts, for each sample that its cost rests on and in proportion to how
+/// much drafting gains: the less it is known and the more it matters, the sooner.
+constexpr double kBaselineSpacing = 16.0;
+constexpr double kMostGain = 4.0;
 
-void fade(AcceptanceCounts& counts, float window) {
-  counts.verified *= 1.0F - 1.0F / window;
-  counts.accepted *= 1.0F - 1.0F / window;
-}
+// --- comparisons and probes -------------------------------------------------------------------------------------
 
-void count_draft(AcceptanceCounts& counts, bool accepted, float window) {
-  fade(counts, window);
-  counts.verified += 1.0F;
-  if (accepted) counts.accepted += 1.0F;
-}
+/// Share of a sequence's time that they may lose.
+constexpr double kExploreShare = 0.004;
+/// Standard errors by which what may well be is better than what is expected, and by which what a probe is charged for
+/// is worse: without the latter those that look better than they are would be charged too little.
+constexpr double kHope = 2.0;
+constexpr double kCaution = 0.6;
 
-int depth_bucket(int depth) { return std::min(depth, kDraftDepths - 1); }
+// --- plans ------------------------------------------------------------------------------------------------------
 
-std::size_t class_index(int confidence) {
-  return static_cast<std::size_t>(std::clamp(confidence, 0, kConfidenceClasses - 1));
-}
-
-const DraftOutlook& outlook_of(const DraftCandidate& candidate) { return candidate.outlooks[candidate.drafter]; }
+/// What drafting has to gain over none, as a factor, beside what costs are known to.
+constexpr double kWorthDrafting = 1.015;
+/// Drafts less likely to be accepted than this are not thought of.
+constexpr double kLeastReach = 0.002;
+/// Share of a step from which the time of a drafter's pass counts in how deep it drafts.
+constexpr double kDearPass = 0.002;
 
 int capacity(const DraftCandidate& candidate, int drafter) {
   return std::max(std::min(candidate.limit, candidate.outlooks[drafter].available), 0);
 }
-int capacity(const DraftCandidate& candidate) { return capacity(candidate, candidate.drafter); }
+
+/// The drafter with something to offer that was not used for longest, apart from the one that was granted drafts; -1 if
+/// there is none.
+int longest_unused(const DraftCandidate& candidate) {
+  int longest = -1;
+  for (int d = 0; d < kMaxDrafters; ++d) {
+    if (capacity(candidate, d) == 0 || (candidate.granted > 0 && candidate.drafter == d)) continue;
+    if (longest < 0 || candidate.acceptance->unused[d] > candidate.acceptance->unused[longest]) longest = d;
+  }
+  return longest;
+}
 
 }  // namespace
+
+void DraftBudget::Rounds::add(int drafter, int from_depth, int count) {
+  if (count == 0) return;
+  passes[drafter] = std::max(passes[drafter], from_depth + count);
+  drafts[drafter] += count;
+}
+
+double DraftBudget::drafting_seconds(const Rounds& rounds) const {
+  double seconds = 0.0;
+  for (int d = 0; d < kMaxDrafters; ++d) seconds += draft_costs_[d].seconds(rounds.passes[d], rounds.drafts[d]);
+  return seconds;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
 
 void DraftBudget::plan(std::span<DraftCandidate> candidates, int prefill_rows, int max_rows) {
   pending_ = {};
   const int sequences = static_cast<int>(candidates.size());
-  choose_drafters(candidates);
-  rank_drafts(candidates, max_rows - prefill_rows - sequences);
-
+  for (DraftCandidate& candidate : candidates) {
+    candidate.granted = 0;
+    candidate.compared_drafter = -1;
+  }
+  list_drafts(candidates, max_rows - prefill_rows - sequences);
+  const auto grant = [&](int drafts) {
+    for (int g = 0; g < drafts; ++g) ++candidates[drafts_[g].candidate].granted;
+  };
   if (prefill_rows > 0) {
-    grant(candidates, best_beside_prefill(sequences, prefill_rows));
+    grant(best_beside_prefill(sequences, prefill_rows));
   } else if (step_costs_.measured(sequences)) {
     const int best = best_known(sequences);
-    pending_.rate = rate(sequences, best);
+    best_rate_ = rate(sequences, best);
     const int drafts = trial(sequences, best);
-    grant(candidates, drafts);
-    pending_.tokens = expected_[drafts];
-    pending_.rows = sequences + drafts;
-    pending_.drafting = drafting_[drafts];
-    pending_.active = drafts != best;
-    if (!pending_.active) probe(candidates, max_rows);
-    if (pending_.active) last_trial_ = steps_;
+    grant(drafts);
+    if (drafts == best) {
+      explore(candidates, max_rows);
+    } else {
+      pending_ = {true, sequences + drafts, drafting_[drafts], expected_[drafts]};
+      last_trial_ = steps_;
+    }
   }
   // Otherwise none: a step without drafts is measured first, for all else is compared with it.
 
+  note_rounds(candidates);
+}
+
+void DraftBudget::plan_fixed(std::span<DraftCandidate> candidates, int drafts, int room) {
+  pending_ = {};
+  if (drafters_compete(candidates)) choose_drafters(candidates, 0.0);
+  for (DraftCandidate& candidate : candidates) {
+    candidate.granted = std::min({drafts, capacity(candidate, candidate.drafter), room});
+    candidate.compared_drafter = -1;
+    room -= candidate.granted;
+  }
+  note_rounds(candidates);
+}
+
+/// Remembers what the drafters were given to do.
+void DraftBudget::note_rounds(std::span<DraftCandidate> candidates) {
+  rounds_ = {};
   for (const DraftCandidate& candidate : candidates) {
-    if (capacity(candidate) == 0) continue;
-    int& idle = candidate.acceptance->steps_without_draft;
-    idle = candidate.granted > 0 ? 0 : idle + 1;
+    for (int& unused : candidate.acceptance->unused) ++unused;
+    if (candidate.granted > 0) {
+      rounds_.add(candidate.drafter, 0, candidate.granted);
+      candidate.acceptance->unused[candidate.drafter] = 0;
+    }
+    if (candidate.compared_drafter >= 0) {
+      rounds_.add(candidate.compared_drafter, 0, 1);
+      candidate.acceptance->unused[candidate.compared_drafter] = 0;
+    }
   }
 }
 
-/// For each sequence the drafter with the highest goodput, if all sequences drafted as much as it does.
-void DraftBudget::choose_drafters(std::span<DraftCandidate> candidates) const {
-  const auto sequences = static_cast<int>(candidates.size());
+/// Chooses drafters, puts their drafts in order and sums up what they yield and take.
+void DraftBudget::list_drafts(std::span<DraftCandidate> candidates, int most) {
+  const int sequences = static_cast<int>(candidates.size());
+  const auto list_at = [&](double price) {
+    order_drafts(candidates, most, price);
+    limit_depths(sequences);
+    tabulate(sequences);
+  };
+  if (!drafters_compete(candidates)) {
+    list_at(0.0);
+    return;
+  }
+  choose_drafters(candidates, 0.0);
+  list_at(0.0);
+  const double price = rate(sequences, best_known(sequences));
+  choose_drafters(candidates, price);
+  list_at(price);
+}
+
+/// Counts what the drafters have to offer. If there is but one that has, it becomes that of all sequences.
+bool DraftBudget::drafters_compete(std::span<DraftCandidate> candidates) {
+  offers_ = {};
+  for (const DraftCandidate& candidate : candidates) {
+    for (int d = 0; d < kMaxDrafters; ++d) offers_[d] += capacity(candidate, d) > 0 ? 1 : 0;
+  }
+  const auto most = std::max_element(offers_.begin(), offers_.end());
+  for (DraftCandidate& candidate : candidates) candidate.drafter = static_cast<int>(most - offers_.begin());
+  return std::count(offers_.begin(), offers_.end(), 0) < kMaxDrafters - 1;
+}
+
+/// For each sequence the drafter that is worth most if all sequences draft as much as it does: in tokens, less the
+/// price of the seconds, or in tokens per second while there is no price.
+void DraftBudget::choose_drafters(std::span<DraftCandidate> candidates, double price) {
+  const int sequences = static_cast<int>(candidates.size());
+  shares_.assign(1, step_costs_.cost(sequences) / sequences);
   for (DraftCandidate& candidate : candidates) {
-    candidate.drafter = 0;
-    double best = 0.0;
-    for (int drafter = 0; drafter < kMaxDrafters; ++drafter) {
+    double best = -std::numeric_limits<double>::infinity();
+    for (int d = 0; d < kMaxDrafters; ++d) {
+      const int most = capacity(candidate, d);
+      if (most == 0) continue;
+      const double pass = draft_costs_[d].seconds(1, offers_[d]) / offers_[d];
+      const double later = acceptance(*candidate.acceptance, candidate.outlooks[d].confidence, 1);
+      double reach = acceptance(*candidate.acceptance, candidate.outlooks[d].confidence, 0);
       double tokens = 1.0;
-      double reach = 1.0;
-      for (int depth = 0; depth < capacity(candidate, drafter); ++depth) {
-        reach *= acceptance(*candidate.acceptance, candidate.outlooks[drafter].confidence, depth);
+      for (int k = 1; k <= most; ++k, reach *= later) {
+        if (static_cast<int>(shares_.size()) == k) shares_.push_back(step_costs_.cost(sequences * (1 + k)) / sequences);
         tokens += reach;
-        const int drafts = depth + 1;
-        const double seconds = step_costs_.cost(sequences * (1 + drafts)) / sequences + draft_cost(drafter) * drafts;
-        if (tokens / seconds <= best) continue;
-        best = tokens / seconds;
-        candidate.drafter = drafter;
+        const double seconds = shares_[k] + k * pass;
+        const double worth = price > 0.0 ? tokens - price * seconds : tokens / seconds;
+        if (worth <= best) continue;
+        best = worth;
+        candidate.drafter = d;
       }
     }
   }
 }
 
-/// Orders the drafts that could be granted by what they are expected to yield, greedily: a sequence's next draft is
-/// never likelier to be reached and accepted than the one before it, so every prefix of the order is the best choice
-/// of as many drafts.
-void DraftBudget::rank_drafts(std::span<DraftCandidate> candidates, int most) {
-  ranked_.clear();
-  heads_.clear();
-  expected_.assign(1, static_cast<double>(candidates.size()));
-  drafting_.assign(1, 0.0);
-  const auto less = [](const Head& a, const Head& b) {
-    return a.reach != b.reach ? a.reach < b.reach : a.candidate > b.candidate;
-  };
-  for (int i = 0; i < static_cast<int>(candidates.size()); ++i) {
-    DraftCandidate& candidate = candidates[i];
-    candidate.granted = 0;
-    if (capacity(candidate) == 0) continue;
-    heads_.push_back({acceptance(*candidate.acceptance, outlook_of(candidate).confidence, 0), i, 0});
+/// A draft is never likelier to be reached and accepted than the one before it in its sequence, so the first g of this
+/// order are g drafts that can be granted, and none of as many would yield more.
+void DraftBudget::order_drafts(std::span<const DraftCandidate> candidates, int most, double price) {
+  drafts_.clear();
+  std::array<double, kMaxDrafters> pass_price{};  // of a draft's part in its pass
+  for (int d = 0; d < kMaxDrafters; ++d) {
+    if (offers_[d] > 0) pass_price[d] = price * draft_costs_[d].seconds(1, offers_[d]) / offers_[d];
   }
-  std::make_heap(heads_.begin(), heads_.end(), less);
-  while (static_cast<int>(ranked_.size()) < most && !heads_.empty()) {
-    std::pop_heap(heads_.begin(), heads_.end(), less);
-    Head& head = heads_.back();
-    ranked_.push_back(head.candidate);
-    expected_.push_back(expected_.back() + head.reach);
-    const DraftCandidate& candidate = candidates[head.candidate];
-    drafting_.push_back(drafting_.back() + draft_cost(candidate.drafter));
-    if (++head.depth == capacity(candidate)) {
-      heads_.pop_back();
-      continue;
+  for (int i = 0; i < static_cast<int>(candidates.size()); ++i) {
+    const DraftCandidate& candidate = candidates[i];
+    const int drafter = candidate.drafter;
+    const int available = capacity(candidate, drafter);
+    if (available == 0) continue;
+    const double later = acceptance(*candidate.acceptance, candidate.outlooks[drafter].confidence, 1);
+    double reach = acceptance(*candidate.acceptance, candidate.outlooks[drafter].confidence, 0);
+    for (int depth = 0; depth < available; ++depth) {
+      if (reach < kLeastReach) break;
+      drafts_.push_back({reach - pass_price[drafter], reach, i, drafter, depth});
+      reach *= later;
     }
-    head.reach *= acceptance(*candidate.acceptance, outlook_of(candidate).confidence, head.depth);
-    std::push_heap(heads_.begin(), heads_.end(), less);
+  }
+  std::sort(drafts_.begin(), drafts_.end(), [](const Draft& a, const Draft& b) {
+    if (a.worth != b.worth) return a.worth > b.worth;
+    return a.depth != b.depth ? a.depth < b.depth : a.candidate < b.candidate;
+  });
+  if (static_cast<int>(drafts_.size()) > most) drafts_.resize(static_cast<std::size_t>(std::max(most, 0)));
+}
+
+/// Strikes out drafts that are too deep: a pass costs much the same for few sequences as for many, and the last few
+/// that would go on do not pay for it. Rows beyond those measured are taken to be free here, so that they can be tried.
+void DraftBudget::limit_depths(int sequences) {
+  if (sequences < 2) return;
+  const int largest = std::max(step_costs_.largest(), sequences);
+  for (int d = 0; d < kMaxDrafters; ++d) {
+    if (offers_[d] < 2) continue;
+    // As if a pass took so much and so much more for each row.
+    const double one = draft_costs_[d].seconds(1, 1);
+    const double row = (draft_costs_[d].seconds(1, offers_[d]) - one) / (offers_[d] - 1);
+    const double pass = one - row;
+    if (pass < kDearPass * step_costs_.cost(sequences)) continue;
+    int deepest = 0;
+    for (const Draft& draft : drafts_) deepest = std::max(deepest, draft.drafter == d ? draft.depth + 1 : 0);
+    int best = deepest;
+    double best_rate = 0.0;
+    for (int limit = 1; limit <= deepest; limit += 1 + limit / 8) {
+      double tokens = sequences;
+      double seconds = 0.0;
+      int rows = sequences;
+      int passes = 0;
+      for (const Draft& draft : drafts_) {
+        if (draft.drafter == d) {
+          if (draft.depth >= limit) continue;
+          passes = std::max(passes, draft.depth + 1);
+          seconds += row;
+        }
+        ++rows;
+        tokens += draft.reach;
+        const double rate = tokens / (step_costs_.cost(std::min(rows, largest)) + seconds + passes * pass);
+        if (rate <= best_rate) continue;
+        best_rate = rate;
+        best = limit;
+      }
+    }
+    std::erase_if(drafts_, [&](const Draft& draft) { return draft.drafter == d && draft.depth >= best; });
   }
 }
 
-void DraftBudget::grant(std::span<DraftCandidate> candidates, int drafts) const {
-  for (int g = 0; g < drafts; ++g) ++candidates[ranked_[g]].granted;
+void DraftBudget::tabulate(int sequences) {
+  expected_.assign(1, static_cast<double>(sequences));
+  drafting_.assign(1, 0.0);
+  Rounds rounds;
+  for (const Draft& draft : drafts_) {
+    rounds.add(draft.drafter, draft.depth, 1);
+    expected_.push_back(expected_.back() + draft.reach);
+    drafting_.push_back(drafting_seconds(rounds));
+  }
 }
 
 double DraftBudget::rate(int sequences, int drafts) const {
@@ -164,15 +274,15 @@ double DraftBudget::rate(int sequences, int drafts) const {
 /// The number of drafts with the highest goodput among those whose cost was measured or lies between measured ones.
 /// All of them are looked at, since the cost may rise in steps.
 int DraftBudget::best_known(int sequences) const {
-  const int most = std::min(static_cast<int>(ranked_.size()), step_costs_.largest() - sequences);
+  const int most = std::min(static_cast<int>(drafts_.size()), step_costs_.largest() - sequences);
   int best = 0;
-  double best_rate = rate(sequences, 0) * kWorthDrafting;
+  double best_rate = rate(sequences, 0) * (kWorthDrafting + step_costs_.error(sequences));
   for (int g = 1; g <= most; ++g) {
-    const double candidate = rate(sequences, g);
-    if (candidate > best_rate) {
-      best = g;
-      best_rate = candidate;
-    }
+    // Of many costs, those known worst look best.
+    const double candidate = rate(sequences, g) / (1.0 + step_costs_.error(sequences + g));
+    if (candidate <= best_rate) continue;
+    best = g;
+    best_rate = candidate;
   }
   return best;
 }
@@ -188,106 +298,138 @@ int DraftBudget::best_beside_prefill(int sequences, int prefill_rows) const {
   for (int g = 1; g < static_cast<int>(expected_.size()); ++g) {
     const double seconds = step_costs_.cost(sequences + prefill_rows + g) - base + drafting_[g];
     const double surplus = expected_[g] - expected_[0] - price * seconds;
-    if (surplus > best_surplus) {
-      best = g;
-      best_surplus = surplus;
-    }
+    if (surplus <= best_surplus) continue;
+    best = g;
+    best_surplus = surplus;
   }
   return best;
+}
+
+// --- finding out ------------------------------------------------------------------------------------------------
+
+/// Most drafts that may be tried: twice those measured so far, one for each sequence at first, so that a steep curve is
+/// noticed while it is cheap.
+int DraftBudget::most_tried(int sequences) const {
+  const int known = step_costs_.largest() - sequences;
+  return std::max({2 * known, sequences, known > 0 ? 4 : 1});
 }
 
 /// Another number of drafts than `best`, if there is one that should be tried now; else `best`.
 int DraftBudget::trial(int sequences, int best) const {
-  const double best_rate = pending_.rate;
   if (allowance_ < 0.0) return best;
   const bool may_lose = steps_ - last_trial_ >= kTrialSpacing;
-  // Costs never fall with the number of rows, so the closest reliable one below bounds an unknown one. Not further
-  // than twice the drafts measured so far: a steep curve is noticed while it is cheap.
-  const int known = std::max(step_costs_.largest() - sequences, 0);
-  const int most = std::min(static_cast<int>(ranked_.size()), std::max(2 * known, 1));
-  double bound = step_costs_.cost(sequences);
-  double pick_rate = best_rate * kWorthTrying;
+  const double gain = std::min(best_rate_ / rate(sequences, 0), kMostGain);
+  if (best > 0 && step_costs_.age(sequences) > kBaselineSpacing * step_costs_.samples(sequences) * gain) {
+    const double loss = step_costs_.cost(sequences) - expected_[0] / best_rate_;
+    return may_lose && loss <= allowance_ ? 0 : best;
+  }
+  const int most = std::min(static_cast<int>(drafts_.size()), most_tried(sequences));
+  double bound = 0.0;  // costs never fall with the number of rows
+  double pick_loss = may_lose ? allowance_ : 0.0;
   int pick = best;
-  for (int g = 1; g <= most; ++g) {
-    const double cost = step_costs_.cost(sequences + g);
-    if (step_costs_.reliable(sequences + g)) {
-      bound = cost;
+  for (int g = 0; g <= most; ++g) {
+    const int rows = sequences + g;
+    const double cost = step_costs_.cost(rows);
+    if (step_costs_.measured(rows)) bound = std::max(bound, cost * (1.0 - kHope * step_costs_.error(rows)));
+    if (g == 0 || step_costs_.reliable(rows)) continue;
+    const double hoped = expected_[g] / (bound + drafting_[g]);
+    const double loss = (bound + cost) / 2 + drafting_[g] - expected_[g] / best_rate_;
+    if (hoped <= best_rate_ * kWorthTrying || loss >= pick_loss) continue;
+    pick = g;
+    pick_loss = loss;
+  }
+  return pick;
+}
+
+/// Spends what sequences have saved on probes and comparisons.
+void DraftBudget::explore(std::span<DraftCandidate> candidates, int max_rows) {
+  const int sequences = static_cast<int>(candidates.size());
+  const double step = step_costs_.cost(sequences);
+  const double share = step / sequences;
+  const int most_rows = std::min(max_rows, sequences + most_tried(sequences));
+  int rows = sequences;
+  Rounds rounds;
+  for (const DraftCandidate& candidate : candidates) {
+    rows += candidate.granted;
+    rounds.add(candidate.drafter, 0, candidate.granted);
+  }
+  for (DraftCandidate& candidate : candidates) {
+    SequenceAcceptance& own = *candidate.acceptance;
+    own.savings = std::min(own.savings + kExploreShare * share, kLargestAllowance * share);
+    const double funds = own.savings + std::max(allowance_ - kReserve * step, 0.0);
+    const auto pay = [&](double loss) {
+      const double extra = std::max(loss - own.savings, 0.0);
+      allowance_ -= extra;
+      own.savings -= std::max(loss, 0.0) - extra;
+    };
+
+    const Probe deeper = probe(candidate, rows, rounds, most_rows);
+    if (deeper.drafts > 0 && deeper.loss <= funds) {
+      pay(deeper.loss);
+      rows += deeper.drafts - candidate.granted;
+      rounds.add(candidate.drafter, candidate.granted, deeper.drafts - candidate.granted);
+      candidate.granted = deeper.drafts;
       continue;
     }
-    const double hoped = expected_[g] / (bound + drafting_[g]);
-    const double loss = (bound + cost) / 2 + drafting_[g] - expected_[g] / best_rate;
-    const bool gains = rate(sequences, g) > best_rate;
-    if (hoped > pick_rate && (gains || (may_lose && loss <= allowance_))) {
-      pick = g;
-      pick_rate = hoped;
-    }
+    const int other = longest_unused(candidate);
+    if (other < 0) continue;
+    Rounds with = rounds;
+    with.add(other, 0, 1);
+    const double loss = drafting_seconds(with) - drafting_seconds(rounds);
+    // While a probe is saved for, comparisons may have half of what comes in.
+    if (loss > (deeper.drafts > 0 ? kExploreShare * share / 2 : funds)) continue;
+    pay(loss);
+    rounds = with;
+    candidate.compared_drafter = other;
   }
-  if (pick != best) return pick;
-  if (best > 0 && may_lose && step_costs_.age(sequences) > kBaselineSpacing) {
-    const double loss = step_costs_.cost(sequences) - expected_[0] / best_rate;
-    if (loss <= allowance_) return 0;
+}
+
+/// More drafts than are granted, if they would pay should later ones be accepted as often as may well be: those that
+/// tell most for what they lose. With two drafts and more, what is known of later ones comes by itself.
+DraftBudget::Probe DraftBudget::probe(const DraftCandidate& candidate, int rows, const Rounds& rounds,
+                                      int max_rows) const {
+  Probe best;
+  if (candidate.granted > 1) return best;
+  const AcceptanceBeliefs& beliefs = candidate.acceptance->beliefs;
+  const int confidence = candidate.outlooks[candidate.drafter].confidence;
+  const double first = acceptance_.estimate(beliefs, confidence, 0);
+  const double later = acceptance_.estimate(beliefs, confidence, 1);
+  const double later_error = acceptance_.error(beliefs, confidence, 1);
+  const double hoped = std::min(later + kHope * later_error, 1.0);
+  const double feared = std::max(later - kCaution * later_error, 0.0);
+  const double feared_first = std::max(first - kCaution * acceptance_.error(beliefs, confidence, 0), 0.0);
+  const double now = step_costs_.cost(rows) * (1.0 - step_costs_.error(rows)) + drafting_seconds(rounds);
+  const int others = rows - candidate.granted;
+  const int most = std::min(capacity(candidate, candidate.drafter), max_rows - others);
+  double reach = first;
+  double hoped_reach = first;
+  double feared_reach = feared_first;
+  double hoped_gain = candidate.granted > 0 ? 0.0 : first;
+  double feared_gain = candidate.granted > 0 ? 0.0 : feared_first;
+  double outcomes = 0.0;  // of later drafts
+  double best_outcomes = 0.0;
+  for (int k = 2; k <= most; ++k) {
+    outcomes += reach;
+    reach *= later;
+    hoped_gain += hoped_reach *= hoped;
+    feared_gain += feared_reach *= feared;
+    Rounds with = rounds;
+    with.add(candidate.drafter, candidate.granted, k - candidate.granted);
+    const double step = step_costs_.cost(others + k) * (1.0 + step_costs_.error(others + k));
+    const double cost = step + drafting_seconds(with) - now;
+    if (hoped_gain <= cost * best_rate_) continue;
+    const double loss = cost - feared_gain / best_rate_;
+    if (best.drafts > 0 && loss * best_outcomes >= best.loss * outcomes) continue;
+    best = {k, loss};
+    best_outcomes = outcomes;
   }
   return best;
 }
 
-/// Adds a draft or two for sequences that have had none for long, within the allowance.
-void DraftBudget::probe(std::span<DraftCandidate> candidates, int max_rows) {
-  const std::size_t count = candidates.size();
-  double allowance = allowance_;
-  for (std::size_t i = 0; i < count && pending_.rows < max_rows; ++i) {
-    const std::size_t at = (probe_cursor_ + i) % count;
-    DraftCandidate& candidate = candidates[at];
-    SequenceAcceptance& sequence = *candidate.acceptance;
-    if (candidate.granted > 0 || capacity(candidate) == 0) continue;
-    if (sequence.steps_without_draft + 1 < sequence.probe_interval) continue;
-    double gain = acceptance(sequence, outlook_of(candidate).confidence, 0);
-    int drafts = 1;
-    if (gain >= kDeepProbe && capacity(candidate) > 1 && pending_.rows + 1 < max_rows) {
-      gain += gain * acceptance(sequence, outlook_of(candidate).confidence, 1);
-      drafts = 2;
-    }
-    const double loss = step_costs_.cost(pending_.rows + drafts) - step_costs_.cost(pending_.rows) +
-                        draft_cost(candidate.drafter) * drafts - gain / pending_.rate;
-    if (loss > allowance) {
-      probe_cursor_ = at;
-      break;
-    }
-    allowance -= std::max(loss, 0.0);
-    candidate.granted = drafts;
-    sequence.probe_interval = std::clamp(2 * sequence.probe_interval, 1, kLongestProbeInterval);
-    pending_.tokens += gain;
-    pending_.rows += drafts;
-    pending_.drafting += draft_cost(candidate.drafter) * drafts;
-    pending_.active = true;
-  }
-}
+// --- observations -----------------------------------------------------------------------------------------------
 
 void DraftBudget::observe_acceptance(SequenceAcceptance& sequence, int confidence, int drafted, int accepted) {
-  AcceptanceCounts* own = sequence.counts[class_index(confidence)].data();
-  AcceptanceCounts* shared = shared_[class_index(confidence)].data();
-  // The first rejected draft ends what is known: those after it were never compared with what the target would say.
-  for (int depth = 0; depth < std::min(drafted, accepted + 1); ++depth) {
-    const int bucket = depth_bucket(depth);
-    const bool agreed = depth < accepted;
-    const double p = this->acceptance(sequence, confidence, depth);
-    AcceptanceRun& run = sequence.runs[class_index(confidence)][bucket];
-    if (run.accepted != agreed) run = {agreed, 0, 1.0F};
-    ++run.length;
-    run.chance *= static_cast<float>(std::clamp(agreed ? p : 1.0 - p, kLeastChance, 1.0));
-    count_draft(own[bucket], agreed, kSequenceWindow);
-    count_draft(shared[bucket], agreed, kSharedWindow);
-    if (run.chance < kSurprise) {
-      const float length = std::max(static_cast<float>(run.length), kSequenceWindow / 3);
-      own[bucket] = {length, agreed ? length : 0.0F};
-      run.chance = 1.0F;
-    }
-  }
-  // Where drafts are single ones, what was known of later ones must not stand for ever.
-  if (drafted == 1) {
-    fade(own[1], kSequenceWindow);
-    fade(shared[1], kSharedWindow);
-  }
-  if (accepted > 0) sequence.probe_interval = 0;
+  acceptance_.observe(sequence.beliefs, confidence, drafted, accepted);
 }
 
 void DraftBudget::observe_step(int rows, double seconds) {
@@ -296,35 +438,30 @@ void DraftBudget::observe_step(int rows, double seconds) {
   const double expected_seconds = first ? seconds : step_costs_.cost(rows);
   step_costs_.observe(rows, seconds);
   ++steps_;
-  // A disturbed step says nothing of what a trial or a step costs: bound it.
-  const double charged = std::min(seconds, 4.0 * expected_seconds);
+  // A disturbed step says nothing of what a trial or a step costs.
+  const double charged = seconds > kDisturbed * expected_seconds ? expected_seconds : seconds;
   if (pending_.active && pending_.rows == rows) {
-    allowance_ -= std::max(charged + pending_.drafting - pending_.tokens / pending_.rate, 0.0);
+    allowance_ -= std::max(charged + pending_.drafting - pending_.tokens / best_rate_, 0.0);
   }
   pending_.active = false;
-  allowance_ = std::min(allowance_ + charged * (first ? kFirstAllowance : kTrialShare), kLargestAllowance * charged);
+  if (first) {
+    allowance_ = kFirstAllowance * charged;
+  } else if (allowance_ < kLargestAllowance * charged) {
+    allowance_ = std::min(allowance_ + kTrialShare * charged, kLargestAllowance * charged);
+  }
 }
 
 void DraftBudget::observe_drafting(int drafter, int drafts, double seconds) {
   if (drafts < 1 || !std::isfinite(seconds) || seconds < 0.0) return;
-  draft_costs_[drafter].add(seconds / drafts);
+  draft_costs_[drafter].observe(std::clamp(rounds_.passes[drafter], 1, drafts), drafts, seconds);
 }
 
 double DraftBudget::step_cost(int rows) const { return step_costs_.cost(rows); }
 
-double DraftBudget::draft_cost(int drafter) const {
-  const RecentMedian& costs = draft_costs_[drafter];
-  return costs.count() == 0 ? 0.0 : costs.value();
-}
+double DraftBudget::draft_cost(int drafter) const { return draft_costs_[drafter].seconds(1, 1); }
 
 double DraftBudget::acceptance(const SequenceAcceptance& sequence, int confidence, int depth) const {
-  const std::size_t c = class_index(confidence);
-  const int bucket = depth_bucket(depth);
-  const AcceptanceCounts& shared = shared_[c][bucket];
-  const AcceptanceCounts& own = sequence.counts[c][bucket];
-  const double prior = kPriorAcceptance[c][bucket];
-  const double over_all = (prior * kPriorWeight + shared.accepted) / (kPriorWeight + shared.verified);
-  return (over_all * kSharedWeight + own.accepted) / (kSharedWeight + own.verified);
+  return acceptance_.estimate(sequence.beliefs, confidence, depth);
 }
 
 }  // namespace draftwerk

@@ -9,10 +9,19 @@ namespace {
 
 constexpr int kExactRows = 64;
 constexpr int kNodesPerOctave = 8;
-/// Steps after which a measurement no longer stands for the present: contexts grew, the machine got busy.
+/// Steps after which a measurement no longer stands for the present, and is forgotten: contexts grew, the machine got
+/// busy or idle.
 constexpr std::int64_t kStaleSteps = 512;
 /// Age at which a measurement weighs half as much as a new one that contradicts it.
 constexpr double kHalfWeightSteps = 128.0;
+
+/// A first sample so many times as long as expected is a disturbance until the next one says the same.
+constexpr double kDoubtful = 2.5;
+/// How a sample's distance from the estimate moves the average distance, and the most that it counts for.
+constexpr double kScatterPace = 0.05;
+constexpr double kLargestScatter = 0.25;
+/// Standard error of a median of n samples of a normal distribution whose mean absolute deviation is 1, times sqrt(n).
+constexpr double kMedianError = 1.57;
 
 /// Assumed cost in units of one row: decode reads every weight once per step, so few more rows are nearly free;
 /// with many the arithmetic catches up.
@@ -65,11 +74,21 @@ int StepCostTable::rows_of(int node) {
 void StepCostTable::observe(int rows, double seconds) {
   if (rows < 1 || !std::isfinite(seconds) || seconds <= 0.0) return;
   ++step_;
-  largest_ = std::max(largest_, rows);
   const int at = node_of(rows);
   Node& node = nodes_[at];
-  if (node.samples.count() > 2 && step_ - node.last_step > kStaleSteps) node.samples.clear();
-  node.samples.add(seconds * assumed_cost(rows_of(at)) / assumed_cost(rows));
+  if (step_ - node.last_step > kStaleSteps) node.samples.clear();
+  const double sample = seconds * assumed_cost(rows_of(at)) / assumed_cost(rows);
+  if (node.samples.count() == 0 && !node.doubted && largest_ > 0 && sample > kDoubtful * estimate_[at]) {
+    node.doubted = true;
+    return;
+  }
+  node.doubted = false;
+  if (node.samples.count() > 2) {
+    const double off = std::min(std::abs(sample / node.typical - 1.0), kLargestScatter);
+    scatter_ += (off - scatter_) * kScatterPace;
+  }
+  node.samples.add(sample);
+  node.typical = node.samples.value();
   node.last_step = step_;
   rebuild();
 }
@@ -79,6 +98,7 @@ void StepCostTable::rebuild() {
   struct Pool {
     double cost;
     double weight;
+    float samples;
     int first;
     int last;
   };
@@ -88,14 +108,15 @@ void StepCostTable::rebuild() {
   int measured_count = 0;
   for (int node = 0; node < kNodes; ++node) {
     const Node& here = nodes_[node];
-    if (here.samples.count() == 0) continue;
+    if (!known(here)) continue;
     const double weight = here.samples.count() / (1.0 + static_cast<double>(step_ - here.last_step) / kHalfWeightSteps);
-    Pool pool{here.samples.value(), weight, measured_count, measured_count};
+    Pool pool{here.typical, weight, static_cast<float>(here.samples.count()), measured_count, measured_count};
     measured[measured_count++] = node;
     while (pool_count > 0 && pools[pool_count - 1].cost >= pool.cost) {
       const Pool& before = pools[--pool_count];
       const double total = before.weight + pool.weight;
-      pool = {(before.cost * before.weight + pool.cost * pool.weight) / total, total, before.first, pool.last};
+      pool = {(before.cost * before.weight + pool.cost * pool.weight) / total, total, before.samples + pool.samples,
+              before.first, pool.last};
     }
     pools[pool_count++] = pool;
   }
@@ -105,22 +126,30 @@ void StepCostTable::rebuild() {
     }
     return;
   }
+  largest_ = rows_of(measured[measured_count - 1]);
   const auto assumed = [](int node) { return assumed_cost(rows_of(node)); };
   const auto node_at = [&](int index) { return measured[index]; };
   for (int p = 0; p < pool_count; ++p) {
     const Pool& pool = pools[p];
-    for (int i = pool.first; i <= pool.last; ++i) estimate_[node_at(i)] = pool.cost;
+    for (int i = pool.first; i <= pool.last; ++i) {
+      estimate_[node_at(i)] = pool.cost;
+      support_[node_at(i)] = pool.samples;
+    }
   }
   const auto estimate = [&](int node) -> double& { return estimate_[node]; };
 
   const int lowest = node_at(0);
-  for (int node = 0; node < lowest; ++node) estimate(node) = estimate(lowest) * assumed(node) / assumed(lowest);
+  for (int node = 0; node < lowest; ++node) {
+    estimate(node) = estimate(lowest) * assumed(node) / assumed(lowest);
+    support_[node] = support_[lowest];
+  }
   for (int i = 0; i + 1 < measured_count; ++i) {
     const int a = node_at(i);
     const int b = node_at(i + 1);
     for (int node = a + 1; node < b; ++node) {
       const double part = (assumed(node) - assumed(a)) / (assumed(b) - assumed(a));
       estimate(node) = estimate(a) + part * (estimate(b) - estimate(a));
+      support_[node] = std::min(support_[a], support_[b]);
     }
   }
   // Beyond the largest: as steep as what was measured over its last quarter or more; where that is flatter than the
@@ -135,6 +164,7 @@ void StepCostTable::rebuild() {
   }
   for (int node = highest + 1; node < kNodes; ++node) {
     estimate(node) = estimate(highest) + tail_slope_ * (assumed(node) - assumed(highest));
+    support_[node] = support_[highest];
   }
 }
 
@@ -151,10 +181,16 @@ double StepCostTable::cost(int rows) const {
   return estimate(below) + part * (estimate(below + 1) - estimate(below));
 }
 
-bool StepCostTable::measured(int rows) const { return nodes_[node_of(rows)].samples.count() > 0; }
+bool StepCostTable::known(const Node& node) const {
+  return node.samples.count() > 0 && step_ - node.last_step <= kStaleSteps;
+}
 
-bool StepCostTable::reliable(int rows) const {
-  return nodes_[node_of(rows)].samples.count() > 2 && age(rows) <= kStaleSteps;
+bool StepCostTable::measured(int rows) const { return known(nodes_[node_of(rows)]); }
+
+bool StepCostTable::reliable(int rows) const { return measured(rows) && samples(rows) > 2; }
+
+double StepCostTable::error(int rows) const {
+  return scatter_ * kMedianError / std::sqrt(std::max(static_cast<double>(support_[node_of(rows)]), 1.0));
 }
 
 std::int64_t StepCostTable::age(int rows) const { return step_ - nodes_[node_of(rows)].last_step; }

@@ -25,7 +25,8 @@ class RecentMedian {
 
 /// Seconds of a step by its number of rows, learned from steps. Every count up to 64 is measured by itself, larger
 /// ones in eighths of an octave. Estimates never fall with the number of rows; between measured counts they follow an
-/// assumed curve, and beyond the largest one go on about as steeply as was measured. Takes 17 kB.
+/// assumed curve, and beyond the largest one go on about as steeply as was measured. What was not measured for 512
+/// steps is forgotten, so that a machine that was busy is not taken to be so for ever. Takes 20 kB.
 class StepCostTable {
  public:
   StepCostTable();
@@ -34,13 +35,17 @@ class StepCostTable {
   void observe(int rows, double seconds);
   /// Estimated seconds; before any observation, in units of a step with one row.
   [[nodiscard]] double cost(int rows) const;
-  /// Whether `rows`, or a count close to it, was ever measured.
+  /// Whether `rows`, or a count close to it, was measured not long ago.
   [[nodiscard]] bool measured(int rows) const;
-  /// Whether it was measured often enough not to be a fluke, and not long ago.
+  /// Whether it was measured often enough not to be a fluke.
   [[nodiscard]] bool reliable(int rows) const;
+  /// Latest measurements that its estimate rests on.
+  [[nodiscard]] int samples(int rows) const { return nodes_[node_of(rows)].samples.count(); }
   /// Steps observed since it was measured; meaningful if it was.
   [[nodiscard]] std::int64_t age(int rows) const;
-  /// The largest number of rows measured so far, 0 if none was.
+  /// Standard error of cost(rows), as a share of it: from how much samples scatter and how many it rests on.
+  [[nodiscard]] double error(int rows) const;
+  /// The largest number of rows that is measured, 0 if none is.
   [[nodiscard]] int largest() const { return largest_; }
 
  private:
@@ -48,16 +53,21 @@ class StepCostTable {
 
   struct Node {
     RecentMedian samples;
+    double typical = 0.0;  ///< samples.value()
     std::int64_t last_step = 0;
+    bool doubted = false;  ///< the last sample did not count
   };
 
+  [[nodiscard]] bool known(const Node& node) const;
   static int node_of(int rows);
   static int rows_of(int node);
   void rebuild();
 
   std::array<Node, kNodes> nodes_;
   std::array<double, kNodes> estimate_{};
-  double tail_slope_ = 1.0;  ///< seconds per unit of the assumed curve beyond the last node
+  std::array<float, kNodes> support_{};  ///< samples that the estimate rests on
+  double scatter_ = 0.02;                ///< of samples around the estimate, relative, on average
+  double tail_slope_ = 1.0;              ///< seconds per unit of the assumed curve beyond the last node
   std::int64_t step_ = 0;
   int largest_ = 0;
 };

@@ -301,6 +301,7 @@ void Engine::step() {
 // Fills drafts_ with what the drafters propose for the sequences that decode, and reserves the pages of its drafts.
 void Engine::propose_drafts(const StepPlan& plan) {
   drafts_.assign(plan.sequences.size(), {});
+  compared_.assign(plan.sequences.size(), {});
   if (drafters_.empty()) return;
   const PhaseTimer timer(totals_.draft_seconds);
   grant_drafts(plan);
@@ -308,9 +309,8 @@ void Engine::propose_drafts(const StepPlan& plan) {
   for (std::size_t d = 0; d < drafters_.size(); ++d) propose_with(d, plan);
 }
 
-// What one drafter proposes for the sequences that were granted its drafts.
+// What one drafter proposes for the sequences that were granted its drafts, and for those it is compared on.
 void Engine::propose_with(std::size_t drafter, const StepPlan& plan) {
-  const Clock::time_point start = Clock::now();
   const auto stride = static_cast<std::size_t>(options_.max_draft_length);
   jobs_.clear();
   job_sequences_.clear();
@@ -319,20 +319,34 @@ void Engine::propose_with(std::size_t drafter, const StepPlan& plan) {
     const std::size_t planned = candidate_sequences_[c];
     Sequence& sequence = *plan.sequences[planned].sequence;
     const DraftCandidate& candidate = candidates_[c];
-    if (candidate.granted == 0 || static_cast<std::size_t>(candidate.drafter) != drafter) continue;
-    // Drafts are worth parked K/V and cached prefixes, which would have to go a few tokens later, but never a sequence.
-    if (!parked_.reserve(sequence.kv, sequence.length() + candidate.granted)) continue;
-    jobs_.push_back({draft_context(sequence, drafter), candidate.granted, &draft_tokens_[planned * stride], 0});
+    const int confidence = candidate.outlooks[drafter].confidence;
+    if (candidate.compared_drafter == static_cast<int>(drafter)) {
+      compared_[planned] = {0, confidence};
+      jobs_.push_back({draft_context(sequence, drafter), 1, &compared_[planned].token, 0});
+    } else if (candidate.granted > 0 && candidate.drafter == static_cast<int>(drafter)) {
+      // Drafts are worth parked K/V and cached prefixes, which would have to go a few tokens later, but never a
+      // sequence.
+      if (!parked_.reserve(sequence.kv, sequence.length() + candidate.granted)) continue;
+      origins_[planned] = {drafter, confidence};
+      jobs_.push_back({draft_context(sequence, drafter), candidate.granted, &draft_tokens_[planned * stride], 0});
+    } else {
+      continue;
+    }
     job_sequences_.push_back(planned);
-    origins_[planned] = {drafter, candidate.outlooks[drafter].confidence};
-    wanted += candidate.granted;
+    wanted += jobs_.back().count;
   }
   if (jobs_.empty()) return;
+  const Clock::time_point start = Clock::now();
   drafters_[drafter]->propose(jobs_);
-  for (std::size_t j = 0; j < jobs_.size(); ++j) {
-    drafts_[job_sequences_[j]] = {jobs_[j].drafts, static_cast<std::size_t>(jobs_[j].produced)};
-  }
   budget_.observe_drafting(static_cast<int>(drafter), wanted, seconds_since(start));
+  for (std::size_t j = 0; j < jobs_.size(); ++j) {
+    const std::size_t planned = job_sequences_[j];
+    if (jobs_[j].drafts != &compared_[planned].token) {
+      drafts_[planned] = {jobs_[j].drafts, static_cast<std::size_t>(jobs_[j].produced)};
+    } else if (jobs_[j].produced == 0) {
+      compared_[planned] = {};
+    }
+  }
 }
 
 // Decides how many drafts each decoding sequence gets, and whose.
@@ -342,7 +356,6 @@ void Engine::grant_drafts(const StepPlan& plan) {
   origins_.assign(plan.sequences.size(), {});
   const int room =
       std::min(scheduler_.limits().max_step_rows - plan.rows, scheduler_.limits().max_outputs - plan.outputs);
-  int left = room;
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
     const PlannedSequence& planned = plan.sequences[i];
     if (!planned.decides || planned.rows != 1) continue;
@@ -364,13 +377,8 @@ void Engine::grant_drafts(const StepPlan& plan) {
   }
   if (options_.draft_length < 0) {
     budget_.plan(candidates_, plan.rows - static_cast<int>(candidates_.size()), plan.rows + room);
-    return;
-  }
-  budget_.choose_drafters(candidates_);
-  for (DraftCandidate& candidate : candidates_) {
-    const int available = candidate.outlooks[static_cast<std::size_t>(candidate.drafter)].available;
-    candidate.granted = std::min({options_.draft_length, candidate.limit, available, left});
-    left -= candidate.granted;
+  } else {
+    budget_.plan_fixed(candidates_, options_.draft_length, room);
   }
 }
 
@@ -406,6 +414,10 @@ void Engine::commit(const StepPlan& plan) {
       count_drafts(totals_, drafted, accepted);
       count_drafts(totals_.drafters[origin.drafter], drafted, accepted);
       acceptance_[origin.drafter].observe(drafted, accepted);
+    }
+    if (const ComparedDraft& draft = compared_[index]; draft.confidence >= 0) {
+      const int agreed = draft.token == results_[g].tokens.front() ? 1 : 0;
+      budget_.observe_acceptance(sequence.acceptance, draft.confidence, 1, agreed);
     }
     sequence.target_row = batch_.groups()[g].first_output + accepted;
     sequence.target_step = totals_.steps;

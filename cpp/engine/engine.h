@@ -197,7 +197,12 @@ class Engine {
     std::size_t drafter = 0;
     int confidence = 0;
   };
-  std::vector<DraftOrigin> origins_;          // per planned sequence, of its drafts
+  std::vector<DraftOrigin> origins_;  // per planned sequence, of its drafts
+  struct ComparedDraft {
+    TokenId token = 0;
+    int confidence = -1;  // -1: none
+  };
+  std::vector<ComparedDraft> compared_;       // per planned sequence, drafted for comparison with what the target says
   std::vector<AcceptanceWindow> acceptance_;  // by drafter
   std::vector<VerifyResult> results_;
   std::vector<Event> step_events_;

@@ -55,8 +55,8 @@ TEST(StepCostTable, KnowsWhatWasMeasuredAndWhen) {
   EXPECT_EQ(table.age(5), 512);
   EXPECT_TRUE(table.reliable(5));
   table.observe(7, 0.01);
-  EXPECT_FALSE(table.reliable(5)) << "stale";
-  EXPECT_TRUE(table.measured(5));
+  EXPECT_FALSE(table.measured(5)) << "forgotten";
+  EXPECT_FALSE(table.reliable(5));
   for (const double seconds : {0.0, -1.0, std::numeric_limits<double>::infinity()}) table.observe(9, seconds);
   EXPECT_FALSE(table.measured(9)) << "no time that a step can take";
 }
@@ -98,6 +98,46 @@ TEST(StepCostTable, OneWildSampleHardlyMoves) {
   const double before = table.cost(4);
   table.observe(4, 0.7);
   EXPECT_NEAR(table.cost(4), before, 2e-5);
+}
+
+TEST(StepCostTable, ForgetsWhatIsLongPast) {
+  // The machine was busy when it measured eight rows; that shall not keep it from trying them for ever.
+  StepCostTable table;
+  for (int i = 0; i < 5; ++i) table.observe(8, 0.1);
+  for (int i = 0; i < 513; ++i) table.observe(2, 0.01);
+  EXPECT_EQ(table.largest(), 2);
+  EXPECT_LT(table.cost(8), 0.02);
+  table.observe(8, 0.013);
+  EXPECT_DOUBLE_EQ(table.cost(8), 0.013);
+}
+
+TEST(StepCostTable, DoubtsAFirstSampleFarFromWhatWasExpected) {
+  StepCostTable table;
+  for (int i = 0; i < 5; ++i) table.observe(4, 0.01);
+  table.observe(6, 0.5);
+  EXPECT_FALSE(table.measured(6));
+  table.observe(6, 0.012);
+  EXPECT_DOUBLE_EQ(table.cost(6), 0.012);
+  // What comes twice is so.
+  table.observe(8, 0.05);
+  EXPECT_FALSE(table.measured(8));
+  table.observe(8, 0.05);
+  EXPECT_DOUBLE_EQ(table.cost(8), 0.05);
+}
+
+TEST(StepCostTable, KnowsHowWellItKnows) {
+  std::mt19937 random(10);
+  std::normal_distribution<double> noise(1.0, 0.05);
+  StepCostTable table;
+  for (int i = 0; i < 200; ++i) table.observe(1, 0.01 * noise(random));
+  table.observe(4, 0.012);
+  // A median of fifteen has 1.25 / sqrt(15) times the samples' standard deviation.
+  EXPECT_NEAR(table.error(1), 0.05 * 0.32, 0.008);
+  EXPECT_NEAR(table.error(4), 0.05 * 1.25, 0.03);
+  EXPECT_EQ(table.error(2), table.error(4)) << "between the two, as the worse";
+  EXPECT_EQ(table.error(9), table.error(4)) << "beyond, as the nearest";
+  for (int i = 0; i < 400; ++i) table.observe(1, 0.01);
+  EXPECT_LT(table.error(1), 1e-3) << "the machine is quiet now";
 }
 
 TEST(StepCostTable, FollowsALastingChange) {

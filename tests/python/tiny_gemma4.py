@@ -224,6 +224,21 @@ def reference_logits(model: transformers.PreTrainedModel, token_ids: Sequence[in
     return tiny_checkpoint.reference_logits(model, token_ids)
 
 
+def loaded_form(model: transformers.PreTrainedModel) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Name to (type, shape, bytes) of every tensor that is saved, as loading yields them, for a model that save() has
+    rounded to bfloat16."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        if tensor.dim() == 1:
+            found[name] = ("f32", tuple(tensor.shape), tensor.numpy().tobytes())
+        else:
+            matrix = tensor.reshape(-1, tensor.shape[-1]).to(torch.bfloat16)
+            found[name] = ("bf16", tuple(matrix.shape), matrix.view(torch.int16).numpy().tobytes())
+    return found
+
+
 def _causal(
     model_class: type[transformers.PreTrainedModel], family: dict[str, Any], seed: int, changes: dict[str, Any]
 ) -> transformers.PreTrainedModel:

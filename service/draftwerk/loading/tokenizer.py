@@ -328,10 +328,17 @@ def _from_merges(
         )
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-        for index in np.flatnonzero((kinds == proto.CONTROL) | (kinds == proto.UNKNOWN)).tolist():
-            tokenizer.add_special_tokens([tokenizers.AddedToken(pieces[index], special=True, normalized=False)])
-        for index in np.flatnonzero(kinds == proto.USER_DEFINED).tolist():
-            tokenizer.add_tokens([tokenizers.AddedToken(pieces[index], normalized=False)])
+        for special, chosen in (
+            (True, (kinds == proto.CONTROL) | (kinds == proto.UNKNOWN)),
+            (False, kinds == proto.USER_DEFINED),
+        ):
+            # All at once: each call makes the library build its matcher anew.
+            tokenizer.add_tokens(
+                [
+                    tokenizers.AddedToken(pieces[index], special=special, normalized=False)
+                    for index in np.flatnonzero(chosen).tolist()
+                ]
+            )
     return BpeTokenizer(path, tokenizer, texts, bos_token_id)
 
 

@@ -13,7 +13,6 @@ import pytest
 import tiny_files as tiny
 import tiny_gemma4_files as tiny4
 import torch
-from test_gemma4_hugging_face import expected_views
 
 import tiny_gemma4
 from draftwerk.loading import (
@@ -40,7 +39,7 @@ def test_reads_what_transformers_saves(family: str, centroids: int, shards: str,
     tiny_gemma4.save(model, tmp_path / "model")
     saved = tiny_gemma4.save(drafter, tmp_path / "model-assistant", dtype=torch.bfloat16, max_shard_size=shards)
     opened = open_assistant(saved)
-    expected = expected_views(drafter)
+    expected = tiny_gemma4.loaded_form(drafter)
     expected["lm_head.weight"] = expected.pop("model.embed_tokens.weight")
     order = expected.pop("masked_embedding.token_ordering", None)
     found = {view.name: (view.dtype, view.shape, view.data.tobytes()) for view in opened.tensors()}

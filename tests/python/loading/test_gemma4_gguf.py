@@ -12,11 +12,12 @@ import pytest
 import tiny_files as tiny
 import tiny_gemma4_files as tiny4
 import torch
-from test_gemma4_hugging_face import expected_views
 
 import tiny_gemma4
 from draftwerk.loading import CheckpointError, TextConfig, open_assistant, open_checkpoint
 from draftwerk.loading.config import FULL, SLIDING
+from draftwerk.loading.gguf import GgufFile
+from draftwerk.loading.gguf_config import config_from_gguf
 
 GGML = gguf.GGMLQuantizationType
 
@@ -122,7 +123,7 @@ def test_reads_what_the_gguf_package_writes(family: str, tmp_path: Path) -> None
     directory = tiny_gemma4.save(model, tmp_path / "directory", dtype=torch.bfloat16)
     path = write_with_package(model, tmp_path / "model.gguf")
     assert approximately(open_checkpoint(path).config) == approximately(open_checkpoint(directory).config)
-    expected = expected_views(model)
+    expected = tiny_gemma4.loaded_form(model)
     for index in range(model.config.num_hidden_layers) if family == "moe" else ():  # the router stays float32
         name = f"model.layers.{index}.router.proj.weight"
         expected[name] = ("f32", expected[name][1], model.state_dict()[name].numpy().tobytes())
@@ -142,22 +143,40 @@ def test_quantised_matrices_stay_as_they_are(kind: GGML, tmp_path: Path) -> None
             assert shape == (tensor.numel() // tensor.shape[-1], tensor.shape[-1])
 
 
-@pytest.mark.parametrize("pairs", range(1, 49))
-def test_any_number_of_turning_pairs(pairs: int, tmp_path: Path) -> None:
-    head = 96
+def configuration(model: tiny4.TinyGemma4Gguf, path: Path) -> TextConfig:
+    """What the metadata says, whatever the tensors are."""
+    return config_from_gguf(GgufFile(model.write(path)))
+
+
+@pytest.mark.parametrize("head", [96, 94, 98])  # of the others some shares are rounded down
+def test_any_number_of_turning_pairs(head: int, tmp_path: Path) -> None:
     model = tiny4.TinyGemma4Gguf()
     for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
         model.entries[f"gemma4.{key}"] = tiny.key(f"gemma4.{key}", tiny.U32, head)
-    divisors = np.array([1.0] * pairs + [1e30] * (head // 2 - pairs), dtype="<f4").tobytes()
-    model.tensor("rope_freqs.weight")[1:4] = [(head // 2,), tiny.GGML_F32, divisors]
-    path = model.write(tmp_path / "model.gguf")
+    for pairs in range(1, head // 2 + 1):
+        divisors = np.array([1.0] * pairs + [1e30] * (head // 2 - pairs), dtype="<f4").tobytes()
+        model.tensor("rope_freqs.weight")[1:4] = [(head // 2,), tiny.GGML_F32, divisors]
+        config = configuration(model, tmp_path / "model.gguf")
+        assert int(config.rope_partial_rotary_factor * config.global_head_dim / 2) == pairs
     with pytest.raises(CheckpointError, match="but the configuration asks for"):  # heads of another size
-        open_checkpoint(path)
-    from draftwerk.loading.gguf import GgufFile
-    from draftwerk.loading.gguf_config import config_from_gguf
+        open_checkpoint(tmp_path / "model.gguf")
 
-    config = config_from_gguf(GgufFile(path))
-    assert int(config.rope_partial_rotary_factor * config.global_head_dim / 2) == pairs
+
+def test_layers_that_share_keys_and_values_may_have_a_plain_mlp(tmp_path: Path) -> None:
+    model = tiny4.TinyGemma4Gguf()
+    for width, double in ((tiny4.MLP, False), (2 * tiny4.MLP, True)):
+        listing("feed_forward_length", tiny.U32, [tiny4.MLP] * 2 + [width] * 2)(model)
+        config = configuration(model, tmp_path / "model.gguf")
+        assert (config.intermediate_size, config.use_double_wide_mlp) == (tiny4.MLP, double)
+
+
+def test_a_model_without_full_layers(tmp_path: Path) -> None:
+    model = tiny4.TinyGemma4Gguf()
+    listing("attention.sliding_window_pattern", tiny.BOOL, [True] * 4)(model)
+    listing("attention.head_count_kv", tiny.U32, [tiny4.KV_HEADS] * 4)(model)
+    lacking("rope_freqs.weight")(model)
+    config = configuration(model, tmp_path / "model.gguf")
+    assert (config.attention_k_eq_v, config.rope_partial_rotary_factor) == (False, 1.0)
 
 
 # --- variants --------------------------------------------------------------------------------------------------------
