@@ -217,12 +217,13 @@ PyMtpModel::PyMtpModel(std::shared_ptr<PyModel> target, const py::dict& config)
       config_(parse_mtp_config(config)),
       weights_(std::make_unique<PyWeights>(target_->backend())) {
   check(config_);
+  building_.emplace(*target_);
 }
 
 void PyMtpModel::finish() {
   weights_->seal();
-  const PyModel::Use use(*target_);  // it makes the target's scratch larger
   model_.emplace(target_->model(), config_, weights_->weights());
+  building_.reset();
   trim_heap();
 }
 

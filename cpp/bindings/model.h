@@ -107,6 +107,7 @@ class PyMtpModel {
 
  private:
   std::shared_ptr<PyModel> target_;
+  std::optional<PyModel::Use> building_;  // shares the target's backend until it is finished
   MtpConfig config_;
   std::unique_ptr<PyWeights> weights_;
   std::optional<MtpModel> model_;

@@ -19,7 +19,8 @@ void require_equal(const char* what, std::int64_t drafter, std::int64_t target) 
                               " in the target");
 }
 
-/// The config, if a drafter of this shape can read what the target has.
+/// The config, if a drafter of this shape can read what the target has. (loading/drafter_fit.py tells users so before
+/// anything is loaded; this is what memory safety rests on.)
 MtpConfig checked(MtpConfig config, const Gemma& target) {
   check(config);
   require_equal("the target's hidden size", config.target_hidden, target.config().hidden);

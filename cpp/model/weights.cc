@@ -51,10 +51,7 @@ void Weights::upload_rows(const std::string& name, std::int64_t first_row, std::
 
 void Weights::set_vector(const std::string& name, std::span<const float> values) {
   require_free(name);
-  if (values.empty()) throw std::invalid_argument("tensor " + name + " is empty");
-  auto buffer = backend_.allocate(values.size_bytes());
-  std::memcpy(buffer->data(), values.data(), values.size_bytes());
-  vectors_[name] = std::move(buffer);
+  store_vector(name, std::as_bytes(values));
 }
 
 void Weights::set_permutation(const std::string& name, std::span<const std::int32_t> values) {
@@ -68,9 +65,13 @@ void Weights::set_permutation(const std::string& name, std::span<const std::int3
     }
     seen[index] = true;
   }
-  if (values.empty()) throw std::invalid_argument("tensor " + name + " is empty");
-  auto buffer = backend_.allocate(values.size_bytes());
-  std::memcpy(buffer->data(), values.data(), values.size_bytes());
+  store_vector(name, std::as_bytes(values));
+}
+
+void Weights::store_vector(const std::string& name, std::span<const std::byte> bytes) {
+  if (bytes.empty()) throw std::invalid_argument("tensor " + name + " is empty");
+  auto buffer = backend_.allocate(bytes.size());
+  std::memcpy(buffer->data(), bytes.data(), bytes.size());
   vectors_[name] = std::move(buffer);
 }
 

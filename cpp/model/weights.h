@@ -49,6 +49,7 @@ class Weights {
     std::int64_t uploaded = 0;  // rows so far
   };
   void require_free(const std::string& name) const;
+  void store_vector(const std::string& name, std::span<const std::byte> bytes);
   const Buffer& buffer(const std::string& name, std::int64_t length) const;
 
   Backend& backend_;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from draftwerk import _core
-from draftwerk.loading import check_fits, find_assistant, is_hub_name, open_assistant
+from draftwerk.loading import CheckpointError, check_fits, find_assistant, is_hub_name, open_assistant
 from draftwerk.weights import Progress, load_assistant
 
 if TYPE_CHECKING:
     from draftwerk.loading import AssistantCheckpoint, Checkpoint
+
+_logger = logging.getLogger(__name__)
 
 DRAFTERS = ("auto", "lookup", "none", "random")
 """What has a name; everything else is the path or the hub name of an MTP drafter."""
@@ -84,9 +87,9 @@ def choose_drafters(drafter: Drafter, target: Checkpoint, *, lookup: bool) -> Ch
     """What `drafter` stands for with this target.
 
     Args:
-        drafter: "auto" is the MTP drafter that lies next to the target ("MODEL-assistant"), if there is one, together
-            with lookup; else lookup. "lookup", "none" and "random" are just that. Any other text is the directory, GGUF
-            file or hub name of an MTP drafter, which is used together with lookup.
+        drafter: "auto" is the MTP drafter that lies next to the target ("MODEL-assistant"), if there is one that fits,
+            together with lookup; else lookup. "lookup", "none" and "random" are just that. Any other text is the
+            directory, GGUF file or hub name of an MTP drafter, which is used together with lookup.
         lookup: whether an MTP drafter has lookup beside it. Each sequence drafts with the one that pays best in a step.
 
     Raises:
@@ -97,17 +100,34 @@ def choose_drafters(drafter: Drafter, target: Checkpoint, *, lookup: bool) -> Ch
         assistant = None if drafter.assistant is None else _open_fitting(drafter.assistant, target)
         return ChosenDrafters(("synthetic",), assistant, drafter)
     if drafter == "auto":
-        found = find_assistant(target.path)
-        return ChosenDrafters(("lookup",)) if found is None else _with_lookup(_open_fitting(found, target), lookup)
+        neighbour = _neighbour(target)
+        return ChosenDrafters(("lookup",)) if neighbour is None else _with_lookup(neighbour, lookup)
     if drafter in DRAFTERS:
         return ChosenDrafters(() if drafter == "none" else (str(drafter),))
     path = os.fspath(drafter)
-    if not Path(path).exists() and not is_hub_name(path):
+    if not path or not (Path(path).exists() or is_hub_name(path)):
         raise ValueError(
             f"drafter = {path!r}: must be one of {', '.join(DRAFTERS)}, or the path or hub name of an MTP drafter "
             "(no such file or directory)"
         )
     return _with_lookup(_open_fitting(path, target), lookup)
+
+
+def _neighbour(target: Checkpoint) -> AssistantCheckpoint | None:
+    """The drafter next to the target, if it can be used.
+
+    One that cannot be used must not keep a model from starting: nobody asked for it.
+    """
+    if target.config.architecture != "gemma4":  # whose targets alone have drafters of this kind
+        return None
+    found = find_assistant(target.path)
+    if found is None:
+        return None
+    try:
+        return _open_fitting(found, target)
+    except CheckpointError as error:
+        _logger.warning("drafting by lookup alone, the drafter next to the model cannot be used: %s", error)
+        return None
 
 
 def _open_fitting(drafter: str | os.PathLike[str], target: Checkpoint) -> AssistantCheckpoint:

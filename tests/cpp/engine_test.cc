@@ -15,6 +15,7 @@ using testing::collect;
 using testing::kPlenty;
 using testing::kTight;
 using testing::Outcome;
+using testing::run_all;
 using testing::TinyModel;
 
 /// Prompts of mixed lengths, some sharing prefixes, with alternating sampling parameters.
@@ -42,19 +43,6 @@ std::vector<Request> mixed_requests() {
     requests.push_back(request);
   }
   return requests;
-}
-
-std::vector<std::vector<TokenId>> run_all(Engine& engine, const std::vector<Request>& requests) {
-  std::vector<RequestId> ids;
-  ids.reserve(requests.size());
-  for (const Request& request : requests) ids.push_back(engine.submit(request));
-  auto outcomes = collect(engine, ids);
-  std::vector<std::vector<TokenId>> tokens;
-  for (const RequestId id : ids) {
-    EXPECT_EQ(outcomes[id].finish_reason, FinishReason::length) << outcomes[id].error;
-    tokens.push_back(outcomes[id].token_ids);
-  }
-  return tokens;
 }
 
 /// The specification: one request at a time, nothing drafted, nothing cached, one thread.

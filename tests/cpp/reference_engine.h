@@ -41,6 +41,20 @@ inline Outcome run(Engine& engine, const Request& request) {
   return collect(engine, {id})[id];
 }
 
+/// All at once; each has to end at its max_tokens.
+inline std::vector<Tokens> run_all(Engine& engine, const std::vector<Request>& requests) {
+  std::vector<RequestId> ids;
+  ids.reserve(requests.size());
+  for (const Request& request : requests) ids.push_back(engine.submit(request));
+  auto outcomes = collect(engine, ids);
+  std::vector<Tokens> tokens;
+  for (const RequestId id : ids) {
+    EXPECT_EQ(outcomes[id].finish_reason, FinishReason::length) << outcomes[id].error;
+    tokens.push_back(outcomes[id].token_ids);
+  }
+  return tokens;
+}
+
 /// The specification: the same request alone, in an engine that keeps nothing.
 class Reference {
  public:

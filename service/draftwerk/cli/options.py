@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -104,6 +105,28 @@ def loading_progress(model: str) -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
+class _LoadingNotes(logging.Handler):
+    """What loading has to say of a checkpoint, such as that it takes the text part alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        messages.print(Text(record.getMessage()), style="dim")
+
+
+@contextmanager
+def _loading_notes() -> Iterator[None]:
+    logger, notes = logging.getLogger("draftwerk.loading"), _LoadingNotes()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(notes)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(notes)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
 @contextmanager
 def open_engine(
     model: str,
@@ -119,7 +142,7 @@ def open_engine(
     """An engine for these options, with a progress bar on stderr while it loads."""
     from draftwerk.engine import Engine
 
-    with loading_progress(model) as progress:
+    with loading_progress(model) as progress, _loading_notes():
         engine = Engine(
             model,
             drafter=drafter,

@@ -11,6 +11,7 @@ from draftwerk.loading.builtin import BUILTIN_MODELS
 from draftwerk.loading.checkpoint import AssistantCheckpoint, Checkpoint
 from draftwerk.loading.config import FULL
 from draftwerk.loading.errors import CheckpointError
+from draftwerk.loading.opening import is_assistant
 
 _logger = logging.getLogger(__name__)
 _SUFFIX = "-assistant"
@@ -20,7 +21,8 @@ def find_assistant(model: str | os.PathLike[str]) -> Path | None:
     """The drafter that lies beside a model under the same name with ``-assistant`` behind it.
 
     Beside a directory that is a directory, beside a GGUF file a GGUF file. For a name on the hub, or a directory of its
-    cache, it is a name there, which is downloaded if need be.
+    cache, it is a name there, which is downloaded if need be. What has that name and says that it is something else is
+    left alone: nobody asked for it.
 
     Args:
         model: as for :func:`draftwerk.loading.open_checkpoint`.
@@ -33,15 +35,18 @@ def find_assistant(model: str | os.PathLike[str]) -> Path | None:
     path = Path(os.path.abspath(name))  # noqa: PTH100 (Path.absolute() keeps "..")
     if path.is_file():
         beside = path.with_name(f"{path.stem}{_SUFFIX}.gguf")
-        return beside if beside.is_file() else None
+        return beside if is_assistant(beside) else None
     if path.is_dir():
         name = hub.cached_name(path) or ""
         if not name:
             beside = path.parent / (path.name + _SUFFIX)
-            return beside if (beside / "config.json").is_file() else None
+            return beside if is_assistant(beside) else None
     if name in BUILTIN_MODELS or not hub.is_hub_name(name):
         return None
     try:
+        # The configuration first: something else of that name may have gigabytes of weights.
+        if not is_assistant(hub.download(name + _SUFFIX, ["config.json"])):
+            return None
         return hub.download(name + _SUFFIX)
     except hub.NotOnHubError:
         return None

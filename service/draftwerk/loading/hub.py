@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from draftwerk.loading.errors import CheckpointError, printable
@@ -27,10 +28,13 @@ def cached_name(directory: Path) -> str | None:
     return name if is_hub_name(name) else None
 
 
-def download(name: str) -> Path:
+def download(name: str, files: Sequence[str] = _FILES) -> Path:
     """The directory of a checkpoint, downloaded first where the local cache does not have it.
 
     Without a network the cache alone is looked at, as with ``HF_HUB_OFFLINE=1``.
+
+    Args:
+        files: patterns of the files that are wanted, of those at the top of the repository.
 
     Raises:
         CheckpointError: there is no such checkpoint, it may not be read, or the hub cannot be reached.
@@ -41,7 +45,7 @@ def download(name: str) -> Path:
 
     try:
         return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=list(_ELSEWHERE))
+            huggingface_hub.snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(_ELSEWHERE))
         )
     except errors.GatedRepoError:
         raise CheckpointError(
