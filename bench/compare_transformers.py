@@ -15,8 +15,8 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,16 @@ from compare_llama_cpp import machine
 PROMPT = [2, *range(1000, 1031)]
 
 
-def run_transformers(model: str, drafter: str | None, tokens: int, threads: int) -> Iterator[float]:
-    """Yields tokens per second, once for every time that it is asked."""
+@dataclass(frozen=True)
+class Speed:
+    """One measurement."""
+
+    tokens_per_second: float
+    token_ids: tuple[int, ...]
+
+
+def run_transformers(model: str, drafter: str | None, tokens: int, threads: int) -> Speed:
+    """Loads, warms up and measures once."""
     import torch
     import transformers
 
@@ -37,7 +45,7 @@ def run_transformers(model: str, drafter: str | None, tokens: int, threads: int)
         assistant = transformers.AutoModelForCausalLM.from_pretrained(drafter, dtype=torch.bfloat16)
     inputs = torch.tensor([PROMPT])
 
-    def generate(count: int) -> float:
+    def generate(count: int) -> tuple[float, list[int]]:
         start = time.perf_counter()
         with torch.inference_mode():
             out = target.generate(
@@ -49,33 +57,24 @@ def run_transformers(model: str, drafter: str | None, tokens: int, threads: int)
                 min_new_tokens=count,
                 pad_token_id=0,
             )
-        assert out.shape[1] == len(PROMPT) + count
-        return time.perf_counter() - start
+        return time.perf_counter() - start, out[0, len(PROMPT) :].tolist()
 
     generate(2)
-    while True:
-        # The difference of two lengths leaves out the prompt.
-        yield (tokens - 1) / (generate(tokens) - generate(1))
+    # The difference of two lengths leaves out the prompt.
+    (short, _), (long, token_ids) = generate(1), generate(tokens)
+    assert len(token_ids) == tokens
+    return Speed((tokens - 1) / (long - short), tuple(token_ids))
 
 
-def run_draftwerk(model: str, drafter: str | None, tokens: int, threads: int, weights: str) -> Iterator[float]:
-    """Yields tokens per second, once for every time that it is asked."""
+def run_draftwerk(model: str, drafter: str | None, tokens: int, threads: int, weights: str) -> Speed:
+    """Loads, warms up and measures once."""
     from draftwerk import Engine, SamplingParams
 
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     with Engine(model, drafter=drafter or "none", lookup=False, weights=weights, threads=threads) as engine:
-        expected = engine.generate(PROMPT, params).token_ids
-        while True:
-            completion = engine.generate(PROMPT, params)
-            assert completion.token_ids == expected
-            yield (tokens - 1) / completion.stats.decode_time
-
-
-def serve(make: Callable[..., Iterator[float]], settings: tuple[Any, ...], pipe: Connection) -> None:
-    """Measures whenever it is told to."""
-    measurements = make(*settings)
-    while pipe.recv():
-        pipe.send(next(measurements))
+        engine.generate(PROMPT, params)
+        completion = engine.generate(PROMPT, params)
+    return Speed((tokens - 1) / completion.stats.decode_time, completion.token_ids)
 
 
 def main() -> None:
@@ -90,7 +89,7 @@ def main() -> None:
     arguments = parser.parse_args()
     assistant = arguments.drafter or arguments.model.rstrip("/") + "-assistant"
     common = (arguments.tokens, arguments.threads)
-    subjects: dict[str, tuple[Callable[..., Iterator[float]], tuple[Any, ...]]] = {}
+    subjects: dict[str, tuple[Callable[..., Speed], tuple[Any, ...]]] = {}
     for name, drafter in (("no drafter", None), ("drafter", assistant)):
         subjects[f"transformers bf16, {name}"] = (run_transformers, (arguments.model, drafter, *common))
         for weights in arguments.weights:
@@ -99,17 +98,16 @@ def main() -> None:
 
     # All of them at once would not fit into memory: a round opens each anew.
     speeds: dict[str, list[float]] = {name: [] for name in subjects}
-    context = multiprocessing.get_context("spawn")
+    texts: dict[str, tuple[int, ...]] = {}
     for _ in range(arguments.rounds):
-        for name, (make, settings) in subjects.items():
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(make, settings, there), daemon=True)
-            process.start()
-            here.send(True)
-            speeds[name].append(here.recv())
-            here.send(False)
-            process.join()
-            print(f"{name:32} {speeds[name][-1]:7.2f} tokens/s", flush=True)
+        for name, (run, settings) in subjects.items():
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                speed = pool.apply(run, settings)
+            speeds[name].append(speed.tokens_per_second)
+            if name.startswith("draftwerk"):
+                undrafted = name.partition(",")[0]
+                assert texts.setdefault(undrafted, speed.token_ids) == speed.token_ids, f"{name}: another text"
+            print(f"{name:32} {speed.tokens_per_second:7.2f} tokens/s", flush=True)
     base = "transformers bf16, no drafter"
     print()
     report = {}
