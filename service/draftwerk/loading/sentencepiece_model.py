@@ -30,6 +30,7 @@ _SCORE = struct.Struct("<f")
 # A piece: ModelProto.pieces {1: text, 2: score, 3: type}. Both lengths are written as varints of three bytes, longer
 # than they need be, so that a field is where its column says it is; readers accept that.
 _LENGTH_BYTES = 3
+_TRAINER_FIELD = 2  # of ModelProto
 _LONGEST_PIECE = 1 << 20
 _AROUND_PIECE = 2 * (1 + _LENGTH_BYTES) + 5 + 2
 
@@ -111,7 +112,9 @@ def read_pieces(model: bytes) -> Iterator[tuple[bytes, float, int]]:
     Raises:
         ValueError: the bytes are no such proto.
     """
+    has_settings = False
     for number, start, end in _fields(model, 0, len(model)):
+        has_settings = has_settings or number == _TRAINER_FIELD
         if number != 1:
             continue
         piece, score, kind = b"", 0.0, NORMAL
@@ -123,6 +126,9 @@ def read_pieces(model: bytes) -> Iterator[tuple[bytes, float, int]]:
             elif inner == 3:
                 kind = _read_varint(model, first, last)[0]
         yield piece, score, kind
+    # They follow the pieces. A file cut between two pieces is a proto like any other, of a smaller vocabulary.
+    if not has_settings:
+        raise ValueError("it ends before the settings that follow its pieces: truncated")
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:

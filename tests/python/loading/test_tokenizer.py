@@ -143,6 +143,17 @@ def test_model_protos_are_those_of_sentencepiece() -> None:
     assert processor.encode("hello", out_type=str) == ["hello"]
 
 
+def test_a_model_file_cut_between_two_pieces_is_refused(tmp_path: Path) -> None:
+    directory = tiny.write_directory(tmp_path / "model")
+    whole = model_file()
+    cut = whole.index(b"hello") - 2  # of the field of that piece
+    while whole[cut] != 0x0A or whole[cut - 2] != 0x18:  # behind a piece's last field, its type
+        cut -= 1
+    (directory / "tokenizer.model").write_bytes(whole[:cut])
+    with pytest.raises(CheckpointError, match="ends before the settings"):
+        open_checkpoint(directory)
+
+
 @settings(max_examples=200, deadline=None)
 @given(at=st.integers(0, 8000), patch=st.binary(max_size=6), cut=st.one_of(st.none(), st.integers(0, 8000)))
 def test_damaged_model_files(at: int, patch: bytes, cut: int | None, tmp_path_factory: pytest.TempPathFactory) -> None:
