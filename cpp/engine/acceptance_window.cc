@@ -8,14 +8,17 @@ namespace {
 
 void add_round(RecentDrafts& counts, int drafted, int accepted) {
   ++counts.rounds;
-  const auto positions = std::max(counts.drafted_by_position.size(), static_cast<std::size_t>(drafted));
-  counts.drafted_by_position.resize(positions);
-  counts.accepted_by_position.resize(positions);
-  for (int i = 0; i < drafted; ++i) ++counts.drafted_by_position[static_cast<std::size_t>(i)];
-  for (int i = 0; i < accepted; ++i) ++counts.accepted_by_position[static_cast<std::size_t>(i)];
+  count_by_position(counts.drafted_by_position, drafted);
+  count_by_position(counts.accepted_by_position, accepted);
+  counts.accepted_by_position.resize(counts.drafted_by_position.size());
 }
 
 }  // namespace
+
+void count_by_position(std::vector<std::int64_t>& counts, int positions) {
+  counts.resize(std::max(counts.size(), static_cast<std::size_t>(positions)));
+  for (int i = 0; i < positions; ++i) ++counts[static_cast<std::size_t>(i)];
+}
 
 void AcceptanceWindow::observe(int drafted, int accepted) {
   add_round(current_, drafted, accepted);

@@ -6,6 +6,9 @@
 
 namespace draftwerk {
 
+/// Adds one to the first `positions` counts, of which there are as many afterwards at least.
+void count_by_position(std::vector<std::int64_t>& counts, int positions);
+
 /// Counts over the last rounds of one drafter. A round is what it drafted for one sequence in one step.
 struct RecentDrafts {
   std::int64_t rounds = 0;

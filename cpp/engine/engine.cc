@@ -78,11 +78,9 @@ template <typename Statistics>
 void count_drafts(Statistics& statistics, int drafted, int accepted) {
   statistics.drafted += drafted;
   statistics.accepted += accepted;
-  const auto positions = std::max(statistics.drafted_by_position.size(), static_cast<std::size_t>(drafted));
-  statistics.drafted_by_position.resize(positions);
-  statistics.accepted_by_position.resize(positions);
-  for (int i = 0; i < drafted; ++i) ++statistics.drafted_by_position[static_cast<std::size_t>(i)];
-  for (int i = 0; i < accepted; ++i) ++statistics.accepted_by_position[static_cast<std::size_t>(i)];
+  count_by_position(statistics.drafted_by_position, drafted);
+  count_by_position(statistics.accepted_by_position, accepted);
+  statistics.accepted_by_position.resize(statistics.drafted_by_position.size());
 }
 
 }  // namespace
