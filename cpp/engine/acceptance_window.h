@@ -9,7 +9,8 @@ namespace draftwerk {
 /// Adds one to the first `positions` counts, of which there are as many afterwards at least.
 void count_by_position(std::vector<std::int64_t>& counts, int positions);
 
-/// Counts over the last rounds of one drafter. A round is what it drafted for one sequence in one step.
+/// Counts over the last rounds of one drafter. A round is what it drafted for one sequence in one step, be it to be
+/// verified or to be compared with the token that came out of the step without it.
 struct RecentDrafts {
   std::int64_t rounds = 0;
   std::vector<std::int64_t> drafted_by_position;  ///< see RequestStatistics; as long as the longest draft of them

@@ -319,7 +319,7 @@ void Engine::propose_with(std::size_t drafter, const StepPlan& plan) {
     const DraftCandidate& candidate = candidates_[c];
     const int confidence = candidate.outlooks[drafter].confidence;
     if (candidate.compared_drafter == static_cast<int>(drafter)) {
-      compared_[planned] = {0, confidence};
+      compared_[planned] = {drafter, 0, confidence};
       jobs_.push_back({draft_context(sequence, drafter), 1, &compared_[planned].token, 0});
     } else if (candidate.granted > 0 && candidate.drafter == static_cast<int>(drafter)) {
       // Drafts are worth parked K/V and cached prefixes, which would have to go a few tokens later, but never a
@@ -416,6 +416,7 @@ void Engine::commit(const StepPlan& plan) {
     if (const ComparedDraft& draft = compared_[index]; draft.confidence >= 0) {
       const int agreed = draft.token == results_[g].tokens.front() ? 1 : 0;
       budget_.observe_acceptance(sequence.acceptance, draft.confidence, 1, agreed);
+      acceptance_[draft.drafter].observe(1, agreed);  // a useless drafter is hardly asked otherwise
     }
     sequence.target_row = batch_.groups()[g].first_output + accepted;
     sequence.target_step = totals_.steps;

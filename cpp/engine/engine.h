@@ -199,6 +199,7 @@ class Engine {
   };
   std::vector<DraftOrigin> origins_;  // per planned sequence, of its drafts
   struct ComparedDraft {
+    std::size_t drafter = 0;
     TokenId token = 0;
     int confidence = -1;  // -1: none
   };
