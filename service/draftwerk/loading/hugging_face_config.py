@@ -2,7 +2,8 @@
 
 Gemma 3 in the layouts of transformers 4.50 and later and of transformers 5; Gemma 4 in both layouts that exist: with
 ``global_head_dim`` and ``num_global_key_value_heads``, and with ``per_layer_config`` (transformers 5.17). What a file
-leaves out has the value that transformers' configuration classes give it; the tests compare with them.
+leaves out has the value that transformers' configuration classes give it; the tests compare with them. A log line says
+which values of Gemma 4 these were, and no model is without a hidden size of its own.
 """
 
 from __future__ import annotations
@@ -46,7 +47,6 @@ _GEMMA3_TEXT_DEFAULTS: dict[str, Any] = {
 }
 _GEMMA4_TEXT_DEFAULTS: dict[str, Any] = {
     "vocab_size": 262_144,
-    "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 30,
     "num_attention_heads": 8,
@@ -277,7 +277,7 @@ def _gemma4(path: str, given: Mapping[str, Any], tied: Any, *, unified: bool, dr
             "quantization_config": (None,),
         },
     )
-    config = {**(_GEMMA4_UNIFIED_TEXT_DEFAULTS if unified else _GEMMA4_TEXT_DEFAULTS), **given}
+    config = {**given, **_defaults_for(path, given, unified=unified)}
     if unified:
         config |= {"enable_moe_block": False, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     sizes = {field: check_size(path, f"field {field}", field, config[field]) for field in _SIZES}
@@ -328,6 +328,24 @@ def _gemma4(path: str, given: Mapping[str, Any], tied: Any, *, unified: bool, dr
             ),
         }
     )
+
+
+def _defaults_for(path: str, given: Mapping[str, Any], *, unified: bool) -> dict[str, Any]:
+    """The values of the fields that are not given."""
+    if "hidden_size" not in given:  # transformers' default is that of no published model
+        raise CheckpointError(path, "field hidden_size is missing")
+    defaults = _GEMMA4_UNIFIED_TEXT_DEFAULTS if unified else _GEMMA4_TEXT_DEFAULTS
+    missing = {field: value for field, value in defaults.items() if field not in given}
+    # Without a flag or a size that may be 0 it has no such part, and says all.
+    sizes = [field for field, value in missing.items() if value and not _in_per_layer_config(field, given)]
+    if sizes:
+        values = ", ".join(f"{field} = {missing[field]}" for field in sizes)
+        _logger.warning("%s: missing fields are taken as transformers takes them: %s", path, values)
+    return missing
+
+
+def _in_per_layer_config(field: str, config: Mapping[str, Any]) -> bool:
+    return field == "global_head_dim" and "per_layer_config" in config
 
 
 def _gemma4_layer_types(path: str, config: Mapping[str, Any], layers: int) -> tuple[str, ...]:

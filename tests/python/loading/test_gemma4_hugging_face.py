@@ -83,7 +83,13 @@ def text_configs(draw: st.DrawFn) -> Json:
             "top_k_experts": 2,
             "moe_intermediate_size": 6,
         }
-    can_be_left_out = config.keys() - {"model_type", "num_experts", "top_k_experts", "moe_intermediate_size"}
+    can_be_left_out = config.keys() - {
+        "model_type",
+        "hidden_size",
+        "num_experts",
+        "top_k_experts",
+        "moe_intermediate_size",
+    }
     for field in draw(st.sets(st.sampled_from(sorted(can_be_left_out)), max_size=4)):
         del config[field]
     # Each of these depends on others that may have been left out.
@@ -215,6 +221,37 @@ def test_the_last_layer_sees_everything(caplog: pytest.LogCaptureFixture) -> Non
     assert reference(raw).layer_types == [FULL, SLIDING, FULL, FULL]
 
 
+@pytest.mark.parametrize(
+    ("fields", "values"),
+    [
+        (["head_dim"], "head_dim = 256"),
+        (["sliding_window", "num_attention_heads"], "num_attention_heads = 8, sliding_window = 512"),
+        (["enable_moe_block", "num_kv_shared_layers", "use_double_wide_mlp"], None),  # without them: no such part
+    ],
+)
+def test_says_what_it_takes_for_a_missing_field(
+    fields: list[str], values: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = tiny4.text_config()
+    for field in fields:
+        del raw[field]
+    config_from_hugging_face("config.json", raw)
+    lines = [record.getMessage() for record in caplog.records]
+    said = f"config.json: missing fields are taken as transformers takes them: {values}"
+    assert lines == ([] if values is None else [said])
+
+
+@pytest.mark.parametrize("form", ["raw", "saved", "per layer"])
+def test_a_complete_configuration_is_taken_without_a_word(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    raw = tiny4.text_config()
+    if form != "raw":
+        config = reference(raw)
+        config.serialize_explicit_per_layer_config = form == "per layer"
+        raw = json.loads(config.to_json_string())
+    config_from_hugging_face("config.json", raw)
+    assert not caplog.records
+
+
 def changed(**fields: Any) -> Callable[[Json], object]:
     return lambda config: config.update(fields)
 
@@ -233,7 +270,7 @@ def per_layer(value: Any) -> Callable[[Json], object]:
 
 BAD_CONFIGS: dict[str, tuple[Callable[[Json], object], str]] = {
     **{f"no {field}": (without(field), f"field {field} is missing")
-       for field in ("num_experts", "top_k_experts", "moe_intermediate_size")},
+       for field in ("hidden_size", "num_experts", "top_k_experts", "moe_intermediate_size")},
     "null size": (changed(hidden_size=None), "field hidden_size is missing"),
     "text": (changed(head_dim="16"), "field head_dim = '16' is not an integer"),
     "flag is a number": (changed(attention_k_eq_v=1), "field attention_k_eq_v = 1 is not true or false"),
