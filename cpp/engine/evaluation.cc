@@ -66,27 +66,47 @@ std::vector<TokenId> spread_tokens(const Gemma& model, std::size_t count) {
   return tokens;
 }
 
-/// One pass over tokens[first, first + rows); logits of the last `outputs` rows.
-void pass(Gemma& model, const SingleSequenceKv& kv, std::span<const TokenId> tokens, std::int64_t first, int rows,
-          int outputs) {
-  std::vector<std::int64_t> positions(static_cast<std::size_t>(rows));
-  std::iota(positions.begin(), positions.end(), first);
-  std::vector<int> output_rows(static_cast<std::size_t>(outputs));
-  std::iota(output_rows.begin(), output_rows.end(), rows - outputs);
-  const Segment segment = kv.segment(rows, first);
-  const auto chunk = tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows));
-  model.forward({chunk, positions, std::span(&segment, 1), output_rows}, kv.arena());
+/// A pass over tokens[first, first + rows) with logits of the last `outputs` rows, to be run any number of times. Of
+/// `tokens` and `kv` it keeps references.
+class Pass {
+ public:
+  Pass(Gemma& model, const SingleSequenceKv& kv, std::span<const TokenId> tokens, std::int64_t first, int rows,
+       int outputs)
+      : model_(model),
+        arena_(kv.arena()),
+        tokens_(tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows))),
+        segment_(kv.segment(rows, first)),
+        positions_(static_cast<std::size_t>(rows)),
+        output_rows_(static_cast<std::size_t>(outputs)) {
+    std::iota(positions_.begin(), positions_.end(), first);
+    std::iota(output_rows_.begin(), output_rows_.end(), rows - outputs);
+    // Greedy verification against the text itself: what a step of the engine does with these rows.
+    group_.drafts = tokens_.last(static_cast<std::size_t>(outputs) - 1);
+    group_.position = first + rows - outputs + 1;
+    group_.sampling = &greedy_;
+  }
+  Pass(const Pass&) = delete;
+  Pass& operator=(const Pass&) = delete;
+  Pass(Pass&&) = delete;
+  Pass& operator=(Pass&&) = delete;
+  ~Pass() = default;
 
-  // Greedy verification against the text itself: what a step of the engine does with these rows.
-  const SamplingParams greedy;
-  VerifyGroup group;
-  const std::size_t last = chunk.size() - 1;
-  group.drafts = chunk.subspan(last + 1 - (static_cast<std::size_t>(outputs) - 1));
-  group.position = first + rows - outputs + 1;
-  group.sampling = &greedy;
-  VerifyResult result;
-  model.backend().verify(std::span(&group, 1), std::span(&result, 1));
-}
+  void run() {
+    model_.forward({tokens_, positions_, std::span(&segment_, 1), output_rows_}, arena_);
+    model_.backend().verify(std::span(&group_, 1), std::span(&result_, 1));
+  }
+
+ private:
+  Gemma& model_;
+  const KvArena arena_;
+  const std::span<const TokenId> tokens_;
+  const Segment segment_;
+  std::vector<std::int64_t> positions_;
+  std::vector<int> output_rows_;
+  const SamplingParams greedy_;
+  VerifyGroup group_;
+  VerifyResult result_;
+};
 
 }  // namespace
 
@@ -103,7 +123,7 @@ void score(Gemma& model, std::span<const TokenId> tokens, int chunk, std::span<f
   const SingleSequenceKv kv(model, length);
   for (std::int64_t first = 0; first < length; first += chunk) {
     const auto rows = static_cast<int>(std::min<std::int64_t>(chunk, length - first));
-    pass(model, kv, tokens, first, rows, rows);
+    Pass(model, kv, tokens, first, rows, rows).run();
     model.backend().read_logits(out.subspan(static_cast<std::size_t>(first * vocabulary),
                                             static_cast<std::size_t>(rows) * static_cast<std::size_t>(vocabulary)));
   }
@@ -119,13 +139,15 @@ std::vector<double> time_passes(Gemma& model, int rows, int repeats, int context
   const std::vector<TokenId> tokens = spread_tokens(model, static_cast<std::size_t>(context + rows));
   const SingleSequenceKv kv(model, context + rows);
   for (int first = 0; first < context; first += model.max_rows()) {
-    pass(model, kv, tokens, first, std::min(model.max_rows(), context - first), 1);
+    Pass(model, kv, tokens, first, std::min(model.max_rows(), context - first), 1).run();
   }
   const int outputs = rows <= model.max_outputs() ? rows : 1;
+  Pass pass(model, kv, tokens, context, rows, outputs);
   std::vector<double> seconds;
+  seconds.reserve(static_cast<std::size_t>(repeats));
   for (int i = 0; i < repeats; ++i) {
     const auto start = std::chrono::steady_clock::now();
-    pass(model, kv, tokens, context, rows, outputs);
+    pass.run();
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return seconds;
@@ -143,7 +165,7 @@ DraftRound draft(MtpModel& model, std::span<const TokenId> tokens, int count, co
   chunk = checked_chunk(chunk, target.max_rows());
   const SingleSequenceKv kv(target, known + 1);
   for (std::int64_t first = 0; first < known; first += chunk) {
-    pass(target, kv, tokens, first, static_cast<int>(std::min<std::int64_t>(chunk, known - first)), 1);
+    Pass(target, kv, tokens, first, static_cast<int>(std::min<std::int64_t>(chunk, known - first)), 1).run();
   }
 
   const auto width = static_cast<std::size_t>(target.config().vocabulary);
@@ -180,7 +202,7 @@ std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int r
   const std::vector<TokenId> tokens = spread_tokens(target, static_cast<std::size_t>(context) + 1);
   const SingleSequenceKv kv(target, context + 1);
   for (int first = 0; first < context; first += target.max_rows()) {
-    pass(target, kv, tokens, first, std::min(target.max_rows(), context - first), 1);
+    Pass(target, kv, tokens, first, std::min(target.max_rows(), context - first), 1).run();
   }
   const SamplingParams greedy;
   std::vector<TokenId> drafts(static_cast<std::size_t>(sequences) * static_cast<std::size_t>(count));
@@ -196,6 +218,7 @@ std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int r
   }
   const std::unique_ptr<Drafter> drafter = make_mtp_drafter(model);
   std::vector<double> seconds;
+  seconds.reserve(static_cast<std::size_t>(repeats));
   for (int i = 0; i < repeats; ++i) {
     const auto start = std::chrono::steady_clock::now();
     drafter->propose(jobs);

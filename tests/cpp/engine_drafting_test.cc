@@ -51,7 +51,9 @@ Outcome generate(TinyModel& tiny, StubbornDrafter::Asked& asked, const Request& 
   const RequestId id = engine.submit(request);
   Outcome outcome = collect(engine, {id})[id];
   engine.close();
-  EXPECT_EQ(engine.statistics().drafters.front().drafted, outcome.statistics.drafted);
+  const DrafterStatistics drafter = engine.statistics().drafters.front();
+  EXPECT_EQ(drafter.drafted, outcome.statistics.drafted);
+  EXPECT_EQ(drafter.recent.rounds, asked.rounds);
   return outcome;
 }
 
@@ -64,7 +66,7 @@ Request long_request() {
   return request;
 }
 
-TEST(EngineDrafting, WhatIsComparedIsNeitherARowNorCounted) {
+TEST(EngineDrafting, WhatIsComparedIsNoRowAndCountsAsARoundAlone) {
   TinyModel tiny;
   StubbornDrafter::Asked asked;
   const Outcome outcome = generate(tiny, asked, long_request(), -1);
