@@ -38,7 +38,7 @@ def measure(model: str, drafter: str, weights: str, threads: int, context: int, 
     checkpoint, assistant = open_checkpoint(model), open_assistant(drafter)
     check_fits(assistant, checkpoint)
     target = load_model(checkpoint, weights=weights, threads=threads)
-    mtp = load_assistant(assistant, target, weights=weights)
+    mtp = load_assistant(assistant, checkpoint, target, weights=weights)
     passes, drafts = defaultdict(list), defaultdict(list)
     for _ in range(rounds):
         for rows in ROWS:

@@ -125,14 +125,16 @@ struct Experts {
   int mlp = 0;  ///< a multiple of 16, like hidden
 };
 
-/// A head that scores only the tokens of the clusters that look best: `centroids` scores the clusters, and the tokens
-/// of the `chosen` best (ties: lower cluster first) get logits. `head` has its rows in cluster order: row i belongs to
-/// token tokens[i] and to cluster i / (vocabulary / clusters).
-struct ClusteredHead {
-  const Weight* centroids = nullptr;     ///< [clusters, columns]
-  const Weight* head = nullptr;          ///< [vocabulary, columns]
-  const std::int32_t* tokens = nullptr;  ///< [vocabulary], host-visible device pointer: a permutation of the vocabulary
-  int chosen = 0;
+/// A head that scores some tokens only, in drafting; all others have the logit minus infinity. Row i of `weight` is
+/// that of tokens[i]. With centroids it scores clusters of tokens first, and only those of the `chosen` best (ties:
+/// lower cluster first) get logits: row i belongs to cluster i / (rows / clusters).
+struct SparseHead {
+  const Weight* weight = nullptr;        ///< [rows, columns]
+  const std::int32_t* tokens = nullptr;  ///< [rows], host-visible device pointer: distinct tokens
+  const std::int32_t* row_of = nullptr;  ///< [vocabulary], likewise: the row of each token, -1 where it has none
+  const Weight* centroids = nullptr;     ///< [clusters, columns]; null: there are no clusters
+  int chosen = 0;                        ///< clusters
+  float softcap = 0.0F;                  ///< as of a dense head
 };
 
 /// Where one layer keeps its keys and values inside the pages of its layer type.
@@ -282,8 +284,8 @@ class Backend {
   /// Logits of the output rows from their states, kept on the device for verify() or propose():
   /// softcap * tanh(W * states / softcap), or W * states when softcap is 0.
   virtual void head(Tensor states, const Weight& weight, float softcap) = 0;
-  /// The same by clusters, for propose() alone; tokens of other clusters have the logit minus infinity.
-  virtual void head(Tensor states, const ClusteredHead& head) = 0;
+  /// The same for some tokens only, for propose() alone, which takes time for these and not for the vocabulary.
+  virtual void head(Tensor states, const SparseHead& head) = 0;
   /// Chooses the target's token at every output row and accepts drafts while they agree. Waits for the step.
   /// `results` has one entry per group; vectors in it are reused.
   virtual void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) = 0;

@@ -86,7 +86,8 @@ ModelConfig parse_config(const py::dict& config) {
 
 MtpConfig parse_mtp_config(const py::dict& config) {
   return {parse_config(field<py::dict>(config, "text")), field<int>(config, "backbone_hidden_size"),
-          field<int>(config, "num_centroids"), field<int>(config, "centroid_intermediate_top_k")};
+          field<int>(config, "num_centroids"), field<int>(config, "centroid_intermediate_top_k"),
+          field<int>(config, "draft_vocab_size")};
 }
 
 // --- buffers -----------------------------------------------------------------------------------------------------
@@ -129,9 +130,9 @@ void PyWeights::set_vector(const std::string& name,
   building().set_vector(name, {values.data(), static_cast<std::size_t>(values.size())});
 }
 
-void PyWeights::set_permutation(const std::string& name,
-                                const py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>& values) {
-  building().set_permutation(name, {values.data(), static_cast<std::size_t>(values.size())});
+void PyWeights::set_indices(const std::string& name,
+                            const py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>& values) {
+  building().set_indices(name, {values.data(), static_cast<std::size_t>(values.size())});
 }
 
 void PyWeights::map_table(const std::string& name, const std::string& type, std::int64_t rows, std::int64_t columns,
@@ -311,10 +312,10 @@ void bind_models(py::module_& m) {
   mtp.def(py::init<std::shared_ptr<PyModel>, const py::dict&>(), py::arg("target"), py::arg("config"));
   bind_tensors<PyMtpModel>(mtp);
   mtp.def(
-         "set_permutation",
+         "set_indices",
          [](PyMtpModel& drafter, const std::string& name,
             const py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>& values) {
-           drafter.weights().set_permutation(name, values);
+           drafter.weights().set_indices(name, values);
          },
          py::arg("name"), py::arg("values"))
       .def("draft", &PyMtpModel::draft, py::arg("token_ids"), py::arg("count"), py::kw_only(), py::arg("chunk") = 0,

@@ -26,7 +26,7 @@ class PyWeights {
                    const pybind11::buffer& data);
   void set_vector(const std::string& name,
                   const pybind11::array_t<float, pybind11::array::c_style | pybind11::array::forcecast>& values);
-  void set_permutation(
+  void set_indices(
       const std::string& name,
       const pybind11::array_t<std::int32_t, pybind11::array::c_style | pybind11::array::forcecast>& values);
   /// Keeps a reference to `data` and reads it in place.

@@ -79,11 +79,13 @@ void check(const MtpConfig& config) {
   for (const LayerConfig& layer : config.text.layers) {
     require(layer.shares_kv, "num_kv_shared_layers must be the number of layers in a drafter");
   }
-  require_in("num_centroids", config.clusters, 0, config.text.vocabulary);
+  require_in("draft_vocab_size", config.draft_vocabulary, 0, config.text.vocabulary);
+  const int tokens = config.head_tokens();
+  require_in("num_centroids", config.clusters, 0, tokens);
   if (config.clusters == 0) return;
-  require(config.text.vocabulary % config.clusters == 0, "vocab_size (" + std::to_string(config.text.vocabulary) +
-                                                             ") is not a multiple of num_centroids (" +
-                                                             std::to_string(config.clusters) + ")");
+  require(tokens % config.clusters == 0,
+          std::string(config.draft_vocabulary > 0 ? "draft_vocab_size (" : "vocab_size (") + std::to_string(tokens) +
+              ") is not a multiple of num_centroids (" + std::to_string(config.clusters) + ")");
   require_in("centroid_intermediate_top_k", config.chosen_clusters, 1, config.clusters);
 }
 

@@ -57,10 +57,14 @@ void check(const ModelConfig& config);
 
 /// The multi-token-prediction drafter of a target: a few layers that own no K/V and read the target's.
 struct MtpConfig {
-  ModelConfig text;         ///< its layers all share K/V; per-layer embeddings and experts it has none
-  int target_hidden = 0;    ///< hidden size of the target that it was made for (backbone_hidden_size)
-  int clusters = 0;         ///< of the vocabulary, which its head scores first (num_centroids); 0: a full head
-  int chosen_clusters = 0;  ///< whose tokens get logits (centroid_intermediate_top_k)
+  ModelConfig text;          ///< its layers all share K/V; per-layer embeddings and experts it has none
+  int target_hidden = 0;     ///< hidden size of the target that it was made for (backbone_hidden_size)
+  int clusters = 0;          ///< of the head's tokens, which it scores first (num_centroids); 0: it scores every token
+  int chosen_clusters = 0;   ///< whose tokens get logits (centroid_intermediate_top_k)
+  int draft_vocabulary = 0;  ///< tokens of a head made of rows of the target's (draft_vocab_size); 0: one of its own
+
+  /// Rows of the head.
+  [[nodiscard]] int head_tokens() const { return draft_vocabulary > 0 ? draft_vocabulary : text.vocabulary; }
 };
 
 void check(const MtpConfig& config);

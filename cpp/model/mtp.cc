@@ -50,15 +50,10 @@ MtpModel::MtpModel(Gemma& target, MtpConfig config, const Weights& weights)
       config_(checked(std::move(config), target)),
       reach_(sliding_reach(config_.text)) {
   const int hidden = config_.text.hidden;
-  const int vocabulary = config_.text.vocabulary;
   pre_projection_ = &weights.matrix("pre_projection.weight", hidden, std::int64_t{2} * config_.target_hidden);
   post_projection_ = &weights.matrix("post_projection.weight", config_.target_hidden, hidden);
   final_norm_ = {weights.vector("model.norm.weight", hidden), config_.text.norm_epsilon};
-  head_ = &weights.matrix("lm_head.weight", vocabulary, hidden);
-  if (config_.clusters > 0) {
-    clustered_head_ = {&weights.matrix("masked_embedding.centroids.weight", config_.clusters, hidden), head_,
-                       weights.permutation("masked_embedding.token_ordering", vocabulary), config_.chosen_clusters};
-  }
+  find_head(weights);
   decoder_ =
       std::make_unique<Decoder>(backend_, config_.text, weights, target.shared_kv(), reach_, target.max_outputs());
   input_ = tensor(2 * config_.target_hidden);
@@ -67,7 +62,32 @@ MtpModel::MtpModel(Gemma& target, MtpConfig config, const Weights& weights)
   residual_ = tensor(hidden);
   states_ = tensor(hidden);
   backend_.reserve(target.max_outputs(), target.max_outputs(), std::max(decoder_->widest(), 2 * config_.target_hidden),
-                   vocabulary);
+                   config_.text.vocabulary);
+}
+
+void MtpModel::find_head(const Weights& weights) {
+  const int vocabulary = config_.text.vocabulary;
+  const int tokens = config_.head_tokens();
+  const bool of_target = config_.draft_vocabulary > 0;
+  const int columns = of_target ? config_.target_hidden : config_.text.hidden;
+  const Weight& head = weights.matrix("lm_head.weight", tokens, columns);
+  if (!of_target && config_.clusters == 0) {
+    head_ = &head;
+    return;
+  }
+  sparse_head_.weight = &head;
+  sparse_head_.tokens =
+      weights.indices(of_target ? "draft_token_ids" : "masked_embedding.token_ordering", tokens, vocabulary);
+  buffers_.push_back(backend_.allocate(static_cast<std::size_t>(vocabulary) * sizeof(std::int32_t)));
+  auto* row_of = static_cast<std::int32_t*>(buffers_.back()->data());
+  std::fill_n(row_of, vocabulary, -1);
+  for (std::int32_t i = 0; i < tokens; ++i) row_of[sparse_head_.tokens[i]] = i;
+  sparse_head_.row_of = row_of;
+  if (config_.clusters > 0) {
+    sparse_head_.centroids = &weights.matrix("masked_embedding.centroids.weight", config_.clusters, columns);
+    sparse_head_.chosen = config_.chosen_clusters;
+  }
+  if (of_target) sparse_head_.softcap = target_.config().final_softcap;
 }
 
 void MtpModel::first(const StepRows& rows, std::span<const int> states, KvArena arena) {
@@ -78,9 +98,14 @@ void MtpModel::first(const StepRows& rows, std::span<const int> states, KvArena 
 
 void MtpModel::next(const StepRows& rows, KvArena arena) {
   backend_.begin(rows, arena);
+  if (config_.draft_vocabulary == 0) project_state();
+  draft();
+}
+
+/// The h of the next draft.
+void MtpModel::project_state() {
   const Projection projection[] = {{post_projection_, previous_state_}};
   backend_.project(states_, nullptr, projection);
-  draft();
 }
 
 void MtpModel::draft() {
@@ -89,8 +114,11 @@ void MtpModel::draft() {
   backend_.project(input_, nullptr, projection);
   decoder_->forward(residual_, {});
   backend_.gather_outputs(residual_, final_norm_, states_);
-  if (config_.clusters > 0) {
-    backend_.head(states_, clustered_head_);
+  if (config_.draft_vocabulary > 0) {
+    project_state();
+    backend_.head(previous_state_, sparse_head_);
+  } else if (head_ == nullptr) {
+    backend_.head(states_, sparse_head_);
   } else {
     backend_.head(states_, *head_, 0.0F);
   }

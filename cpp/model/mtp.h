@@ -7,6 +7,9 @@
 //   the head on the normed result gives the draft; post_projection of it is the h of the next draft, whose x is this
 //   one
 // For a round's first draft h is the target's final state at position n - 1, the one that chose x.
+//
+// A drafter may have a head of its own over the whole vocabulary, or none (draft_vocab_size): then the h of the next
+// draft is computed first, and its products with some rows of the target's head are the logits of their tokens.
 #pragma once
 
 #include <memory>
@@ -46,6 +49,8 @@ class MtpModel {
 
  private:
   void draft();
+  void find_head(const Weights& weights);
+  void project_state();
   Tensor tensor(int columns);
 
   Gemma& target_;
@@ -55,8 +60,8 @@ class MtpModel {
   const Weight* pre_projection_ = nullptr;
   const Weight* post_projection_ = nullptr;
   Norm final_norm_;
-  const Weight* head_ = nullptr;
-  ClusteredHead clustered_head_;
+  const Weight* head_ = nullptr;  // scores every token; null: sparse_head_ does it
+  SparseHead sparse_head_;
   std::unique_ptr<Decoder> decoder_;
   std::vector<std::unique_ptr<Buffer>> buffers_;
   Tensor input_;           // [rows, 2 * target hidden]

@@ -1,5 +1,6 @@
 #include "model/weights.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
@@ -54,17 +55,8 @@ void Weights::set_vector(const std::string& name, std::span<const float> values)
   store_vector(name, std::as_bytes(values));
 }
 
-void Weights::set_permutation(const std::string& name, std::span<const std::int32_t> values) {
+void Weights::set_indices(const std::string& name, std::span<const std::int32_t> values) {
   require_free(name);
-  std::vector<bool> seen(values.size());
-  for (const std::int32_t value : values) {
-    const auto index = static_cast<std::size_t>(value);
-    if (value < 0 || index >= seen.size() || seen[index]) {
-      throw std::invalid_argument("tensor " + name + " is no permutation: it holds " + std::to_string(value) +
-                                  (value >= 0 && index < seen.size() ? " twice" : ", which is out of range"));
-    }
-    seen[index] = true;
-  }
   store_vector(name, std::as_bytes(values));
 }
 
@@ -117,8 +109,19 @@ const float* Weights::vector(const std::string& name, std::int64_t length) const
   return static_cast<const float*>(buffer(name, length).data());
 }
 
-const std::int32_t* Weights::permutation(const std::string& name, std::int64_t length) const {
-  return static_cast<const std::int32_t*>(buffer(name, length).data());
+const std::int32_t* Weights::indices(const std::string& name, std::int64_t length, std::int64_t limit) const {
+  const auto* values = static_cast<const std::int32_t*>(buffer(name, length).data());
+  std::vector<bool> seen(static_cast<std::size_t>(limit));
+  for (const std::int32_t value : std::span(values, static_cast<std::size_t>(length))) {
+    const auto index = static_cast<std::size_t>(value);
+    if (value < 0 || index >= seen.size()) {
+      throw std::invalid_argument("tensor " + name + " holds " + std::to_string(value) + ", allowed: 0 to " +
+                                  std::to_string(limit - 1));
+    }
+    if (seen[index]) throw std::invalid_argument("tensor " + name + " holds " + std::to_string(value) + " twice");
+    seen[index] = true;
+  }
+  return values;
 }
 
 /// Of `length` values of four bytes.

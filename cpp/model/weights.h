@@ -24,9 +24,8 @@ class Weights {
                    std::span<const std::byte> bytes);
   /// A vector in float32 (norm scales). Throws std::invalid_argument if the name is taken or the vector is empty.
   void set_vector(const std::string& name, std::span<const float> values);
-  /// A vector of indices below its own length, each once. Throws std::invalid_argument if the name is taken or it is no
-  /// such vector.
-  void set_permutation(const std::string& name, std::span<const std::int32_t> values);
+  /// A vector of indices, see indices(). Throws std::invalid_argument if the name is taken or the vector is empty.
+  void set_indices(const std::string& name, std::span<const std::int32_t> values);
   /// A table that stays where its bytes are; see Backend::map_table. Throws std::invalid_argument if the name is taken,
   /// or if `bytes` is not exactly the size of the table.
   void map_table(const std::string& name, WeightType type, std::int64_t rows, std::int64_t columns,
@@ -37,7 +36,9 @@ class Weights {
   [[nodiscard]] bool contains(const std::string& name) const { return matrices_.contains(name); }
   /// The vector of that name on the device; throws std::invalid_argument if it is missing or has another length.
   [[nodiscard]] const float* vector(const std::string& name, std::int64_t length) const;
-  [[nodiscard]] const std::int32_t* permutation(const std::string& name, std::int64_t length) const;
+  /// The indices of that name, which are distinct and below `limit`; throws std::invalid_argument if they are not, are
+  /// missing or have another length.
+  [[nodiscard]] const std::int32_t* indices(const std::string& name, std::int64_t length, std::int64_t limit) const;
   /// As matrix(), for what map_table() took.
   [[nodiscard]] const RowTable& table(const std::string& name, std::int64_t rows, std::int64_t columns) const;
   /// Bytes that all of it occupies on the device; mapped tables occupy none.

@@ -65,15 +65,17 @@ class ChosenDrafters:
         """Such as "mtp+lookup"."""
         return "+".join(self.names) or "none"
 
-    def load(self, model: _core.Model, *, weights: str, progress: Progress | None) -> _core.MtpModel | None:
-        """The native MTP drafter, if there is one.
+    def load(
+        self, target: Checkpoint, model: _core.Model, *, weights: str, progress: Progress | None
+    ) -> _core.MtpModel | None:
+        """The native MTP drafter, if there is one; arguments as for draftwerk.weights.load_assistant().
 
         Raises:
             CheckpointError: its weights cannot be used.
         """
         if self.assistant is None:
             return None
-        return load_assistant(self.assistant, model, weights=weights, progress=progress)
+        return load_assistant(self.assistant, target, model, weights=weights, progress=progress)
 
     def native_synthetic(self) -> _core.SyntheticDrafts | None:
         """The native form of the synthetic drafter, if there is one."""

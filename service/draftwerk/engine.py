@@ -117,7 +117,7 @@ class Engine:
         core_model = load_model(
             checkpoint, weights=weights, threads=threads, max_step_rows=max_step_rows, progress=progress
         )
-        mtp = drafters.load(core_model, weights=weights, progress=progress)
+        mtp = drafters.load(checkpoint, core_model, weights=weights, progress=progress)
         model_fingerprint = fingerprint(checkpoint, weights, core_model.description.partition(",")[0])
 
         options = _core.EngineOptions()

@@ -33,6 +33,7 @@ _CHUNK_BYTES = 4 << 20
 _SAMPLE_BYTES = 4 << 10
 _ROW_GROUP = 16  # the native model repacks whole groups of this many rows
 _HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"  # Gemma's head is tied to it
 _PER_LAYER_TABLE = "model.embed_tokens_per_layer.weight"
 # Of few parameters, and every one counts: the rest of the layer depends on which experts it chooses.
 _ROUTER = ".router.proj.weight"
@@ -87,6 +88,7 @@ def load_model(
 
 def load_assistant(
     checkpoint: AssistantCheckpoint,
+    target: Checkpoint,
     model: _core.Model,
     *,
     weights: str = "auto",
@@ -94,9 +96,13 @@ def load_assistant(
 ) -> _core.MtpModel:
     """Builds the native drafter of an assistant for a model that it fits (see draftwerk.loading.check_fits).
 
-    Where it has centroids, the rows of its head lie in the order of the centroids' tokens: those of one together.
+    The rows of its head lie in the order of its tokens (AssistantCheckpoint.head_token_ids): those of a centroid
+    together. A reduced head is made of rows of the target's, in the type that the model keeps them in: the same states
+    give the same logits.
 
     Args:
+        target: the checkpoint of the model.
+        model: as load_model() built it, with the same `weights`.
         weights: as for load_model().
 
     Raises:
@@ -106,10 +112,15 @@ def load_assistant(
     _check_choice(weights)
     with _refusals(checkpoint.path):
         drafter = _core.MtpModel(model, dataclasses.asdict(checkpoint.config))
-    order = checkpoint.token_ordering
-    _upload(drafter, list(checkpoint.tensors()), weights, progress, order)
-    if order is not None:
-        drafter.set_permutation("masked_embedding.token_ordering", order)
+    tensors = list(checkpoint.tensors())
+    reduced = checkpoint.config.draft_vocab_size > 0
+    if reduced:
+        embedding = next(tensor for tensor in target.tensors() if tensor.name == _EMBEDDING)
+        tensors.append(dataclasses.replace(embedding, name=_HEAD))
+    token_ids = checkpoint.head_token_ids
+    _upload(drafter, tensors, weights, progress, token_ids)
+    if token_ids is not None:
+        drafter.set_indices("draft_token_ids" if reduced else "masked_embedding.token_ordering", token_ids)
     drafter.finish()
     return drafter
 
@@ -205,36 +216,42 @@ def _upload(
     tensors: Sequence[TensorView],
     weights: str,
     progress: Progress | None,
-    head_order: npt.NDArray[np.int32] | None = None,
+    head_token_ids: npt.NDArray[np.int32] | None = None,
 ) -> None:
-    """Uploads all of them; the rows of the head in `head_order`, if there is one."""
-    total = sum(tensor.nbytes for tensor in tensors)
+    """Uploads all of them; of the head these rows, in this order, if they are given."""
+    parts = [(tensor, head_token_ids if tensor.name == _HEAD else None) for tensor in tensors]
+    total = sum(_bytes(tensor, rows) for tensor, rows in parts)
     done = 0
-    for tensor in tensors:
+    for tensor, rows in parts:
         if len(tensor.shape) == 1:
             model.set_vector(tensor.name, _vector(tensor))
             done += tensor.nbytes
         else:
-            order = head_order if tensor.name == _HEAD else None
-            for chunk_bytes in _upload_matrix(model, tensor, _stored_type(tensor, weights), order):
+            for chunk_bytes in _upload_matrix(model, tensor, _stored_type(tensor, weights), rows):
                 done += chunk_bytes
                 if progress is not None:
                     progress("loading weights", done, total)
 
 
+def _bytes(tensor: TensorView, rows: npt.NDArray[np.int32] | None) -> int:
+    return tensor.nbytes if rows is None else len(rows) * tensor.rows_bytes()
+
+
 def _upload_matrix(
-    model: _Uploads, tensor: TensorView, stored_type: str, order: npt.NDArray[np.int32] | None
+    model: _Uploads, tensor: TensorView, stored_type: str, chosen: npt.NDArray[np.int32] | None
 ) -> Iterator[int]:
-    """Uploads all rows; yields the bytes of each chunk once it is in the model."""
+    """Uploads all rows, or those chosen; yields the bytes of each chunk once it is in the model."""
     rows, columns = tensor.shape
+    if chosen is not None:
+        rows = len(chosen)
     model.create_weight(tensor.name, stored_type, rows, columns)
-    row_bytes = tensor.nbytes // rows
+    row_bytes = tensor.rows_bytes()
     step = max(1, _CHUNK_BYTES // row_bytes // _ROW_GROUP) * _ROW_GROUP
     for first in range(0, rows, step):
         last = min(first + step, rows)
-        data = tensor.rows(first, last) if order is None else tensor.rows_at(order[first:last])
+        data = tensor.rows(first, last) if chosen is None else tensor.rows_at(chosen[first:last])
         model.upload_rows(tensor.name, first, tensor.dtype, last - first, data)
-        if order is None:
+        if chosen is None:
             # From the start: a page shared by two chunks is given back with the second.
             tensor.release(0, last * row_bytes)
         yield (last - first) * row_bytes

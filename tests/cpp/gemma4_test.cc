@@ -79,6 +79,7 @@ std::vector<std::vector<TokenId>> expected_tokens(Kind kind, WeightType type) {
 struct Variant {
   const char* drafters;
   int clusters;
+  int draft_vocabulary;
   int draft_length;
   int prefill_chunk;
   int threads;
@@ -98,7 +99,7 @@ TEST_P(Gemma4Promise, TokensDoNotDependOnHowTheyAreComputed) {
   options.draft_length = variant.draft_length;
   options.prefill_chunk = variant.prefill_chunk;
   options.max_sequences = variant.max_sequences;
-  Engine engine(tiny.model(), options, tiny.drafters(variant.drafters, variant.clusters), {});
+  Engine engine(tiny.model(), options, tiny.drafters(variant.drafters, variant.clusters, variant.draft_vocabulary), {});
   EXPECT_EQ(run_all(engine, requests()), tokens);
   EXPECT_EQ(run_all(engine, requests()), tokens) << "with a warm prefix cache";
   if (variant.draft_length > 0) {
@@ -110,14 +111,16 @@ INSTANTIATE_TEST_SUITE_P(
     Variants, Gemma4Promise,
     ::testing::Combine(::testing::Values(Kind::gemma3, Kind::edge, Kind::dense, Kind::experts),
                        ::testing::Values(WeightType::f32, WeightType::q8_0),
-                       ::testing::Values(Variant{"none", 0, -1, 7, 2, 16}, Variant{"mtp", 0, 3, 64, 2, 16},
-                                         Variant{"mtp", 60, 8, 16, 1, 3}, Variant{"mtp+lookup", 60, -1, 64, 2, 16},
-                                         Variant{"random", 0, 4, 33, 2, 16})));
+                       ::testing::Values(Variant{"none", 0, 0, -1, 7, 2, 16}, Variant{"mtp", 0, 0, 3, 64, 2, 16},
+                                         Variant{"mtp", 60, 0, 8, 16, 1, 3}, Variant{"mtp", 0, 150, 4, 64, 2, 16},
+                                         Variant{"mtp", 40, 280, 8, 16, 1, 3},
+                                         Variant{"mtp+lookup", 60, 0, -1, 64, 2, 16},
+                                         Variant{"random", 0, 0, 4, 33, 2, 16})));
 
 TEST(MtpDrafter, DraftsDoNotDependOnTheSequencesBesideIt) {
-  for (const int clusters : {0, 60}) {
+  for (const auto& [clusters, draft_vocabulary] : {std::pair(0, 0), {60, 0}, {0, 150}, {25, 150}}) {
     TinyModel tiny(WeightType::q8_0, 2, 128, testing::tiny_edge_config());
-    MtpModel& mtp = tiny.mtp(clusters);
+    MtpModel& mtp = tiny.mtp(clusters, draft_vocabulary);
     const Request request = requests()[1];
     const std::vector<TokenId> alone = draft(mtp, request.prompt, 5, request.sampling, 0).tokens;
     EXPECT_EQ(draft(mtp, request.prompt, 5, request.sampling, 3).tokens, alone) << "prompt in chunks";
@@ -196,6 +199,36 @@ TEST(MtpDrafter, IsRefusedIfItDoesNotFit) {
   config.text.window = 25;
   EXPECT_EQ(message(config),
             "the drafter does not fit the target: the sliding window is 25 in the drafter and 24 in the target");
+}
+
+TEST(MtpDrafter, NamesWhatIsWrongWithItsHead) {
+  TinyModel tiny(WeightType::f32, 1, 16);
+  const auto message = [&](MtpConfig config, const std::vector<std::int32_t>& tokens) -> std::string {
+    Weights weights(tiny.model().backend());
+    MtpConfig made = config;
+    made.draft_vocabulary = 0;  // the other tensors, and a head of its own
+    made.clusters = 0;
+    testing::TensorMaker(weights, WeightType::f32, 8).drafter(made);
+    if (!tokens.empty()) weights.set_indices("draft_token_ids", tokens);
+    try {
+      const MtpModel model(tiny.model(), std::move(config), weights);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "";
+  };
+  const MtpConfig fitting = testing::tiny_mtp_config(tiny.model().config(), 0);
+  EXPECT_EQ(message(fitting, {}), "");
+  MtpConfig config = fitting;
+  config.draft_vocabulary = 301;
+  EXPECT_EQ(message(config, {}), "model config: draft_vocab_size is 301, must be 0 to 300");
+  config.draft_vocabulary = 100;
+  EXPECT_EQ(message(config, {}), "tensor lm_head.weight has shape [300, 32], the config asks for [100, 64]");
+  config.clusters = 7;
+  config.chosen_clusters = 1;
+  EXPECT_EQ(message(config, {}), "model config: draft_vocab_size (100) is not a multiple of num_centroids (7)");
+  config.draft_vocabulary = 0;
+  EXPECT_EQ(message(config, {}), "model config: vocab_size (300) is not a multiple of num_centroids (7)");
 }
 
 TEST(MtpDrafter, TakesNothingFromTheKvBudget) {

@@ -79,8 +79,9 @@ inline ModelConfig tiny_experts_config() {
   return config;
 }
 
-/// A drafter of two layers for a target of any of these shapes.
-inline MtpConfig tiny_mtp_config(const ModelConfig& target, int clusters) {
+/// A drafter of two layers for a target of any of these shapes, with a head of its own or, if there is a draft
+/// vocabulary, by the target's.
+inline MtpConfig tiny_mtp_config(const ModelConfig& target, int clusters, int draft_vocabulary = 0) {
   MtpConfig config;
   config.text = tiny_gemma4_base(2);
   config.text.hidden = 32;
@@ -93,6 +94,7 @@ inline MtpConfig tiny_mtp_config(const ModelConfig& target, int clusters) {
   config.target_hidden = target.hidden;
   config.clusters = clusters;
   config.chosen_clusters = clusters > 0 ? std::max(clusters / 5, 1) : 0;
+  config.draft_vocabulary = draft_vocabulary;
   return config;
 }
 
@@ -120,14 +122,17 @@ class TensorMaker {
     const ModelConfig& text = config.text;
     matrix("pre_projection.weight", text.hidden, 2 * config.target_hidden, 0.2F);
     matrix("post_projection.weight", config.target_hidden, text.hidden, 0.2F);
-    matrix("lm_head.weight", text.vocabulary, text.hidden, 1.0F);
+    const bool reduced = config.draft_vocabulary > 0;
+    const int scored = reduced ? config.target_hidden : text.hidden;
+    matrix("lm_head.weight", config.head_tokens(), scored, 1.0F);
     vector("model.norm.weight", text.hidden);
-    if (config.clusters > 0) {
-      matrix("masked_embedding.centroids.weight", config.clusters, text.hidden, 1.0F);
+    if (config.clusters > 0) matrix("masked_embedding.centroids.weight", config.clusters, scored, 1.0F);
+    if (reduced || config.clusters > 0) {
       std::vector<std::int32_t> order(static_cast<std::size_t>(text.vocabulary));
       std::iota(order.begin(), order.end(), 0);
       std::shuffle(order.begin(), order.end(), random_);
-      weights_.set_permutation("masked_embedding.token_ordering", order);
+      order.resize(static_cast<std::size_t>(config.head_tokens()));
+      weights_.set_indices(reduced ? "draft_token_ids" : "masked_embedding.token_ordering", order);
     }
     layers(text);
   }
@@ -217,9 +222,9 @@ class TinyModel {
   Gemma& model() { return *model_; }
 
   /// The model's drafter, made at the first call.
-  MtpModel& mtp(int clusters = 0) {
+  MtpModel& mtp(int clusters = 0, int draft_vocabulary = 0) {
     if (mtp_ == nullptr) {
-      const MtpConfig config = tiny_mtp_config(model_->config(), clusters);
+      const MtpConfig config = tiny_mtp_config(model_->config(), clusters, draft_vocabulary);
       TensorMaker(drafter_weights_, type_, 8).drafter(config);
       mtp_ = std::make_unique<MtpModel>(*model_, config, drafter_weights_);
     }
@@ -227,9 +232,9 @@ class TinyModel {
   }
 
   /// "none", or names joined by '+'.
-  std::vector<std::unique_ptr<Drafter>> drafters(const std::string& names, int clusters = 0) {
+  std::vector<std::unique_ptr<Drafter>> drafters(const std::string& names, int clusters = 0, int draft_vocabulary = 0) {
     std::vector<std::unique_ptr<Drafter>> made;
-    if (names.find("mtp") != std::string::npos) made.push_back(make_mtp_drafter(mtp(clusters)));
+    if (names.find("mtp") != std::string::npos) made.push_back(make_mtp_drafter(mtp(clusters, draft_vocabulary)));
     if (names.find("lookup") != std::string::npos) made.push_back(make_lookup_drafter());
     if (names.find("random") != std::string::npos) made.push_back(make_random_drafter(model_->config().vocabulary));
     return made;

@@ -25,12 +25,13 @@ def seeds() -> list[bytes]:
     plain = tiny.TinyGguf()
     for entry in ("tokens", "scores", "types"):
         del plain.entries[entry]
-    gemma4, drafter = tiny4.TinyGemma4Gguf(), tiny4.TinyAssistantGguf()
+    models = [tiny4.TinyGemma4Gguf(), tiny4.TinyAssistantGguf(), tiny4.TinyReducedGguf()]
     with_merges = tiny4.TinyGemma4Gguf().bytes()
-    for entry in ("tokens", "scores", "types", "merges"):
-        del gemma4.entries[entry], drafter.entries[entry]
+    for model in models:
+        for entry in ("tokens", "scores", "types", "merges"):
+            del model.entries[entry]
     headers = [plain.bytes()[:2000], b"GGUF" + struct.pack("<IQQ", 3, 0, 0)]
-    return [plain.bytes(), with_template.bytes(), gemma4.bytes(), with_merges, drafter.bytes(), *headers]
+    return [plain.bytes(), with_template.bytes(), with_merges, *(model.bytes() for model in models), *headers]
 
 
 def check(path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Fuzzes reading a safetensors file, by itself and as the weights of a Gemma 4 model and of its drafter: whatever the
-bytes, tensors inside the file, or a CheckpointError.
+"""Fuzzes reading a safetensors file, by itself and as the weights of a Gemma 4 model and of drafters for it: whatever
+the bytes, tensors inside the file, or a CheckpointError.
 
 python tests/fuzz/fuzz_safetensors.py --seconds 30
 python tests/fuzz/fuzz_safetensors.py --runs 20000 --seed 7
@@ -24,7 +24,7 @@ def seeds() -> list[bytes]:
 
     tensors = {"a": ("F32", [2, 3], bytes(24)), "b": ("BF16", [4], bytes(8)), "empty": ("F16", [0, 7], b"")}
     plain = [tiny.safetensors_bytes(tensors), tiny.safetensors_bytes({}), tiny.safetensors_bytes(tensors, padding=1)]
-    models = (tiny4.text_tensors(), tiny4.assistant_tensors())
+    models = (tiny4.text_tensors(), tiny4.assistant_tensors(), tiny4.reduced_tensors())
     return plain + [tiny.safetensors_bytes(tensors, padding=p) for tensors in models for p in (8, 1)]
 
 
@@ -37,7 +37,8 @@ def check(path: Path) -> None:
     from draftwerk.loading import CheckpointError, open_assistant, open_checkpoint
     from draftwerk.loading.safetensors import SafetensorsFile
 
-    for directory, open_directory in zip(_directories(path), (open_checkpoint, open_assistant), strict=True):
+    for directory in _directories(path):
+        open_directory = open_checkpoint if directory.name == "model" else open_assistant
         try:
             for view in open_directory(directory).tensors():
                 int(view.data.sum())
@@ -55,11 +56,16 @@ def check(path: Path) -> None:
 
 
 def _directories(path: Path) -> list[Path]:
-    """Directories of a model and of a drafter whose weights are this file."""
+    """Directories of a model and of two drafters whose weights are this file."""
     import tiny_gemma4_files as tiny4
 
-    directories = [path.parent / "model", path.parent / "drafter"]
-    for directory, config in zip(directories, (tiny4.text_config(), tiny4.assistant_config()), strict=True):
+    configs = {
+        "model": tiny4.text_config(),
+        "drafter": tiny4.assistant_config(),
+        "reduced drafter": tiny4.reduced_config(),
+    }
+    directories = [path.parent / name for name in configs]
+    for directory, config in zip(directories, configs.values(), strict=True):
         if not directory.exists():
             directory.mkdir()
             (directory / "config.json").write_text(json.dumps(config))

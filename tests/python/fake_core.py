@@ -57,10 +57,10 @@ class MtpModel(Model):
     def __init__(self, target: Model, config: dict[str, object]) -> None:
         super().__init__(config)
         self.target = target
-        self.permutations: dict[str, Any] = {}
+        self.indices: dict[str, Any] = {}
 
-    def set_permutation(self, name: str, values: Any) -> None:
-        self.permutations[name] = values.copy()
+    def set_indices(self, name: str, values: Any) -> None:
+        self.indices[name] = values.copy()
 
 
 @dataclass

@@ -18,6 +18,7 @@ import tiny_gemma4
 from draftwerk import Engine, SamplingParams
 from draftwerk.loading import open_assistant, open_checkpoint
 from draftwerk.weights import load_assistant, load_model
+from tiny_drafters import reference_drafts
 from tiny_gemma4 import BOS_TOKEN_ID, FAMILIES, VOCABULARY
 
 F32_TOLERANCE = 1e-4
@@ -117,39 +118,14 @@ def test_quantised(tmp_path: Path, family: str, weights: str, bound: float) -> N
 # --- drafts ------------------------------------------------------------------------------------------------------
 
 
-def reference_drafts(model: Any, assistant: Any, token_ids: list[int], count: int) -> tuple[list[int], torch.Tensor]:
-    """Greedy drafts after `token_ids` by the assistant's own forward pass, given K/V of the positions before the last.
-
-    Returns:
-        The drafts, and the logits that each was taken from.
-    """
-    with torch.inference_mode():
-        before = torch.tensor([token_ids[:-1]])
-        outputs = model(before, use_cache=False, output_hidden_states=True, return_shared_kv_states=True)
-        state = outputs.hidden_states[-1][:, -1:]
-        token = torch.tensor([token_ids[-1:]])
-        position = torch.tensor([[len(token_ids) - 1]])
-        drafts, logits = [], []
-        for _ in range(count):
-            embedded = model.get_input_embeddings()(token)
-            drafted = assistant(
-                inputs_embeds=torch.cat([embedded, state], dim=-1),
-                position_ids=position,
-                shared_kv_states=outputs.shared_kv_states,
-            )
-            token, state = drafted.logits.argmax(-1), drafted.last_hidden_state
-            drafts.append(int(token))
-            logits.append(drafted.logits[0, -1])
-    return drafts, torch.stack(logits)
-
-
 @pytest.mark.parametrize("centroids", [0, 32], ids=["full head", "centroids"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_drafts(tmp_path: Path, family: str, centroids: int) -> None:
     model = FAMILIES[family](seed=6)
     assistant = tiny_gemma4.assistant_for(model, centroids=centroids, seed=7)
-    target = load_model(open_checkpoint(tiny_gemma4.save(model, tmp_path / "target")), threads=2)
-    drafter = load_assistant(open_assistant(tiny_gemma4.save(assistant, tmp_path / "assistant")), target)
+    opened = open_checkpoint(tiny_gemma4.save(model, tmp_path / "target"))
+    target = load_model(opened, threads=2)
+    drafter = load_assistant(open_assistant(tiny_gemma4.save(assistant, tmp_path / "assistant")), opened, target)
     for length in (2, 17, WINDOW, WINDOW + 1, WINDOW + 2, WINDOW + 3, 40, 110):
         expected, reference = reference_drafts(model, assistant, prompt(length), 6)
         for chunk in (0, 5):
@@ -166,7 +142,8 @@ def test_bf16_drafts(tmp_path: Path) -> None:
     assistant = tiny_gemma4.assistant_for(model, seed=9)
     saved = tiny_gemma4.save(model, tmp_path / "target", dtype=torch.bfloat16)
     saved_assistant = tiny_gemma4.save(assistant, tmp_path / "assistant", dtype=torch.bfloat16)
-    drafter = load_assistant(open_assistant(saved_assistant), load_model(open_checkpoint(saved), threads=2))
+    opened = open_checkpoint(saved)
+    drafter = load_assistant(open_assistant(saved_assistant), opened, load_model(opened, threads=2))
     _, expected = reference_drafts(model, assistant, prompt(60), 1)
     _, logits = drafter.draft(prompt(60), 1)
     assert relative_error(logits, expected) < BF16_TOLERANCE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import tiny_gemma4_files as tiny4
 
 from draftwerk.loading import CheckpointError, open_assistant, open_checkpoint
+from draftwerk.loading.hugging_face_config import assistant_config_from_hugging_face
 from draftwerk.weights import fingerprint, load_assistant, load_model
 from fake_checkpoint import FakeCheckpoint, FakeTensor
 
@@ -157,10 +159,11 @@ def test_a_whole_checkpoint_reaches_the_core(core: ModuleType, form: str, tmp_pa
 
 
 def test_the_head_of_a_drafter_lies_in_the_order_of_its_centroids(core: ModuleType, tmp_path: Path) -> None:
-    target = load_model(open_checkpoint(tiny4.write_target(tmp_path / "target")))
+    checkpoint = open_checkpoint(tiny4.write_target(tmp_path / "target"))
+    target = load_model(checkpoint)
     assistant = open_assistant(tiny4.write_assistant(tmp_path / "assistant"))
     seen: list[tuple[int, int]] = []
-    drafter = load_assistant(assistant, target, progress=lambda _, done, total: seen.append((done, total)))
+    drafter = load_assistant(assistant, checkpoint, target, progress=lambda _, done, total: seen.append((done, total)))
     assert drafter.target is target
     assert drafter.config == dataclasses.asdict(assistant.config)
     assert drafter.config["text"]["num_kv_shared_layers"] == tiny4.DRAFTER_LAYERS
@@ -172,7 +175,7 @@ def test_the_head_of_a_drafter_lies_in_the_order_of_its_centroids(core: ModuleTy
     assert found.pop(HEAD) == ("bf16", (tiny4.VOCAB, tiny4.DRAFTER_HIDDEN), rows[order].tobytes())
     del views[HEAD]
     assert found == views
-    ((name, permutation),) = drafter.permutations.items()
+    ((name, permutation),) = drafter.indices.items()
     assert (name, permutation.dtype, permutation.tolist()) == (
         "masked_embedding.token_ordering",
         np.int32,
@@ -187,14 +190,42 @@ def test_the_head_of_a_drafter_without_centroids_lies_as_it_is(core: ModuleType,
         del tensors[name]
     config = tiny4.assistant_config() | {"use_ordered_embeddings": False}
     assistant = open_assistant(tiny4.write(tmp_path / "assistant", config, tensors))
-    target = load_model(open_checkpoint(tiny4.write_target(tmp_path / "target")))
-    drafter = load_assistant(assistant, target)
+    checkpoint = open_checkpoint(tiny4.write_target(tmp_path / "target"))
+    target = load_model(checkpoint)
+    drafter = load_assistant(assistant, checkpoint, target)
     assert handed_over(drafter)[HEAD][2] == tensors["model.embed_tokens.weight"][2]
-    assert drafter.permutations == {}
+    assert drafter.indices == {}
     with pytest.raises(ValueError, match=r"tensor masked_.*|tensor model\.layers.* no multiple of 32"):
-        load_assistant(assistant, target, weights="int8")  # rows of 16 and 24
+        load_assistant(assistant, checkpoint, target, weights="int8")  # rows of 16 and 24
     with pytest.raises(ValueError, match="weights = 'int3'"):
-        load_assistant(assistant, target, weights="int3")
+        load_assistant(assistant, checkpoint, target, weights="int3")
+
+
+@pytest.mark.parametrize(("weights", "stored"), [("auto", "bf16"), ("int8", "q8_0"), ("int4", "q8_0"), ("f32", "f32")])
+def test_a_reduced_head_is_made_of_the_targets_rows(
+    core: ModuleType, weights: str, stored: str, tmp_path: Path
+) -> None:
+    """In the type in which the target itself keeps them."""
+    checkpoint = open_checkpoint(tiny4.write_target(tmp_path / "target"))
+    config = tiny4.reduced_config() | {"use_ordered_embeddings": False}
+    config["text_config"] |= {"hidden_size": 32, "intermediate_size": 32}  # rows that can be quantised
+    shapes = assistant_config_from_hugging_face("config.json", config).expected_tensors()
+    tensors = {name: ("BF16", shape, bytes(2 * math.prod(shape))) for name, shape in shapes.items()}
+    tensors["draft_token_ids"] = tiny4.reduced_tensors()["draft_token_ids"]
+    assistant = open_assistant(tiny4.write(tmp_path / "assistant", config, tensors))
+    target = core.Model({})
+    seen: list[tuple[int, int]] = []
+    drafter = load_assistant(
+        assistant, checkpoint, target, weights=weights, progress=lambda _, done, total: seen.append((done, total))
+    )
+    tokens = tiny4.draft_token_ids()
+    head = drafter.matrices[HEAD]
+    assert (head["type"], head["rows"], head["columns"]) == (stored, tiny4.DRAFT_VOCAB, tiny4.HIDDEN)
+    rows = np.frombuffer(tiny4.text_tensors()["model.embed_tokens.weight"][2], np.uint8).reshape(tiny4.VOCAB, -1)
+    assert handed_over(drafter)[HEAD] == ("bf16", (tiny4.DRAFT_VOCAB, tiny4.HIDDEN), rows[tokens].tobytes())
+    ((name, indices),) = drafter.indices.items()
+    assert (name, indices.dtype, indices.tolist()) == ("draft_token_ids", np.int32, tokens.tolist())
+    assert seen[-1][0] == seen[-1][1]
 
 
 def test_the_order_of_a_large_head_is_kept_across_chunks(core: ModuleType) -> None:
@@ -205,12 +236,13 @@ def test_the_order_of_a_large_head_is_kept_across_chunks(core: ModuleType) -> No
     @dataclasses.dataclass
     class Config:
         num_centroids: int = 4
+        draft_vocab_size: int = 0
 
     head = Head(HEAD, "bf16", (20_000, 256))
     order = np.random.default_rng(3).permutation(20_000).astype(np.int32)
     assistant = FakeCheckpoint(views=[head])
-    assistant.config, assistant.token_ordering = Config(), order
-    drafter = load_assistant(assistant, core.Model({}))
+    assistant.config, assistant.head_token_ids = Config(), order
+    drafter = load_assistant(assistant, FakeCheckpoint(), core.Model({}))
     chunks = drafter.matrices[HEAD]["chunks"]
     assert len(chunks) > 2
     assert all(rows % 16 == 0 for _, _, rows, _ in chunks[:-1])
@@ -229,7 +261,7 @@ def test_sizes_that_the_core_refuses_are_a_checkpoint_error(
 
     monkeypatch.setattr(core.MtpModel, "__init__", refuse)
     with pytest.raises(CheckpointError, match="assistant: model config: head_dim is 16"):
-        load_assistant(assistant, target)
+        load_assistant(assistant, checkpoint, target)
     monkeypatch.setattr(core.Model, "__init__", refuse)
     with pytest.raises(CheckpointError, match="target: model config: head_dim is 16"):
         load_model(checkpoint)

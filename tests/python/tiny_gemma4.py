@@ -97,15 +97,15 @@ def assistant_for(
     """A drafter of four layers, narrower than the model, that reads the model's K/V.
 
     Args:
-        model: the target, as the functions above make it.
+        model: the target, as the functions above make it or a Gemma 3.
         centroids: clusters of its head; has to divide the vocabulary (32 does). 0: a head over the whole vocabulary.
         top_k: clusters whose tokens get logits.
         seed: of the weights.
         changes: fields of the assistant's text configuration.
     """
     target = model.config.get_text_config()
-    full = target.per_layer_config[FULL]
-    sliding = target.per_layer_config[SLIDING]
+    gemma3 = target.model_type == "gemma3_text"
+    full, sliding = (target, target) if gemma3 else (target.per_layer_config[kind] for kind in (FULL, SLIDING))
     unified = target.model_type.startswith("gemma4_unified")
     values = {
         **_SIZES,
@@ -118,7 +118,7 @@ def assistant_for(
         "num_global_key_value_heads": full.num_key_value_heads,
         "head_dim": sliding.head_dim,
         "global_head_dim": full.head_dim,
-        "attention_k_eq_v": target.attention_k_eq_v,
+        "attention_k_eq_v": not gemma3 and target.attention_k_eq_v,
         "sliding_window": target.sliding_window,
         "rope_parameters": target.rope_parameters,
     } | changes

@@ -116,7 +116,7 @@ void CpuBackend::reserve(int max_rows, int max_outputs, int max_columns, int voc
   for (RopeSlot& slot : ropes_) slot.angles.resize(std::int64_t{max_rows_} * kMaxHeadDim);
   row_segment_.resize(static_cast<std::size_t>(max_rows_));
   attention_ = std::make_unique<Attention>(layer_, pool_, max_rows_);
-  clustered_ = std::make_unique<ClusteredLogits>(matmul_, pool_, max_outputs_, vocabulary);
+  sparse_ = std::make_unique<SparseLogits>(matmul_, layer_, pool_, max_outputs_, vocabulary);
   sampler_ = std::make_unique<Sampler>(isa_, vocabulary, max_outputs_, pool_.size());
   head_logits_ = {};
 }

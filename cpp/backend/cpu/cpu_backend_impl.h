@@ -7,18 +7,20 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "backend/backend.h"
 #include "backend/cpu/activations.h"
 #include "backend/cpu/attention.h"
-#include "backend/cpu/clustered_head.h"
 #include "backend/cpu/experts.h"
 #include "backend/cpu/isa.h"
 #include "backend/cpu/layer_kernels.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/memory.h"
 #include "backend/cpu/sampler.h"
+#include "backend/cpu/sparse_head.h"
+#include "backend/cpu/sparse_sampler.h"
 #include "backend/cpu/worker_pool.h"
 
 namespace draftwerk::cpu {
@@ -59,7 +61,7 @@ class CpuBackend final : public Backend {
               Tensor output) override;
   void gather_outputs(Tensor hidden, const Norm& norm, Tensor states) override;
   void head(Tensor states, const Weight& weight, float softcap) override;
-  void head(Tensor states, const ClusteredHead& head) override;
+  void head(Tensor states, const SparseHead& head) override;
   void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) override;
   void propose(std::span<const ProposeRow> rows, std::span<TokenId> tokens) override;
   void read_logits(std::span<float> out) override;
@@ -115,15 +117,15 @@ class CpuBackend final : public Backend {
   RopeSlot ropes_[kRopeSlots];
   int ropes_used_ = 0;
   std::unique_ptr<Attention> attention_;
-  std::unique_ptr<ClusteredLogits> clustered_;
+  std::unique_ptr<SparseLogits> sparse_;
   std::unique_ptr<Sampler> sampler_;
   ExpertMixture experts_;
 
   // The step.
   StepRows step_;
   KvArena arena_;
-  std::vector<int> row_segment_;  ///< [rows] index of the segment
-  LogitRows head_logits_;         ///< what the last head() computed
+  std::vector<int> row_segment_;                                          ///< [rows] index of the segment
+  std::variant<std::monostate, LogitRows, SparseLogitRows> head_logits_;  ///< what the last head() computed
 };
 
 }  // namespace draftwerk::cpu

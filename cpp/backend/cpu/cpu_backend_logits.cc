@@ -1,5 +1,6 @@
 // Logits of a step's output rows, and the tokens chosen from them.
 #include <algorithm>
+#include <limits>
 
 #include "backend/cpu/cpu_backend_impl.h"
 #include "backend/cpu/operands.h"
@@ -10,7 +11,7 @@ namespace draftwerk::cpu {
 void CpuBackend::head(Tensor states, const Weight& weight, float softcap) {
   const PackedMatrix& matrix = packed(weight);
   require(matrix.columns == states.columns && matrix.rows == vocabulary_, "a head of the reserved vocabulary");
-  head_logits_ = {logits_.data(), logit_stride_, vocabulary_, logit_maxima_.data(), logit_chunks_};
+  head_logits_ = LogitRows{logits_.data(), logit_stride_, vocabulary_, logit_maxima_.data(), logit_chunks_};
   const int outputs = step_outputs();
   if (outputs == 0) return;
   const bool quantized = takes_quantized(matrix.type);
@@ -32,37 +33,49 @@ void CpuBackend::head(Tensor states, const Weight& weight, float softcap) {
   });
 }
 
-void CpuBackend::head(Tensor states, const ClusteredHead& head) {
-  const WeightType centroids = head.centroids->type();
-  const WeightType rows = head.head->type();
-  require(head.head->columns() == states.columns, "a head as wide as the states");
+void CpuBackend::head(Tensor states, const SparseHead& head) {
+  require(head.weight->columns() == states.columns, "a head as wide as the states");
+  bool quantized = false;
+  bool floats = false;
+  for (const Weight* weight : {head.weight, head.centroids}) {
+    if (weight != nullptr) (takes_quantized(weight->type()) ? quantized : floats) = true;
+  }
   const int outputs = step_outputs();
-  const bool quantized = takes_quantized(centroids) || takes_quantized(rows);
-  const bool floats = !takes_quantized(centroids) || !takes_quantized(rows);
-  clustered_->compute(head, prepare(states, nullptr, outputs, quantized, floats), outputs);
-  head_logits_ = clustered_->rows();
+  head_logits_ = sparse_->compute(head, prepare(states, nullptr, outputs, quantized, floats), outputs);
 }
 
 void CpuBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
-  require(head_logits_.values != nullptr, "a head before its logits are read");
-  sampler_->verify_logits(head_logits_, groups, results, pool_);
+  const auto* logits = std::get_if<LogitRows>(&head_logits_);
+  require(logits != nullptr, "a head of all tokens before a choice is verified");
+  sampler_->verify_logits(*logits, groups, results, pool_);
 }
 
 void CpuBackend::propose(std::span<const ProposeRow> rows, std::span<TokenId> tokens) {
   require(rows.size() == static_cast<std::size_t>(step_outputs()) && tokens.size() >= rows.size(),
           "a row to propose for and room for a token for every output");
-  require(head_logits_.values != nullptr, "a head before its logits are read");
-  sampler_->propose(head_logits_, rows, tokens, pool_);
+  if (const auto* sparse = std::get_if<SparseLogitRows>(&head_logits_)) {
+    propose_sparse(sampler_kernels(isa_), *sparse, rows, tokens, pool_);
+    return;
+  }
+  const auto* logits = std::get_if<LogitRows>(&head_logits_);
+  require(logits != nullptr, "a head before a draft is proposed");
+  sampler_->propose(*logits, rows, tokens, pool_);
 }
 
 void CpuBackend::read_logits(std::span<float> out) {
-  const auto columns = static_cast<std::size_t>(vocabulary_);
-  const auto outputs = static_cast<std::size_t>(step_outputs());
-  require(head_logits_.values != nullptr, "a head before its logits are read");
-  require(out.size() >= outputs * columns, "room for the logits of every output");
-  for (std::size_t r = 0; r < outputs; ++r) {
-    std::copy_n(head_logits_.values + static_cast<std::int64_t>(r) * head_logits_.stride, columns,
-                out.data() + r * columns);
+  const std::int64_t columns = vocabulary_;
+  const std::int64_t outputs = step_outputs();
+  require(head_logits_.index() != 0, "a head before its logits are read");
+  require(out.size() >= static_cast<std::size_t>(outputs * columns), "room for the logits of every output");
+  for (std::int64_t r = 0; r < outputs; ++r) {
+    float* row = out.data() + r * columns;
+    if (const auto* sparse = std::get_if<SparseLogitRows>(&head_logits_)) {
+      std::fill_n(row, columns, -std::numeric_limits<float>::infinity());
+      for (int i = 0; i < sparse->count; ++i) row[sparse->tokens_of(r)[i]] = sparse->values_of(r)[i];
+    } else {
+      const LogitRows& logits = std::get<LogitRows>(head_logits_);
+      std::copy_n(logits.values + r * logits.stride, columns, row);
+    }
   }
 }
 

@@ -109,16 +109,18 @@ std::vector<double> expert_output(std::span<const float> gate_up, std::span<cons
   return multiply(down.subspan(e * matrix, matrix), h);
 }
 
-std::vector<double> clustered_logits(std::span<const float> centroids, std::span<const float> head,
-                                     std::span<const std::int32_t> tokens, int chosen, std::span<const double> state) {
-  const std::vector<double> scores = multiply(centroids, state);
+std::vector<double> sparse_logits(std::span<const float> centroids, std::span<const float> head,
+                                  std::span<const std::int32_t> tokens, int chosen, double softcap, int vocabulary,
+                                  std::span<const double> state) {
   const std::vector<double> all = multiply(head, state);
+  const std::vector<double> scores = centroids.empty() ? std::vector<double>(1) : multiply(centroids, state);
   const std::size_t size = tokens.size() / scores.size();
-  std::vector<double> logits(tokens.size(), -std::numeric_limits<double>::infinity());
-  for (const int cluster : largest(scores, chosen)) {
+  std::vector<double> logits(static_cast<std::size_t>(vocabulary), -std::numeric_limits<double>::infinity());
+  for (const int cluster : largest(scores, centroids.empty() ? 1 : chosen)) {
     for (std::size_t i = 0; i < size; ++i) {
       const std::size_t row = static_cast<std::size_t>(cluster) * size + i;
-      logits[static_cast<std::size_t>(tokens[row])] = all[row];
+      const double logit = softcap == 0 ? all[row] : softcap * std::tanh(all[row] / softcap);
+      logits[static_cast<std::size_t>(tokens[row])] = logit;
     }
   }
   return logits;

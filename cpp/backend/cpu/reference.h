@@ -43,9 +43,10 @@ std::vector<std::pair<int, double>> route(std::span<const double> scores, std::s
 std::vector<double> expert_output(std::span<const float> gate_up, std::span<const float> down, int expert, int mlp,
                                   std::span<const double> x);
 
-/// Logits of all tokens: those of the `chosen` clusters of the largest centroid scores, minus infinity for the others.
-/// Row i of head [tokens.size(), state.size()] is that of tokens[i].
-std::vector<double> clustered_logits(std::span<const float> centroids, std::span<const float> head,
-                                     std::span<const std::int32_t> tokens, int chosen, std::span<const double> state);
+/// Logits of a vocabulary by a sparse head (Backend::head): row i of head [tokens.size(), state.size()] is that of
+/// tokens[i]; all others are minus infinity. With centroids, only those of the `chosen` clusters of the largest scores.
+std::vector<double> sparse_logits(std::span<const float> centroids, std::span<const float> head,
+                                  std::span<const std::int32_t> tokens, int chosen, double softcap, int vocabulary,
+                                  std::span<const double> state);
 
 }  // namespace draftwerk::cpu::reference

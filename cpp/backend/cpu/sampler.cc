@@ -1,13 +1,13 @@
 #include "backend/cpu/sampler.h"
 
 #include <algorithm>
-#include <bit>
 #include <cfloat>
 #include <climits>
 #include <cmath>
 #include <cstddef>
-#include <limits>
 #include <utility>
+
+#include "backend/cpu/choosing.h"
 
 namespace draftwerk::cpu {
 
@@ -25,18 +25,10 @@ const SamplerKernels& sampler_kernels(Isa isa) {
 
 namespace {
 
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 /// Up to this many tokens are copied out of the row and compete as a list; a larger top_k works on the row itself.
 constexpr int kListCapacity = 2048;
 /// A greedy row takes a microsecond, about what it costs to wake a worker.
 constexpr std::int64_t kGreedyGrain = 8;
-constexpr Cut kKeepAll{kMinusInfinity, INT_MAX};
-
-float scaled(float value, float scale) {
-  const float z = value * scale;
-  return FLT_MAX < z ? FLT_MAX : z;
-}
-
 int chunks_of(const LogitRow& row) { return (row.vocabulary + kLogitChunk - 1) / kLogitChunk; }
 
 /// The largest logit; minus infinity if there is none.
@@ -47,46 +39,6 @@ float row_maximum(const LogitRow& row) {
 }
 
 bool keeps(Cut cut, float z, TokenId token) { return z > cut.value || (z == cut.value && token <= cut.last); }
-
-/// Integers in the order of the floats they stand for; neighbours are neighbours.
-std::int64_t sort_key(float x) {
-  const auto bits = std::bit_cast<std::int32_t>(x);
-  return bits >= 0 ? bits : bits ^ 0x7FFFFFFF;
-}
-
-float from_sort_key(std::int64_t key) {
-  const auto bits = static_cast<std::int32_t>(key);
-  return std::bit_cast<float>(bits >= 0 ? bits : bits ^ 0x7FFFFFFF);
-}
-
-struct Threshold {
-  float value = 0.0F;
-  int above = 0;       ///< how many lie above it
-  bool exact = false;  ///< at most k values are at least `value`: none needs to be told from its equals
-};
-
-/// The threshold that at least k values reach, k > 0, by bisection over all floats from `low` (which k or more
-/// reach, or which is the lowest number there is) to `high` (the largest value). Counting needs neither memory nor
-/// order, and stops as soon as some float separates k values from the rest.
-template <typename CountAtLeast>
-Threshold find_threshold(int k, float low, float high, CountAtLeast&& count_at_least) {
-  if (count_at_least(low) <= k) return {low, 0, true};
-  std::int64_t reached = sort_key(low);
-  std::int64_t missed = sort_key(high) + 1;
-  int above = 0;
-  while (missed - reached > 1) {
-    const std::int64_t middle = reached + (missed - reached) / 2;
-    const int count = count_at_least(from_sort_key(middle));
-    if (count == k) return {from_sort_key(middle), 0, true};
-    if (count > k) {
-      reached = middle;
-    } else {
-      missed = middle;
-      above = count;
-    }
-  }
-  return {from_sort_key(reached), above, false};
-}
 
 /// Of the tokens with z == value, the one that is the n-th in id order, n >= 1.
 TokenId nth_equal(const LogitRow& row, float value, int n) {
@@ -116,50 +68,6 @@ double log_normalizer(float top, std::uint64_t mass) {
 float log_probability(float logit, double normalizer) {
   const double difference = static_cast<double>(scaled(logit, 1.0F)) - normalizer;
   return std::isnan(difference) ? kMinusInfinity : static_cast<float>(difference);
-}
-
-/// A row whose contenders are found in place.
-struct WholeRow {
-  const SamplerKernels& kernels;
-  const LogitRow& row;
-
-  [[nodiscard]] std::uint64_t mass(Cut cut, float top) const { return kernels.row_mass(row, cut, top); }
-  [[nodiscard]] Winner best(Cut cut, NoiseKey noise) const { return kernels.row_best(row, cut, noise); }
-};
-
-/// A row whose contenders were collected.
-struct ShortList {
-  const SamplerKernels& kernels;
-  Candidates list;
-
-  [[nodiscard]] std::uint64_t mass(Cut cut, float top) const { return kernels.list_mass(list, cut, top); }
-  [[nodiscard]] Winner best(Cut cut, NoiseKey noise) const { return kernels.list_best(list, cut, noise); }
-};
-
-/// top_p, min_p and the noise, over what `cut` left. The nucleus is never built: it is a prefix of the sorted tokens,
-/// so if the winner of all tokens lies inside, it is the winner of the nucleus, and it lies inside if the mass before
-/// it is small enough. Otherwise it and everything behind it are out, and the rest competes again: rarely more than
-/// once, as the first winner is outside with probability 1 - top_p at most.
-template <typename Contenders>
-TokenId choose_among(const Contenders& contenders, Cut cut, const SamplingParams& sampling, float top, NoiseKey noise) {
-  const bool nucleus = sampling.top_p < 1.0F;
-  std::uint64_t allowed = 0;
-  if (nucleus) {
-    const double total = static_cast<double>(contenders.mass(cut, top));
-    allowed = std::max<std::uint64_t>(1, static_cast<std::uint64_t>(static_cast<double>(sampling.top_p) * total));
-  }
-  // What ranks before a token is the same with and without min_p.
-  if (sampling.min_p > 0.0F) {
-    const float floor = top + std::log(sampling.min_p);
-    if (floor > cut.value) cut = {floor, INT_MAX};
-  }
-  while (true) {
-    const Winner winner = contenders.best(cut, noise);
-    if (winner.token == INT_MAX || !nucleus) return winner.token;
-    const Cut before{winner.z, winner.token - 1};
-    if (contenders.mass(before, top) < allowed) return winner.token;
-    cut = before;
-  }
 }
 
 }  // namespace
@@ -315,54 +223,17 @@ void Sampler::record_logprobs(const LogitRow& row, int count, Scratch& scratch, 
   for (TokenLogprob& entry : choice.top) entry.logprob = log_probability(entry.logprob, choice.normalizer);
 }
 
-/// Steps 1 to 3. The tokens before row i of a group are its history and the i drafts before it, which have proved
-/// right if the row counts at all; they are counted on top of the history, which several rows read at once.
 void Sampler::adjust(float* values, float* chunk_max, const VerifyGroup& group, int row, bool keep_original,
                      Scratch& scratch) const {
-  const SamplingParams& sampling = *group.sampling;
   scratch.original.clear();
   bool changed = false;
-  const auto overwrite = [&](TokenId token, float logit) {
-    float& value = values[token];
-    if (keep_original) scratch.original.emplace_back(token, value);
-    value = logit;
-    scratch.touched[static_cast<std::size_t>(token / kLogitChunk)] = 1;
-    changed = true;
-  };
-  const auto inside = [this](TokenId token) { return token >= 0 && token < vocabulary_; };
-
-  if (sampling.needs_history()) {
-    const auto drafts = group.drafts.first(static_cast<std::size_t>(row));
-    const auto penalize = [&](TokenId token, bool in_prompt, int in_output) {
-      if (!inside(token) || (!in_prompt && in_output == 0)) return;
-      float logit = values[token];
-      logit = logit > 0.0F ? logit / sampling.repetition_penalty : logit * sampling.repetition_penalty;
-      if (in_output > 0) {
-        logit -= sampling.presence_penalty + sampling.frequency_penalty * static_cast<float>(in_output);
-      }
-      overwrite(token, logit);
-    };
-    if (group.history != nullptr) {
-      for (const auto& [token, count] : *group.history) {
-        penalize(token, count.in_prompt,
-                 count.in_output + static_cast<int>(std::count(drafts.begin(), drafts.end(), token)));
-      }
-    }
-    for (std::size_t i = 0; i < drafts.size(); ++i) {
-      const auto seen = drafts.first(i);
-      if (std::find(seen.begin(), seen.end(), drafts[i]) != seen.end()) continue;
-      if (group.history != nullptr && group.history->contains(drafts[i])) continue;
-      penalize(drafts[i], false, static_cast<int>(std::count(drafts.begin(), drafts.end(), drafts[i])));
-    }
-  }
-  for (const auto& [token, bias] : sampling.logit_bias) {
-    if (inside(token)) overwrite(token, values[token] + bias);
-  }
-  if (row < group.banned_tokens) {
-    for (const TokenId token : group.banned) {
-      if (inside(token)) overwrite(token, kMinusInfinity);
-    }
-  }
+  adjust_logits(
+      group, row, [&](TokenId token) { return token >= 0 && token < vocabulary_ ? values + token : nullptr; },
+      [&](TokenId token, float logit) {
+        if (keep_original) scratch.original.emplace_back(token, logit);
+        scratch.touched[static_cast<std::size_t>(token / kLogitChunk)] = 1;
+        changed = true;
+      });
   if (!changed) return;
   for (std::size_t c = 0; c < scratch.touched.size(); ++c) {
     if (scratch.touched[c] == 0) continue;
@@ -420,15 +291,7 @@ int Sampler::collect_top(const LogitRow& row, int k, Scratch& scratch, Cut& cut)
     cut = row_cut(kernels_, row, k, bound);
     return kernels_.collect(row, cut, kListCapacity, z, tokens);
   }
-  const Threshold found = find_threshold(
-      k, bound, top, [&](float threshold) { return kernels_.count_at_least(z, count, 1.0F, threshold); });
-  cut = {found.value, INT_MAX};
-  if (!found.exact) {
-    int left = k - found.above;
-    for (int i = 0; i < count && left > 0; ++i) {  // the list is in id order
-      if (z[i] == found.value && --left == 0) cut.last = tokens[i];
-    }
-  }
+  cut = list_cut(kernels_, {z, tokens, count}, k, bound, top);
   return count;
 }
 

@@ -46,7 +46,7 @@ struct Winner {
   std::int32_t token = 0;
 };
 
-/// Some tokens of a row with their z, in any order. `z` and `tokens` are readable up to a multiple of 16 entries.
+/// Some tokens of a row with their z, in any order.
 struct Candidates {
   const float* z = nullptr;
   const std::int32_t* tokens = nullptr;

@@ -376,11 +376,20 @@ Winner row_best(const LogitRow& row, Cut cut, NoiseKey noise) {
 
 // --- candidate lists ----------------------------------------------------------------------------------------------
 
+/// Lanes past the end hold a token above all.
+RegisterInt load_some_tokens(const std::int32_t* tokens, int count) {
+  if (count >= kWidth) return read<RegisterInt>(tokens);
+  std::int32_t lane[kWidth];
+  for (int i = 0; i < kWidth; ++i) lane[i] = i < count ? tokens[i] : INT_MAX;
+  return read<RegisterInt>(lane);
+}
+
 std::uint64_t list_mass(const Candidates& list, Cut cut, float top) {
   RegisterWide sum = {};
   for (int i = 0; i < list.count; i += kWidth) {
     const Register z = load_some(list.z + i, list.count - i);
-    const RegisterInt mask = kept(z, read<RegisterInt>(list.tokens + i), cut);
+    const RegisterInt mask = kept(z, load_some_tokens(list.tokens + i, list.count - i), cut);
+    if (!any(mask)) continue;
     add_weights(mask ? exp_unfused(z - top) : Register{}, sum);
   }
   return reduce_sum(sum);
@@ -389,20 +398,20 @@ std::uint64_t list_mass(const Candidates& list, Cut cut, float top) {
 Winner list_best(const Candidates& list, Cut cut, NoiseKey noise) {
   Winner best{kMinusInfinity, kMinusInfinity, INT_MAX};
   for (int i = 0; i < list.count; i += kWidth) {
+    const Register z = load_some(list.z + i, list.count - i);
+    const RegisterInt id = load_some_tokens(list.tokens + i, list.count - i);
+    // Noise is what costs time: only for those that may win.
+    if (!any(kept(z, id, cut) & (z + kGumbelMax >= best.score))) continue;
     std::uint32_t word[kWidth];
-    std::int32_t id[kWidth];
     for (int half = 0; half < kWidth; half += kWideWidth) {
       std::uint64_t counter[kWideWidth];
-      for (int j = 0; j < kWideWidth; ++j) {
-        id[half + j] = i + half + j < list.count ? list.tokens[i + half + j] : INT_MAX;
-        counter[j] = static_cast<std::uint32_t>(id[half + j]) / 4;
-      }
+      for (int j = 0; j < kWideWidth; ++j) counter[j] = static_cast<std::uint32_t>(id[half + j]) / 4;
       const PhiloxBlocks blocks = philox(noise, read<RegisterWide>(counter));
       for (int j = 0; j < kWideWidth; ++j) {
         word[half + j] = static_cast<std::uint32_t>(blocks.word[id[half + j] % 4][j]);
       }
     }
-    compete(load_some(list.z + i, list.count - i), read<RegisterInt>(id), read<RegisterWord>(word), cut, best);
+    compete(z, id, read<RegisterWord>(word), cut, best);
   }
   return best;
 }

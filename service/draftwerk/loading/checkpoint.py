@@ -61,7 +61,8 @@ class AssistantCheckpoint:
         path: the file or directory.
         name: as for :class:`Checkpoint`.
         config: sizes and constants.
-        token_ordering: the tokens of all centroids, those of each one together; ``None`` if it has no centroids.
+        head_token_ids: int32 [config.head_tokens], the tokens that its head can score, those of each centroid together;
+            ``None`` if it has neither centroids nor a reduced head: all, in their own order.
         draft_length: how many tokens it was made to draft in a step; ``None`` if the checkpoint does not say.
         weight_types: type name to number of tensors stored so.
     """
@@ -69,13 +70,13 @@ class AssistantCheckpoint:
     path: str
     name: str
     config: AssistantConfig
-    token_ordering: npt.NDArray[np.int32] | None = field(repr=False)
+    head_token_ids: npt.NDArray[np.int32] | None = field(repr=False)
     draft_length: int | None
     weight_types: dict[str, int]
     _sources: dict[str, Source | None] = field(repr=False)
 
     def tensors(self) -> Iterator[TensorView]:
-        """Every tensor once but the token ordering, as for a :class:`Checkpoint`; the head in the order of the tokens.
+        """Every tensor once, as for a :class:`Checkpoint`; a head of its own in the order of the tokens.
 
         Raises:
             CheckpointError: a vector holds a value that is not finite.

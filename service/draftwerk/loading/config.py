@@ -41,6 +41,7 @@ _LIMITS = {
     "backbone_hidden_size": 1 << 20,
     "num_centroids": 1 << 20,
     "centroid_intermediate_top_k": 1 << 20,
+    "draft_vocab_size": 1 << 24,
 }
 
 
@@ -173,20 +174,28 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class AssistantConfig:
-    """Sizes of a Gemma 4 MTP drafter ("assistant"): a few layers that read the K/V of the target."""
+    """Sizes of an MTP drafter ("assistant"): a few layers of Gemma 4 that read the K/V of the target."""
 
     text: TextConfig  # all of its layers share K/V, and kv_heads_of() are those of the target
     backbone_hidden_size: int  # hidden size of the target that it was made for
-    num_centroids: int  # clusters of the vocabulary that its head scores first; 0: a head over the whole vocabulary
+    num_centroids: int  # clusters of tokens that its head scores first; 0: it scores every token that it has
     centroid_intermediate_top_k: int  # clusters whose tokens get logits
+    draft_vocab_size: int  # tokens that it drafts, by their rows of the target's head; 0: all, by a head of its own
+
+    @property
+    def head_tokens(self) -> int:
+        """How many tokens the head can score."""
+        return self.draft_vocab_size or self.text.vocab_size
 
     def expected_tensors(self) -> Shapes:
-        """Canonical name to shape of every tensor but the token ordering; the head is lm_head.weight."""
+        """Canonical name to shape of every tensor but token ordering and draft tokens; the head is lm_head.weight."""
         hidden, backbone = self.text.hidden_size, self.backbone_hidden_size
         expected: Shapes = {"pre_projection.weight": (hidden, 2 * backbone), **self.text.expected_layers()}
         if self.num_centroids:
-            expected["masked_embedding.centroids.weight"] = (self.num_centroids, hidden)
-        expected["lm_head.weight"] = (self.text.vocab_size, hidden)
+            scored = backbone if self.draft_vocab_size else hidden
+            expected["masked_embedding.centroids.weight"] = (self.num_centroids, scored)
+        if not self.draft_vocab_size:
+            expected["lm_head.weight"] = (self.text.vocab_size, hidden)
         expected["post_projection.weight"] = (backbone, hidden)
         return expected
 
@@ -260,8 +269,13 @@ def check_assistant(path: str, config: AssistantConfig) -> AssistantConfig:
         CheckpointError: they do not.
     """
     centroids, vocabulary = config.num_centroids, config.text.vocab_size
-    if centroids and vocabulary % centroids:
-        raise CheckpointError(path, f"num_centroids = {centroids} does not divide vocab_size = {vocabulary}")
+    if config.draft_vocab_size > vocabulary:
+        raise CheckpointError(
+            path, f"draft_vocab_size = {config.draft_vocab_size} is more than vocab_size = {vocabulary}"
+        )
+    if centroids and config.head_tokens % centroids:
+        size = "draft_vocab_size" if config.draft_vocab_size else "vocab_size"
+        raise CheckpointError(path, f"num_centroids = {centroids} does not divide {size} = {config.head_tokens}")
     if config.centroid_intermediate_top_k > centroids > 0:
         raise CheckpointError(
             path,

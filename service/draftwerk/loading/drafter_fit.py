@@ -56,7 +56,7 @@ def find_assistant(model: str | os.PathLike[str]) -> Path | None:
 
 
 def check_fits(assistant: AssistantCheckpoint, target: Checkpoint) -> None:
-    """Makes sure that a drafter can read the keys, values and hidden states of a target.
+    """Makes sure that a drafter can read the keys, values and hidden states of a target, of whichever architecture.
 
     Raises:
         CheckpointError: it was made for another one; says what differs, and both values.
@@ -69,7 +69,6 @@ def check_fits(assistant: AssistantCheckpoint, target: Checkpoint) -> None:
                 assistant.path, f"does not fit {target.name}: it is for {what} {expected}, and the model has {actual}"
             )
 
-    compare("models of architecture", drafter.architecture, model.architecture)
     compare("hidden size", assistant.config.backbone_hidden_size, model.hidden_size)
     compare("a vocabulary of", drafter.vocab_size, model.vocab_size)
     owned = model.layer_types[: model.first_shared_layer]

@@ -17,12 +17,18 @@ from draftwerk.loading.gguf import GgufFile
 from draftwerk.loading.gguf_config import assistant_config_from_gguf, config_from_gguf
 from draftwerk.loading.tensors import FileRange, FoundTensors, Source, histogram
 from draftwerk.loading.tokenizer import Tokenizer, tokenizer_from_gguf
-from draftwerk.loading.vocabulary_checks import chat_template, checked_ids, token_ordering
+from draftwerk.loading.vocabulary_checks import (
+    DRAFT_TOKEN_IDS,
+    HEAD,
+    TOKEN_ORDERING,
+    chat_template,
+    checked_ids,
+    head_token_ids,
+)
 
 # Tokens at which chat models end, where a GGUF's metadata names only one of them. At Gemma 4's last one the model has
 # called a tool and waits for what it says; its `generation_config.json` names it too.
 _END_OF_TURN = ("<end_of_turn>", "<turn|>", "<|tool_response>")
-_ORDERING = "masked_embedding.token_ordering"
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -32,16 +38,17 @@ _NAMES = {
 }
 # A drafter's, each under both names that exist; see gguf_config.
 _DRAFTER_NAMES = {
-    "token_embd.weight": "lm_head.weight",
+    "token_embd.weight": HEAD,
     "output_norm.weight": "model.norm.weight",
     "nextn.pre_projection.weight": "pre_projection.weight",
     "nextn.post_projection.weight": "post_projection.weight",
     "masked_embd_centroids.weight": "masked_embedding.centroids.weight",
-    "masked_embd_ordering": _ORDERING,
+    "masked_embd_ordering": TOKEN_ORDERING,
     "mtp.pre_projection.weight": "pre_projection.weight",
     "mtp.post_projection.weight": "post_projection.weight",
     "mtp.centroids.weight": "masked_embedding.centroids.weight",
-    "mtp.token_ordering.weight": _ORDERING,
+    "mtp.token_ordering.weight": TOKEN_ORDERING,
+    "draft_token_ids": DRAFT_TOKEN_IDS,  # ours alone
 }
 _LAYER_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -126,12 +133,7 @@ def open_drafter(path: str, name: str | None) -> AssistantCheckpoint:
     gguf = GgufFile(path)
     config = assistant_config_from_gguf(gguf)
     found = _find_tensors(gguf, config.text, _DRAFTER_NAMES, "a Gemma 4 assistant")
-    ordering = found.take(_ORDERING)
-    order = None
-    if config.num_centroids:
-        order = token_ordering(found, _ORDERING, ordering, config.text.vocab_size)
-    elif ordering is not None:
-        raise found.error(_ORDERING, "is there, but no centroids are")
+    token_ids = head_token_ids(found, config)
     layers = f"an assistant of {config.text.num_hidden_layers} layers"
     sources = found.match(config.expected_tensors(), config.text.ignored_tensors(), layers)
     gguf.release_directory()
@@ -139,7 +141,7 @@ def open_drafter(path: str, name: str | None) -> AssistantCheckpoint:
         path=path,
         name=name or gguf.string("general.name") or Path(path).stem,
         config=config,
-        token_ordering=order,
+        head_token_ids=token_ids,
         draft_length=None,
         weight_types=histogram(sources),
         _sources=sources,

@@ -8,6 +8,9 @@ llama.cpp.
 Assistants exist in two dialects. `gemma4-assistant` is llama.cpp's; its own converter leaves the centroids out. The
 older `gemma4_assistant` keeps them, under other names (`n_embd_backbone`, `n_centroids`, `centroid_top_k`). Files that
 were rewritten from one to the other mix both, so each key and tensor is looked for under both names.
+
+An assistant with a reduced head is our own addition to `gemma4-assistant`: `draft_vocab_size` and the tensor
+`draft_token_ids`. As it has no `token_embd.weight`, the size of the vocabulary is in `vocab_size`.
 """
 
 from __future__ import annotations
@@ -100,6 +103,7 @@ def assistant_config_from_gguf(gguf: GgufFile) -> AssistantConfig:
             centroid_intermediate_top_k=0
             if not centroids
             else keys.checked("centroid_intermediate_top_k", "centroid_top_k", top_k or _DEFAULT_CENTROID_TOP_K),
+            draft_vocab_size=keys.size_or_none("draft_vocab_size", "draft_vocab_size"),
         ),
     )
 
@@ -205,6 +209,12 @@ def _vocabulary(gguf: GgufFile) -> int:
     return check_size(gguf.path, "rows of token_embd.weight", "vocab_size", rows)
 
 
+def _drafter_vocabulary(keys: _Keys) -> int:
+    """A reduced head has no embedding that would tell."""
+    reduced = keys.size_or_none("draft_vocab_size", "draft_vocab_size")
+    return keys.size("vocab_size", "vocab_size") if reduced else _vocabulary(keys.gguf)
+
+
 # --- Gemma 3 ---------------------------------------------------------------------------------------------------------
 
 
@@ -308,7 +318,7 @@ def _gemma4(keys: _Keys, *, drafter: bool = False) -> TextConfig:
         raise CheckpointError(gguf.path, "is missing", tensor="per_layer_token_embd.weight")
     return gemma4_text(
         {
-            "vocab_size": _vocabulary(gguf),
+            "vocab_size": _drafter_vocabulary(keys) if drafter else _vocabulary(gguf),
             "hidden_size": keys.size("hidden_size", "embedding_length"),
             "intermediate_size": intermediate,
             "num_attention_heads": heads,

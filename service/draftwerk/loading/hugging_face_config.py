@@ -150,6 +150,9 @@ def assistant_config_from_hugging_face(path: str, config: Mapping[str, Any]) -> 
             "centroid_intermediate_top_k",
             config.get("centroid_intermediate_top_k", 32),
         )
+    draft_vocabulary = 0
+    if config.get("draft_vocab_size") is not None:
+        draft_vocabulary = check_size(path, "field draft_vocab_size", "draft_vocab_size", config["draft_vocab_size"])
     backbone = config.get("backbone_hidden_size", _BACKBONE_DEFAULTS[model_type])
     return check_assistant(
         path,
@@ -158,6 +161,7 @@ def assistant_config_from_hugging_face(path: str, config: Mapping[str, Any]) -> 
             backbone_hidden_size=check_size(path, "field backbone_hidden_size", "backbone_hidden_size", backbone),
             num_centroids=centroids,
             centroid_intermediate_top_k=top_k,
+            draft_vocab_size=draft_vocabulary,
         ),
     )
 

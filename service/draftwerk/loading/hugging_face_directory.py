@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from draftwerk.loading.chat_template import ChatTemplate
 from draftwerk.loading.checkpoint import AssistantCheckpoint, Checkpoint
 from draftwerk.loading.errors import CheckpointError, printable
@@ -22,7 +19,7 @@ from draftwerk.loading.hugging_face_config import (
 from draftwerk.loading.safetensors import SafetensorsFile, parse_json_object
 from draftwerk.loading.tensors import FileRange, FoundTensors, Source, histogram
 from draftwerk.loading.tokenizer import tokenizer_from_directory
-from draftwerk.loading.vocabulary_checks import chat_template, checked_ids, token_ordering
+from draftwerk.loading.vocabulary_checks import DRAFT_TOKEN_IDS, HEAD, chat_template, checked_ids, head_token_ids
 
 _logger = logging.getLogger(__name__)
 _MAX_JSON_BYTES = 1 << 26
@@ -43,9 +40,7 @@ _OTHER_PARTS = tuple(
     for prefix in ("", "model.")
 )
 _DRAFTER_PARTS = ("pre_projection.", "post_projection.", "masked_embedding.")
-_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-_ORDERING = "masked_embedding.token_ordering"
 
 
 def open_model(directory: Path, name: str | None) -> Checkpoint:
@@ -65,10 +60,10 @@ def open_model(directory: Path, name: str | None) -> Checkpoint:
     found, skipped = _find_tensors(directory, _text_name)
     if raw["model_type"] in MULTIMODAL_TYPES:
         _logger.info("%s is multimodal: only its text model is loaded (%d other tensors are skipped)", path, skipped)
-    head = found.take(_HEAD)
+    head = found.take(HEAD)
     if head is not None and head.shape != (config.vocab_size, config.hidden_size):
         raise found.error(
-            _HEAD,
+            HEAD,
             f"has shape {list(head.shape)}, not that of the embedding it is tied to, "
             f"{[config.vocab_size, config.hidden_size]}",
         )
@@ -118,9 +113,9 @@ def open_drafter(directory: Path, name: str | None) -> AssistantCheckpoint:
     config = assistant_config_from_hugging_face(str(directory / "config.json"), read_config(directory))
     found, _ = _find_tensors(directory, _drafter_name)
     if _EMBEDDING in found:  # the head is tied to it, and at times stored under this name alone
-        found.take(_HEAD)
-        found.rename(_EMBEDDING, _HEAD)
-    ordering = _token_ordering(found, config.num_centroids, config.text.vocab_size)
+        found.take(HEAD)
+        found.rename(_EMBEDDING, HEAD)
+    token_ids = head_token_ids(found, config)
     layers = f"an assistant of {config.text.num_hidden_layers} layers"
     sources = found.match(config.expected_tensors(), config.text.ignored_tensors(), layers)
     generation = _read_json(directory / "generation_config.json") or {}
@@ -134,7 +129,7 @@ def open_drafter(directory: Path, name: str | None) -> AssistantCheckpoint:
         path=path,
         name=name or directory.resolve().name,
         config=config,
-        token_ordering=ordering,
+        head_token_ids=token_ids,
         draft_length=length,
         weight_types=histogram(sources),
         _sources=sources,
@@ -203,8 +198,8 @@ def _text_name(stored: str) -> str | None:
     """The name in a text-only checkpoint; ``None`` for what is no part of the text model."""
     if stored.startswith(_OTHER_PARTS) or "rotary_emb." in stored:
         return None
-    if stored in (_HEAD, "language_model.lm_head.weight"):
-        return _HEAD
+    if stored in (HEAD, "language_model.lm_head.weight"):
+        return HEAD
     prefix = next(prefix for prefix in _TEXT_PREFIXES if stored.startswith(prefix))
     return "model." + stored.removeprefix(prefix)
 
@@ -212,16 +207,8 @@ def _text_name(stored: str) -> str | None:
 def _drafter_name(stored: str) -> str | None:
     if "rotary_emb." in stored:
         return None
-    return stored if stored == _HEAD or stored.startswith(_DRAFTER_PARTS) else _text_name(stored)
-
-
-def _token_ordering(found: FoundTensors, centroids: int, vocabulary: int) -> npt.NDArray[np.int32] | None:
-    source = found.take(_ORDERING)
-    if not centroids:
-        if source is not None:
-            raise found.error(_ORDERING, "is there, but the configuration says use_ordered_embeddings = False")
-        return None
-    return token_ordering(found, _ORDERING, source, vocabulary)
+    own = stored in (HEAD, DRAFT_TOKEN_IDS) or stored.startswith(_DRAFTER_PARTS)
+    return stored if own else _text_name(stored)
 
 
 # --- the small files -------------------------------------------------------------------------------------------------

@@ -8,11 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from draftwerk.loading.chat_template import ChatTemplate, ChatTemplateError
-from draftwerk.loading.config import TextConfig
+from draftwerk.loading.config import AssistantConfig, TextConfig
 from draftwerk.loading.errors import CheckpointError
 from draftwerk.loading.tensors import FoundTensors, Source
 
 INTEGER_TYPES = {"i32": "<i4", "i64": "<i8"}
+HEAD = "lm_head.weight"
+TOKEN_ORDERING = "masked_embedding.token_ordering"
+DRAFT_TOKEN_IDS = "draft_token_ids"
 
 
 def checked_ids(path: str, config: TextConfig, ids: Sequence[int | None]) -> tuple[int, ...]:
@@ -27,26 +30,64 @@ def checked_ids(path: str, config: TextConfig, ids: Sequence[int | None]) -> tup
     return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
 
 
-def token_ordering(found: FoundTensors, name: str, source: Source | None, vocabulary: int) -> npt.NDArray[np.int32]:
-    """The tokens in the order of their centroids: a permutation of the vocabulary.
+def head_token_ids(found: FoundTensors, config: AssistantConfig) -> npt.NDArray[np.int32] | None:
+    """The tokens of a drafter's head, in the order of its centroids if it has some, taken out of what was found.
+
+    Returns:
+        See :class:`draftwerk.loading.checkpoint.AssistantCheckpoint`.
 
     Raises:
-        CheckpointError: it is missing, of another type or length, or no permutation.
+        CheckpointError: they are missing, of another type or length, or not distinct tokens of the vocabulary; or what
+            was found does not go together: a head beside draft tokens, an order of tokens without centroids.
     """
-    if source is None:
-        raise found.error(name, "is missing")
-    if source.dtype not in INTEGER_TYPES or source.shape != (vocabulary,):
+    ordering, drafted = found.take(TOKEN_ORDERING), found.take(DRAFT_TOKEN_IDS)
+    if not config.draft_vocab_size:
+        if drafted is not None:
+            raise found.error(DRAFT_TOKEN_IDS, "is there, but the configuration has no draft_vocab_size")
+        if config.num_centroids:
+            return _permutation(found, ordering, config.text.vocab_size)
+        if ordering is not None:
+            raise found.error(TOKEN_ORDERING, "is there, but no centroids are")
+        return None
+    size = config.draft_vocab_size
+    if HEAD in found:
         raise found.error(
-            name,
-            f"is {list(source.shape)} of {source.dtype}, not [{vocabulary}] of {' or '.join(sorted(INTEGER_TYPES))}",
+            HEAD, f"is there beside draft_vocab_size = {size}, which stands for rows of the target's head"
         )
-    order = np.frombuffer(source.ranges[0].bytes().tobytes(), dtype=INTEGER_TYPES[source.dtype])
+    if ordering is not None:
+        raise found.error(TOKEN_ORDERING, f"is there beside draft_vocab_size = {size}: {DRAFT_TOKEN_IDS} has the order")
+    tokens = _integers(found, DRAFT_TOKEN_IDS, drafted, size)
+    outside = tokens[(tokens < 0) | (tokens >= config.text.vocab_size)]
+    if outside.size:
+        raise found.error(
+            DRAFT_TOKEN_IDS, f"holds {outside[0]}, which is outside the vocabulary of {config.text.vocab_size}"
+        )
+    distinct, counts = np.unique(tokens, return_counts=True)
+    if distinct.size != size:
+        raise found.error(DRAFT_TOKEN_IDS, f"holds {distinct[counts > 1][0]} twice")
+    return tokens.astype(np.int32)
+
+
+def _permutation(found: FoundTensors, source: Source | None, vocabulary: int) -> npt.NDArray[np.int32]:
+    order = _integers(found, TOKEN_ORDERING, source, vocabulary)
     seen = np.zeros(vocabulary, dtype=bool)
     inside = (order >= 0) & (order < vocabulary)
     seen[order[inside]] = True
     if not seen.all():
-        raise found.error(name, f"is no permutation of the tokens: {int(np.argmin(seen))} is not in it")
+        raise found.error(TOKEN_ORDERING, f"is no permutation of the tokens: {int(np.argmin(seen))} is not in it")
     return order.astype(np.int32)
+
+
+def _integers(
+    found: FoundTensors, name: str, source: Source | None, count: int
+) -> npt.NDArray[np.int32] | npt.NDArray[np.int64]:
+    if source is None:
+        raise found.error(name, "is missing")
+    if source.dtype not in INTEGER_TYPES or source.shape != (count,):
+        raise found.error(
+            name, f"is {list(source.shape)} of {source.dtype}, not [{count}] of {' or '.join(sorted(INTEGER_TYPES))}"
+        )
+    return np.frombuffer(source.ranges[0].bytes().tobytes(), dtype=INTEGER_TYPES[source.dtype])
 
 
 def chat_template(path: str, source: str | None, special: Mapping[str, str]) -> ChatTemplate | None:

@@ -49,11 +49,11 @@ def test_reads_what_transformers_saves(family: str, centroids: int, shards: str,
     )
     assert opened.config.backbone_hidden_size == model.config.hidden_size
     if order is None:
-        assert opened.token_ordering is None
+        assert opened.head_token_ids is None
     else:
-        assert opened.token_ordering is not None
-        assert opened.token_ordering.dtype == np.int32
-        assert opened.token_ordering.astype(np.int64).tobytes() == order[2]
+        assert opened.head_token_ids is not None
+        assert opened.head_token_ids.dtype == np.int32
+        assert opened.head_token_ids.astype(np.int64).tobytes() == order[2]
     check_fits(opened, open_checkpoint(tmp_path / "model"))
     assert find_assistant(tmp_path / "model") == saved
 
@@ -115,7 +115,7 @@ BAD_CONFIGS: dict[str, tuple[Callable[[Json], object], str]] = {
     "double-wide": (text(use_double_wide_mlp=True), "use_double_wide_mlp = True"),
     "ordering unused": (
         changed(use_ordered_embeddings=False),
-        "token_ordering: is there, but the configuration says use_ordered_embeddings = False",
+        "token_ordering: is there, but no centroids are",
     ),
     "untied": (changed(tie_word_embeddings=False) , "tie_word_embeddings"),
 }  # fmt: skip
@@ -209,7 +209,6 @@ def of_target(**changes: Any) -> Callable[[TextConfig], TextConfig]:
 
 
 MISFITS: dict[str, tuple[Callable[[TextConfig], TextConfig], str]] = {
-    "architecture": (of_target(architecture="gemma3"), "models of architecture gemma4, and the model has gemma3"),
     "hidden size": (of_target(hidden_size=48), "it is for hidden size 32, and the model has 48"),
     "vocabulary": (of_target(vocab_size=400), "it is for a vocabulary of 320, and the model has 400"),
     "head size": (of_target(head_dim=64), "it is for sliding layers with head size 16, and the model has 64"),
@@ -240,6 +239,11 @@ def test_a_drafter_of_another_model_is_refused_with_both_values(case: str, tmp_p
     assert reason in str(caught.value)
     assert "does not fit my-t" in str(caught.value)
     assert caught.value.path == assistant.path
+
+
+def test_a_model_of_either_architecture_may_have_a_drafter(tmp_path: Path) -> None:
+    assistant, target = opened(tmp_path)
+    check_fits(assistant, dataclasses.replace(target, config=dataclasses.replace(target.config, architecture="gemma3")))
 
 
 def test_only_the_layer_types_of_the_drafter_count(tmp_path: Path) -> None:

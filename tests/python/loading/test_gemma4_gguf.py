@@ -44,8 +44,8 @@ def test_a_file_says_the_same_as_a_directory(tmp_path: Path) -> None:
     assert drafter.config.num_centroids == expected.config.num_centroids
     assert drafter.config.centroid_intermediate_top_k == expected.config.centroid_intermediate_top_k
     assert drafter.config.backbone_hidden_size == expected.config.backbone_hidden_size
-    assert drafter.token_ordering is not None
-    assert (drafter.token_ordering == tiny4.ordering()).all()
+    assert drafter.head_token_ids is not None
+    assert (drafter.head_token_ids == tiny4.ordering()).all()
     assert [view.name for view in drafter.tensors()] == [view.name for view in expected.tensors()]
     assert drafter.draft_length is None
 
@@ -256,7 +256,7 @@ def test_the_older_dialect_of_drafters(tmp_path: Path) -> None:
     assert [(view.name, view.data.tobytes()) for view in drafter.tensors()] == [
         (view.name, view.data.tobytes()) for view in expected.tensors()
     ]
-    assert (drafter.token_ordering == expected.token_ordering).all()
+    assert (drafter.head_token_ids == expected.head_token_ids).all()
 
 
 def test_a_drafter_without_centroids(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_drafter_without_centroids(tmp_path: Path) -> None:
     del model.entries["gemma4-assistant.centroid_top_k"]
     drafter = open_assistant(model.write(tmp_path / "x.gguf"))
     assert (drafter.config.num_centroids, drafter.config.centroid_intermediate_top_k) == (0, 0)
-    assert drafter.token_ordering is None
+    assert drafter.head_token_ids is None
     with_default = tiny4.TinyAssistantGguf()
     del with_default.entries["gemma4-assistant.centroid_top_k"]
     with pytest.raises(CheckpointError, match="centroid_intermediate_top_k = 32 is more than num_centroids = 8"):

@@ -21,6 +21,7 @@ PER_LAYER, EXPERTS, TOP_K, EXPERT_MLP = 8, 4, 2, 16
 SHARED = 2
 DRAFTER_HIDDEN, DRAFTER_MLP, DRAFTER_LAYERS = 16, 24, 2
 CENTROIDS = 8
+DRAFT_VOCAB = 48
 GGML_I32, GGML_I64 = 26, 27
 
 
@@ -89,6 +90,11 @@ def assistant_config() -> dict[str, Any]:
     }
 
 
+def reduced_config() -> dict[str, Any]:
+    """The same drafter with a reduced head instead of its own."""
+    return assistant_config() | {"draft_vocab_size": DRAFT_VOCAB}
+
+
 def text_shapes() -> dict[str, tuple[int, ...]]:
     """Hugging Face name to shape of every tensor of the target."""
     layers = len(LAYER_TYPES)
@@ -147,6 +153,13 @@ def assistant_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def reduced_shapes() -> dict[str, tuple[int, ...]]:
+    """The same with a reduced head, without the draft tokens."""
+    shapes = assistant_shapes()
+    del shapes["model.embed_tokens.weight"]
+    return shapes | {"masked_embedding.centroids.weight": (CENTROIDS, HIDDEN)}
+
+
 def weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
@@ -154,6 +167,10 @@ def weights(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, n
 
 def ordering(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(VOCAB).astype(np.int64)
+
+
+def draft_token_ids(seed: int = 0) -> np.ndarray:
+    return ordering(seed)[:DRAFT_VOCAB].astype(np.int32)
 
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -169,6 +186,13 @@ def assistant_tensors(dtype: str = "BF16", seed: int = 1) -> Tensors:
     values = weights(assistant_shapes(), seed)
     tensors: Tensors = {name: (dtype, value.shape, tiny.stored(value, dtype)) for name, value in values.items()}
     tensors["masked_embedding.token_ordering"] = ("I64", (VOCAB,), ordering().astype("<i8").tobytes())
+    return tensors
+
+
+def reduced_tensors(dtype: str = "BF16", seed: int = 1) -> Tensors:
+    values = weights(reduced_shapes(), seed)
+    tensors: Tensors = {name: (dtype, value.shape, tiny.stored(value, dtype)) for name, value in values.items()}
+    tensors["draft_token_ids"] = ("I32", (DRAFT_VOCAB,), draft_token_ids().astype("<i4").tobytes())
     return tensors
 
 
@@ -190,6 +214,11 @@ def write_assistant(path: Path, **changes: Any) -> Path:
     config = assistant_config()
     config["text_config"] |= changes
     return write(path, config, assistant_tensors())
+
+
+def write_reduced(path: Path, **changes: Any) -> Path:
+    """The drafter with a reduced head, ``changes`` made to its configuration."""
+    return write(path, reduced_config() | changes, reduced_tensors())
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
@@ -345,6 +374,22 @@ class TinyAssistantGguf(TinyGemma4Gguf):
             "attention.sliding_window_pattern": (tiny.BOOL, [True, False]),
             "attention.head_count_kv": (tiny.U32, [KV_HEADS, GLOBAL_KV_HEADS]),
         }
+
+
+class TinyReducedGguf(TinyAssistantGguf):
+    """The drafter with a reduced head."""
+
+    def __init__(self, seed: int = 1, **changes: tuple[int, Any]) -> None:
+        super().__init__(seed, **changes)
+        self.tensors.remove(self.tensor("masked_embd_ordering"))
+        tokens = draft_token_ids().astype("<i4").tobytes()
+        self.tensors.append(["draft_token_ids", (DRAFT_VOCAB,), GGML_I32, tokens, None])
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return reduced_shapes()
+
+    def fields(self) -> dict[str, tuple[int, Any]]:
+        return super().fields() | {"vocab_size": (tiny.U32, VOCAB), "draft_vocab_size": (tiny.U32, DRAFT_VOCAB)}
 
 
 def merges() -> list[str]:
