@@ -148,16 +148,13 @@ def open_drafter(path: str, name: str | None) -> AssistantCheckpoint:
     )
 
 
+def drafter_tensor_name(canonical: str) -> str:
+    """What a tensor of a drafter is called in a file, in llama.cpp's dialect."""
+    return _stored_name(canonical, _DRAFTER_NAMES)
+
+
 def _find_tensors(gguf: GgufFile, config: TextConfig, names: dict[str, str], what: str) -> FoundTensors:
-    stored_names = {canonical: stored for stored, canonical in reversed(names.items())}
-
-    def stored_name(canonical: str) -> str:
-        if canonical in stored_names:
-            return stored_names[canonical]
-        _, _, index, part = canonical.split(".", 3)
-        return f"blk.{index}.{_STORED_LAYER_NAMES[part]}"
-
-    found = FoundTensors(gguf.path, stored_name)
+    found = FoundTensors(gguf.path, lambda canonical: _stored_name(canonical, names))
     for tensor in gguf.tensors.values():
         if tensor.name in _READ_ALREADY and config.architecture == "gemma4":
             continue
@@ -167,6 +164,14 @@ def _find_tensors(gguf: GgufFile, config: TextConfig, names: dict[str, str], wha
         place = FileRange(gguf.file, tensor.offset, tensor.size)
         found.add(canonical, Source(tensor.type.name, tensor.shape, (place,)), gguf.path, tensor.name)
     return found
+
+
+def _stored_name(canonical: str, names: dict[str, str]) -> str:
+    for stored, name in names.items():
+        if name == canonical:
+            return stored
+    _, _, index, part = canonical.split(".", 3)
+    return f"blk.{index}.{_STORED_LAYER_NAMES[part]}"
 
 
 _STORED_LAYER_NAMES = {canonical: stored for stored, canonical in _LAYER_NAMES.items()}
