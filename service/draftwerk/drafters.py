@@ -89,9 +89,10 @@ def choose_drafters(drafter: Drafter, target: Checkpoint, *, lookup: bool) -> Ch
     """What `drafter` stands for with this target.
 
     Args:
-        drafter: "auto" is the MTP drafter that lies next to the target ("MODEL-assistant"), if there is one that fits,
-            together with lookup; else lookup. "lookup", "none" and "random" are just that. Any other text is the
-            directory, GGUF file or hub name of an MTP drafter, which is used together with lookup.
+        drafter: "auto" is the MTP drafter that lies next to the target ("MODEL-assistant") or comes with draftwerk for
+            a built-in model, if there is one that fits, together with lookup; else lookup. "lookup", "none" and
+            "random" are just that. Any other text is the directory, GGUF file or hub name of an MTP drafter, which is
+            used together with lookup.
         lookup: whether an MTP drafter has lookup beside it. Each sequence drafts with the one that pays best in a step.
 
     Raises:
@@ -116,19 +117,17 @@ def choose_drafters(drafter: Drafter, target: Checkpoint, *, lookup: bool) -> Ch
 
 
 def _neighbour(target: Checkpoint) -> AssistantCheckpoint | None:
-    """The drafter next to the target, if it can be used.
+    """The drafter next to the target, or that of a built-in model, if it can be used.
 
     One that cannot be used must not keep a model from starting: nobody asked for it.
     """
-    if target.config.architecture != "gemma4":  # whose targets alone have drafters of this kind
-        return None
     found = find_assistant(target.path)
     if found is None:
         return None
     try:
         return _open_fitting(found, target)
     except CheckpointError as error:
-        _logger.warning("drafting by lookup alone, the drafter next to the model cannot be used: %s", error)
+        _logger.warning("drafting by lookup alone, the drafter of the model cannot be used: %s", error)
         return None
 
 

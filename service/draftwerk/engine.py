@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast, overload
 
 from draftwerk import _core
@@ -16,7 +17,7 @@ from draftwerk.conversation import Conversation
 from draftwerk.dispatcher import Dispatcher
 from draftwerk.drafters import Drafter, choose_drafters
 from draftwerk.generation import Generation
-from draftwerk.loading import ChatTemplate, ChatTemplateError, Checkpoint, Tokenizer
+from draftwerk.loading import ChatTemplate, ChatTemplateError, Checkpoint, Tokenizer, shipped_drafter
 from draftwerk.memory import available_memory, parse_size
 from draftwerk.output_text import OutputText
 from draftwerk.requests import (
@@ -64,9 +65,9 @@ class Engine:
 
     Args:
         model: a directory in Hugging Face form, a GGUF file, a built-in name, or an opened checkpoint.
-        drafter: "auto" (the MTP drafter next to the model, if there is one, and lookup), "lookup", "none", "random"
-            (for tests: drafts are noise), or the directory, GGUF file or hub name of an MTP drafter. Never changes the
-            output, only the speed.
+        drafter: "auto" (the MTP drafter next to the model or of a built-in one, if there is one, and lookup),
+            "lookup", "none", "random" (for tests: drafts are noise), or the directory, GGUF file or hub name of an MTP
+            drafter. Never changes the output, only the speed.
         lookup: whether an MTP drafter has lookup beside it.
         threads: kernel threads; 0 uses every core this process may run on.
         kv_memory: bytes for the KV cache, or a size such as "512MiB". Default: 1 GiB, or a quarter of the free memory
@@ -151,10 +152,11 @@ class Engine:
         )
         evidence = None
         if drafters.assistant is not None and not set(MODEL_DRAFTERS).isdisjoint(drafters.names):
+            made_for_these_weights = shipped_drafter(checkpoint.path) == Path(drafters.assistant.path)
             evidence = Evidence(
                 target=checkpoint.name,
                 drafter=drafters.assistant.name,
-                quantised=quantisation(weights, checkpoint.weight_types),
+                quantised=None if made_for_these_weights else quantisation(weights, checkpoint.weight_types),
                 turn_marker=turn_marker(self, checkpoint.bos_token_id),
             )
         self._acceptance = AcceptanceWatch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -12,7 +13,9 @@ import tiny_checkpoint
 import tiny_gemma4
 from draftwerk import Engine, SamplingParams
 from draftwerk.drafters import SyntheticDrafter, choose_drafters
-from draftwerk.loading import CheckpointError, open_checkpoint
+from draftwerk.loading import BUILTIN_MODELS, CheckpointError, builtin, open_checkpoint
+from draftwerk.training.gguf_export import write_gguf
+from tiny_drafters import reduced_head, save_reduced
 
 MODEL = tiny_gemma4.dense_k_eq_v(seed=1)
 OTHER = tiny_gemma4.dense_k_eq_v(seed=1, hidden_size=96)
@@ -66,10 +69,37 @@ def test_auto_starts_without_a_drafter_that_cannot_be_used(
         choose_drafters(beside(directory), open_checkpoint(directory), lookup=True)
 
 
-def test_auto_looks_for_nothing_beside_a_model_that_has_no_drafters(tmp_path: Path) -> None:
-    directory = tiny_checkpoint.save(tiny_checkpoint.tiny_model(), tmp_path / "gemma3")
-    tiny_gemma4.save(tiny_gemma4.assistant_for(MODEL), beside(directory))
-    assert choose_drafters("auto", open_checkpoint(directory), lookup=True).names == ("lookup",)
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_gemma_3_may_have_a_drafter_beside_it(reduced: bool, tmp_path: Path) -> None:
+    model = tiny_checkpoint.tiny_model()
+    directory = tiny_checkpoint.save(model, tmp_path / "gemma3")
+    assistant = tiny_gemma4.assistant_for(model)
+    if reduced:
+        save_reduced(assistant, reduced_head(model, 96), beside(directory))
+    else:
+        tiny_gemma4.save(assistant, beside(directory))
+    chosen = choose_drafters("auto", open_checkpoint(directory), lookup=True)
+    assert chosen.names == ("mtp", "lookup")
+    assert chosen.assistant is not None
+    assert chosen.assistant.config.draft_vocab_size == (96 if reduced else 0)
+
+
+def test_a_built_in_model_has_the_drafter_that_comes_with_draftwerk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_checkpoint.tiny_model()
+    directory = tiny_checkpoint.save(model, tmp_path / "gemma3")
+    name = next(iter(BUILTIN_MODELS))
+    monkeypatch.setattr(builtin, "_SHIPPED", tmp_path)
+    target = dataclasses.replace(open_checkpoint(directory), path=name)  # as if it had been asked for by name
+    assert choose_drafters("auto", target, lookup=True).names == ("lookup",)
+    assert not caplog.records
+    drafter = save_reduced(tiny_gemma4.assistant_for(model), reduced_head(model, 96), tmp_path / "drafter")
+    write_gguf(drafter, tmp_path / BUILTIN_MODELS[name].drafter, matrices="q8_0", name=f"{name}-assistant")
+    chosen = choose_drafters("auto", target, lookup=True)
+    assert chosen.names == ("mtp", "lookup")
+    assert chosen.assistant is not None
+    assert chosen.assistant.name == f"{name}-assistant"
 
 
 def test_a_drafter_without_a_field_it_needs_is_one_line(directory: Path) -> None:

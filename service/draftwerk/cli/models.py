@@ -46,6 +46,7 @@ _WHERE_THERE_IS = {
     "moe_intermediate_size",
     "num_centroids",
     "centroid_intermediate_top_k",
+    "draft_vocab_size",
 }
 _SAME_AS = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
 
@@ -69,7 +70,7 @@ def models(
 
 
 def _list_builtin(json_output: bool) -> None:
-    from draftwerk.loading import BUILTIN_MODELS
+    from draftwerk.loading import BUILTIN_MODELS, shipped_drafter
 
     entries = [
         {
@@ -79,16 +80,19 @@ def _list_builtin(json_output: bool) -> None:
             "package": builtin.package,
             "how_to_get": builtin.how_to_get,
             "installed": find_spec(builtin.module) is not None,
+            "drafter": None if (drafter := shipped_drafter(builtin.name)) is None else str(drafter),
         }
         for builtin in BUILTIN_MODELS.values()
     ]
     if json_output:
         print(json.dumps(entries, ensure_ascii=False))
         return
-    table = Table("name", "description", "licence", "weights")
+    table = Table("name", "description", "licence", "weights", "drafter")
     for entry in entries:
         weights = "installed" if entry["installed"] else str(entry["how_to_get"])
-        table.add_row(*(Text(str(entry[name])) for name in ("name", "description", "license")), Text(weights))
+        drafts = "lookup" if entry["drafter"] is None else "MTP, included"
+        named = (str(entry[name]) for name in ("name", "description", "license"))
+        table.add_row(*map(Text, (*named, weights, drafts)))
     console = Console()
     console.print(table)
     console.print(

@@ -3,7 +3,7 @@
 Everything in a file is checked before it is used; whatever is wrong with it ends in :class:`CheckpointError`.
 """
 
-from draftwerk.loading.builtin import BUILTIN_MODELS, BuiltinModel, resolve_builtin
+from draftwerk.loading.builtin import BUILTIN_MODELS, BuiltinModel, resolve_builtin, shipped_drafter
 from draftwerk.loading.chat_template import ChatTemplate, ChatTemplateError
 from draftwerk.loading.checkpoint import AssistantCheckpoint, Checkpoint
 from draftwerk.loading.config import AssistantConfig, TextConfig
@@ -33,4 +33,5 @@ __all__ = [
     "open_assistant",
     "open_checkpoint",
     "resolve_builtin",
+    "shipped_drafter",
 ]

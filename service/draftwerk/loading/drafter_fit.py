@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from draftwerk.loading import hub
-from draftwerk.loading.builtin import BUILTIN_MODELS
+from draftwerk.loading.builtin import BUILTIN_MODELS, shipped_drafter
 from draftwerk.loading.checkpoint import AssistantCheckpoint, Checkpoint
 from draftwerk.loading.config import FULL
 from draftwerk.loading.errors import CheckpointError
@@ -22,7 +22,8 @@ def find_assistant(model: str | os.PathLike[str]) -> Path | None:
 
     Beside a directory that is a directory, beside a GGUF file a GGUF file. For a name on the hub, or a directory of its
     cache, it is a name there, which is downloaded if need be. What has that name and says that it is something else is
-    left alone: nobody asked for it.
+    left alone: nobody asked for it. For a built-in model it is the one that comes with draftwerk, unless one lies
+    beside its file.
 
     Args:
         model: as for :func:`draftwerk.loading.open_checkpoint`.
@@ -35,13 +36,15 @@ def find_assistant(model: str | os.PathLike[str]) -> Path | None:
     path = Path(os.path.abspath(name))  # noqa: PTH100 (Path.absolute() keeps "..")
     if path.is_file():
         beside = path.with_name(f"{path.stem}{_SUFFIX}.gguf")
-        return beside if is_assistant(beside) else None
+        return beside if is_assistant(beside) else shipped_drafter(path)
     if path.is_dir():
         name = hub.cached_name(path) or ""
         if not name:
             beside = path.parent / (path.name + _SUFFIX)
             return beside if is_assistant(beside) else None
-    if name in BUILTIN_MODELS or not hub.is_hub_name(name):
+    if name in BUILTIN_MODELS:
+        return shipped_drafter(name)
+    if not hub.is_hub_name(name):
         return None
     try:
         # The configuration first: something else of that name may have gigabytes of weights.

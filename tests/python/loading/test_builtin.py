@@ -10,8 +10,17 @@ from types import ModuleType
 
 import pytest
 import tiny_files as tiny
+import tiny_gemma4_files as tiny4
 
-from draftwerk.loading import BUILTIN_MODELS, CheckpointError, open_checkpoint, resolve_builtin
+from draftwerk.loading import (
+    BUILTIN_MODELS,
+    CheckpointError,
+    builtin,
+    find_assistant,
+    open_checkpoint,
+    resolve_builtin,
+    shipped_drafter,
+)
 
 NAME = "gemma-3-270m"
 WHOLE = tiny.TinyGguf(general__name=None).bytes()
@@ -118,6 +127,37 @@ def test_a_file_of_that_name_goes_first(package: Package, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     tiny.TinyGguf(general__name=(tiny.STRING, "Mine")).write(tmp_path / NAME)
     assert open_checkpoint(NAME).name == "Mine"
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for the package's directory of drafters; empty."""
+    directory = tmp_path / "shipped"
+    directory.mkdir()
+    monkeypatch.setattr(builtin, "_SHIPPED", directory)
+    return directory
+
+
+def test_its_drafter_comes_with_draftwerk(package: Package, shipped: Path, tmp_path: Path) -> None:
+    path = resolve_builtin(NAME)
+    assert [shipped_drafter(model) for model in (NAME, path, str(path))] == [None] * 3
+    assert [find_assistant(model) for model in (NAME, path)] == [None] * 2
+    drafter = tiny4.TinyReducedGguf().write(shipped / BUILTIN_MODELS[NAME].drafter)
+    assert [shipped_drafter(model) for model in (NAME, path, str(path))] == [drafter] * 3
+    assert [find_assistant(model) for model in (NAME, path)] == [drafter] * 2
+    for other in ("gemma-9", tmp_path / "gemma-3-270m.gguf", shipped / "gemma-3-270m.gguf", path.with_suffix("")):
+        assert shipped_drafter(other) is None
+    beside = tiny4.TinyReducedGguf().write(path.with_name("gemma-3-270m-assistant.gguf"))
+    assert find_assistant(path) == beside
+
+
+def test_without_a_home_directory_there_is_no_cache_to_look_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert shipped_drafter("/models/gemma-3-270m.gguf") is None
 
 
 def test_unknown_names() -> None:

@@ -6,12 +6,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import pytest
 import tiny_files as tiny
 import tiny_gemma4_files as tiny4
 from typer.testing import CliRunner
 
 from draftwerk.cli.main import app
-from draftwerk.loading import open_assistant, open_checkpoint
+from draftwerk.loading import BUILTIN_MODELS, builtin, open_assistant, open_checkpoint
 
 
 def run(*arguments: str) -> str:
@@ -65,3 +66,18 @@ def test_the_table_of_a_drafter(tmp_path: Path) -> None:
     assert "draft length" not in found
     (path / "generation_config.json").write_text(json.dumps({"num_assistant_tokens": 6}))
     assert rows(run(str(path)))["draft length"] == "6"
+
+
+def test_built_in_models_say_whether_they_have_a_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin, "_SHIPPED", tmp_path)
+    assert json.loads(run("--json"))[0]["drafter"] is None
+    assert "included" not in run()
+    file = tiny4.TinyReducedGguf().write(tmp_path / BUILTIN_MODELS["gemma-3-270m"].drafter)
+    assert json.loads(run("--json"))[0]["drafter"] == str(file)
+    assert "MTP, included" in run()
+
+
+def test_the_table_of_a_reduced_head(tmp_path: Path) -> None:
+    found = rows(run(str(tiny4.write_reduced(tmp_path / "drafter"))))
+    assert found["draft vocab size"] == str(tiny4.DRAFT_VOCAB)
+    assert "draft vocab size" not in rows(run(str(tiny4.write_assistant(tmp_path / "other"))))
