@@ -1,4 +1,5 @@
-"""The promise of test_promise.py for every family of Gemma 4 and for MTP drafters: who drafts changes no token."""
+"""The promise of test_promise.py for every family of Gemma 4 and for MTP drafters of both Gemmas: who drafts changes no
+token."""
 
 from __future__ import annotations
 
@@ -12,8 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tiny_checkpoint
 import tiny_gemma4
 from test_promise import TINY_POOL, Case, Setup, Subject, check, setups, subject_of
+from tiny_drafters import reduced_head, save_reduced
 from tiny_gemma4 import FAMILIES
 
 __all__ = ["subject_of"]  # the fixture
@@ -29,6 +32,9 @@ CASES = [
 ]
 # What the matrices are stored as, and what they are loaded as.
 VARIANTS = {"f32": (torch.float32, "auto"), "bf16": (torch.bfloat16, "auto"), "int8": (torch.bfloat16, "int8")}
+TARGETS = {**FAMILIES, "gemma3": tiny_checkpoint.tiny_model}
+# Whose drafters have reduced heads, with so many centroids.
+REDUCED = {"gemma3": 32, "dense_k_eq_v": 0}
 Subjects = Callable[[str, str], tuple[Subject, str]]
 
 
@@ -41,12 +47,17 @@ def subjects(tmp_path_factory: pytest.TempPathFactory, subject_of: Callable[...,
     def make(family: str, variant: str) -> tuple[Subject, str]:
         if (family, variant) not in made:
             dtype, weights = VARIANTS[variant]
-            model = FAMILIES[family](seed=12)
-            # One with centroids, the others without.
-            assistant = tiny_gemma4.assistant_for(model, centroids=32 if family == "ple_shared" else 0, seed=13)
+            model = TARGETS[family](seed=12)
             directory: Path = root / f"{family}-{variant}"
             tiny_gemma4.save(model, directory, dtype=dtype)
-            drafter = tiny_gemma4.save(assistant, directory.with_name(directory.name + "-drafter"), dtype=dtype)
+            path = directory.with_name(directory.name + "-drafter")
+            if family in REDUCED:
+                head = reduced_head(model, 320, centroids=REDUCED[family], top_k=REDUCED[family] // 4)
+                drafter = save_reduced(tiny_gemma4.assistant_for(model, seed=13), head, path, dtype=dtype)
+            else:
+                # One with centroids, the others without.
+                assistant = tiny_gemma4.assistant_for(model, centroids=32 if family == "ple_shared" else 0, seed=13)
+                drafter = tiny_gemma4.save(assistant, path, dtype=dtype)
             made[family, variant] = subject_of(directory, weights), str(drafter)
         return made[family, variant]
 
@@ -61,7 +72,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory, subject_of: Callable[...,
 )
 @given(
     setup=setups,
-    family=st.sampled_from(sorted(FAMILIES)),
+    family=st.sampled_from(sorted(TARGETS)),
     variant=st.sampled_from(sorted(VARIANTS)),
     mtp=st.booleans(),
     tight=st.booleans(),
@@ -79,7 +90,7 @@ def test_random_setups(
 
 
 @pytest.mark.parametrize("draft_length", [1, 2, 5, 8])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TARGETS)
 def test_every_family_with_its_drafter(subjects: Subjects, family: str, draft_length: int) -> None:
     subject, drafter = subjects(family, "bf16")
     stats = check(subject, CASES, Setup(drafter, draft_length, batch=6, prefix_cache=True, rounds=2))
