@@ -395,23 +395,29 @@ std::uint64_t list_mass(const Candidates& list, Cut cut, float top) {
   return reduce_sum(sum);
 }
 
+/// The random words of any tokens: each is one of the four of a block of its own.
+RegisterWord words_of(NoiseKey noise, RegisterInt token) {
+  using HalfWord = std::uint32_t __attribute__((vector_size(sizeof(Register) / 2)));
+  HalfWord half[2];
+  std::memcpy(half, &token, sizeof half);
+  for (HalfWord& words : half) {
+    const PhiloxBlocks blocks = philox(noise, __builtin_convertvector(words / 4, RegisterWide));
+    const RegisterWide place = __builtin_convertvector(words % 4, RegisterWide);
+    const RegisterWide low = place == 0 ? blocks.word[0] : blocks.word[1];
+    const RegisterWide high = place == 2 ? blocks.word[2] : blocks.word[3];
+    words = __builtin_convertvector(place < 2 ? low : high, HalfWord);
+  }
+  return read<RegisterWord>(half);
+}
+
 Winner list_best(const Candidates& list, Cut cut, NoiseKey noise) {
   Winner best{kMinusInfinity, kMinusInfinity, INT_MAX};
   for (int i = 0; i < list.count; i += kWidth) {
     const Register z = load_some(list.z + i, list.count - i);
-    const RegisterInt id = load_some_tokens(list.tokens + i, list.count - i);
+    const RegisterInt token = load_some_tokens(list.tokens + i, list.count - i);
     // Noise is what costs time: only for those that may win.
-    if (!any(kept(z, id, cut) & (z + kGumbelMax >= best.score))) continue;
-    std::uint32_t word[kWidth];
-    for (int half = 0; half < kWidth; half += kWideWidth) {
-      std::uint64_t counter[kWideWidth];
-      for (int j = 0; j < kWideWidth; ++j) counter[j] = static_cast<std::uint32_t>(id[half + j]) / 4;
-      const PhiloxBlocks blocks = philox(noise, read<RegisterWide>(counter));
-      for (int j = 0; j < kWideWidth; ++j) {
-        word[half + j] = static_cast<std::uint32_t>(blocks.word[id[half + j] % 4][j]);
-      }
-    }
-    compete(z, id, read<RegisterWord>(word), cut, best);
+    if (!any(kept(z, token, cut) & (z + kGumbelMax >= best.score))) continue;
+    compete(z, token, words_of(noise, token), cut, best);
   }
   return best;
 }

@@ -9,12 +9,16 @@ namespace draftwerk::cpu {
 namespace {
 
 /// Token 0 if no logit is finite, as of a whole row.
-TokenId choose_greedy(const Candidates& list, float top) {
+TokenId choose_greedy(const SamplerKernels& kernels, const Candidates& list) {
+  const float top = kernels.maximum(list.z, list.count);
   if (!(top > kMinusInfinity)) return 0;
   TokenId lowest = INT_MAX;
-  for (int i = 0; i < list.count; ++i) {
-    const TokenId token = list.z[i] == top ? list.tokens[i] : INT_MAX;
-    lowest = token < lowest ? token : lowest;
+  for (int first = 0; first < list.count; first += kLogitChunk) {
+    const int last = std::min(first + kLogitChunk, list.count);
+    if (kernels.maximum(list.z + first, last - first) != top) continue;
+    for (int i = first; i < last; ++i) {
+      if (list.z[i] == top) lowest = std::min(lowest, list.tokens[i]);
+    }
   }
   return lowest;
 }
@@ -28,7 +32,7 @@ TokenId choose(const SamplerKernels& kernels, const SparseLogitRows& logits, std
 
   float* z = logits.values_of(output);
   const Candidates list{z, logits.tokens_of(output), logits.count};
-  if (sampling.temperature <= 0.0F) return choose_greedy(list, kernels.maximum(z, list.count));
+  if (sampling.temperature <= 0.0F) return choose_greedy(kernels, list);
   const float scale = 1.0F / sampling.temperature;
   for (int i = 0; i < list.count; ++i) z[i] = scaled(z[i], scale);
   const float top = kernels.maximum(z, list.count);
