@@ -294,7 +294,8 @@ class Backend {
   virtual void propose(std::span<const ProposeRow> rows, std::span<TokenId> tokens) = 0;
 
   // --- for tests and evaluation ------------------------------------------------------------------------------
-  /// Copies the logits that the last head() computed to `out`, [outputs, vocabulary] float32. Waits.
+  /// Copies the logits that the last head() computed to `out`, [outputs, vocabulary] float32. Waits. After verify() or
+  /// propose() they are no longer what they were.
   virtual void read_logits(std::span<float> out) = 0;
 };
 
