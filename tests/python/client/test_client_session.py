@@ -356,8 +356,8 @@ def test_ctrl_c_leaves_the_session_usable(server: ScriptedServer) -> None:
         session.append([1])
         stream = session.stream()
         interrupter = threading.Thread(target=interrupt)
-        interrupter.start()
         with pytest.raises(KeyboardInterrupt):
+            interrupter.start()  # which may not have returned yet when the signal comes
             for _ in stream:
                 pass
         interrupter.join(TIMEOUT)
