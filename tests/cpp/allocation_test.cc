@@ -43,16 +43,17 @@ TEST_P(Allocations, APassOfTheTargetMakesNone) {
 
 TEST_P(Allocations, ARoundOfDraftsMakesNone) {
   const auto& [config, type] = GetParam();
-  for (const int clusters : {0, 10}) {
+  for (const auto& [clusters, draft_vocabulary] : {std::pair(0, 0), {10, 0}, {0, 150}, {10, 150}}) {
     TinyModel tiny(type, kThreads, 64, config());
-    MtpModel& mtp = tiny.mtp(clusters);
+    MtpModel& mtp = tiny.mtp(clusters, draft_vocabulary);
     for (const int sequences : {1, 5}) {
       const auto rounds = [&](int repeats) {
         return allocations_of([&] { time_drafts(mtp, sequences, 6, repeats, 50); });
       };
       // The drafter that makes the rounds is made anew, and takes what it needs in its first one.
       rounds(2);
-      EXPECT_EQ(rounds(12), rounds(2)) << sequences << " sequences, " << clusters << " clusters";
+      EXPECT_EQ(rounds(12), rounds(2)) << sequences << " sequences, " << clusters << " clusters, " << draft_vocabulary
+                                       << " tokens";
     }
   }
 }
