@@ -1,0 +1,144 @@
+"""The text of a training run, cut into batches: which batch comes when is a function of the text and the seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from draftwerk.training.errors import TrainingError
+
+_POOL = 32  # batches whose sequences are sorted by length together
+_LEAST = 3  # tokens of a sequence: one that starts a chain needs one before it and one behind
+
+TokenIds = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences side by side.
+
+    Attributes:
+        token_ids: [B, T] int64; 0 behind the end of a sequence.
+        lengths: [B] int64; tokens of each sequence.
+    """
+
+    token_ids: Tensor
+    lengths: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return int(self.lengths.sum())
+
+
+class BatchSource(Protocol):
+    """What a trainer takes its batches from.
+
+    Attributes:
+        fingerprint: of everything that determines them.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __getitem__(self, index: int) -> Batch:
+        """The batch at this place of an endless row; the same one at any time."""
+
+
+class Batches:
+    """Batches of about equally long sequences, in an order of their own in every epoch.
+
+    A sequence that is longer than ``length`` becomes several; those behind the first begin with its first token, the
+    beginning-of-sequence token, too.
+
+    Attributes:
+        fingerprint: of the text and of how it is cut.
+        tokens: of all sequences, once.
+
+    Args:
+        sequences: token ids of each text.
+        length: longest sequence of a batch, in tokens.
+        tokens_per_batch: most of them in a batch, padding included; at least ``length``.
+        seed: of the order.
+
+    Raises:
+        TrainingError: a size is out of range, or there is no text.
+    """
+
+    def __init__(self, sequences: Sequence[TokenIds], *, length: int, tokens_per_batch: int, seed: int) -> None:
+        if not 2 * _LEAST <= length <= 1 << 20:
+            raise TrainingError(f"length = {length}: must be {2 * _LEAST} to {1 << 20}")
+        if tokens_per_batch < length:
+            raise TrainingError(f"tokens_per_batch = {tokens_per_batch}: must be at least length = {length}")
+        self._pieces = [piece for ids in sequences for piece in _pieces(np.asarray(ids, np.int32), length)]
+        if not self._pieces:
+            raise TrainingError(f"no text to train on: {len(sequences)} sequences, none of {_LEAST} tokens or more")
+        self._lengths = np.array([piece.size for piece in self._pieces])
+        self._tokens_per_batch = tokens_per_batch
+        self._seed = seed
+        self._epochs: list[list[npt.NDArray[np.int64]]] = []
+        self.tokens = int(self._lengths.sum())
+        digest = hashlib.blake2b(repr((length, tokens_per_batch, seed)).encode(), digest_size=8)
+        for piece in self._pieces:
+            digest.update(piece.tobytes())
+            digest.update(b"/")
+        self.fingerprint = digest.hexdigest()
+
+    @property
+    def first_epoch(self) -> int:
+        """Batches of the first epoch."""
+        return len(self._epoch(0))
+
+    def __getitem__(self, index: int) -> Batch:
+        """The batch at this place of an endless row of epochs."""
+        epoch = 0
+        while index >= len(self._epoch(epoch)):
+            index -= len(self._epoch(epoch))
+            epoch += 1
+        chosen = self._epoch(epoch)[index]
+        lengths = self._lengths[chosen]
+        token_ids = np.zeros((chosen.size, lengths.max()), np.int64)
+        for row, piece in enumerate(chosen):
+            token_ids[row, : lengths[row]] = self._pieces[piece]
+        return Batch(torch.from_numpy(token_ids), torch.from_numpy(lengths))
+
+    def _epoch(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        while epoch >= len(self._epochs):
+            self._epochs.append(self._order(len(self._epochs)))
+        return self._epochs[epoch]
+
+    def _order(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """The pieces of each batch of an epoch."""
+        rng = np.random.default_rng([self._seed, epoch])
+        shuffled = rng.permutation(len(self._pieces))
+        batches = []
+        for pool in _cut(shuffled, self._lengths, self._tokens_per_batch * _POOL):
+            by_length = pool[np.argsort(self._lengths[pool], kind="stable")]
+            batches += _cut(by_length, self._lengths, self._tokens_per_batch)
+        return [batches[index] for index in rng.permutation(len(batches))]
+
+
+def _pieces(ids: TokenIds, length: int) -> list[TokenIds]:
+    pieces = [ids[:length]]
+    pieces += [
+        np.concatenate([ids[:1], ids[first : first + length - 1]]) for first in range(length, ids.size, length - 1)
+    ]
+    return [piece for piece in pieces if piece.size >= _LEAST]
+
+
+def _cut(chosen: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], most: int) -> list[npt.NDArray[np.int64]]:
+    """Cuts a row of pieces so that count times longest length of each part is at most ``most``."""
+    parts, first, longest = [], 0, 0
+    for index, piece in enumerate(chosen):
+        longest = max(longest, int(lengths[piece]))
+        if longest * (index + 1 - first) > most:
+            parts.append(chosen[first:index])
+            first, longest = index, int(lengths[piece])
+    return [*parts, chosen[first:]]

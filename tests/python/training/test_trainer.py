@@ -1,0 +1,157 @@
+"""Training tiny drafters: what is learned, and that a run that was cut off goes on as if it had not been."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_training
+import torch
+from tiny_training import HEADS, MODELS, random_ids
+
+from draftwerk.loading import open_assistant
+from draftwerk.training.batches import Batches
+from draftwerk.training.errors import TrainingError
+from draftwerk.training.export import read_drafter, write_drafter
+from draftwerk.training.options import TrainingOptions
+from draftwerk.training.target import FrozenTarget
+from draftwerk.training.trainer import StepFigures, Trainer
+from draftwerk.weights import load_assistant, load_model
+
+OPTIONS = TrainingOptions(
+    steps=6, draft_depth=3, learning_rate=3e-3, warmup_steps=2, accumulate=2, ema_decay=0.5, save_every=3, seed=7
+)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> FrozenTarget:
+    return tiny_training.frozen(MODELS["gemma3"](seed=1), tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def batches() -> Batches:
+    ids = random_ids(12, 40).astype(np.int32)
+    return Batches([row[: 40 - 2 * index] for index, row in enumerate(ids)], length=40, tokens_per_batch=120, seed=3)
+
+
+def trainer_of(target: FrozenTarget, directory: Path, options: TrainingOptions = OPTIONS) -> Trainer:
+    return Trainer(target, tiny_training.tiny_drafter(target), options, directory)
+
+
+def run(trainer: Trainer, batches: Batches, steps: int | None = None) -> list[StepFigures]:
+    """Trains to the end, or as many steps and no further: the rest is lost as it is in a process that is killed."""
+    figures = []
+    for step in trainer.steps(batches):
+        figures.append(dataclasses.replace(step, tokens_per_second=0.0))
+        if len(figures) == steps:
+            break
+    return figures
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: weight.detach() for name, weight in trainer.drafter.named_parameters()} | {
+        f"averaged {name}": weight for name, weight in trainer.averaged.items()
+    }
+
+
+def assert_same_weights(one: Trainer, other: Trainer) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+
+
+def test_a_run_is_a_function_of_its_seed(target: FrozenTarget, batches: Batches, tmp_path: Path) -> None:
+    one, two = trainer_of(target, tmp_path / "one"), trainer_of(target, tmp_path / "two")
+    assert run(one, batches) == run(two, batches)
+    assert_same_weights(one, two)
+    other = trainer_of(target, tmp_path / "other", dataclasses.replace(OPTIONS, seed=8))
+    run(other, batches)
+    assert not all(torch.equal(weight, weights(other)[name]) for name, weight in weights(one).items())
+
+
+@pytest.mark.parametrize("killed_after", [3, 5])
+def test_resuming_is_exact(target: FrozenTarget, batches: Batches, tmp_path: Path, killed_after: int) -> None:
+    whole = trainer_of(target, tmp_path / "whole")
+    figures = run(whole, batches)
+    run(trainer_of(target, tmp_path / "cut"), batches, killed_after)
+    resumed = trainer_of(target, tmp_path / "cut")
+    with torch.no_grad():
+        for weight in resumed.drafter.parameters():
+            weight.zero_()
+    assert resumed.resume(batches)
+    assert resumed.step == 3
+    assert run(resumed, batches) == figures[3:]
+    assert_same_weights(resumed, whole)
+
+
+def test_there_is_nothing_to_resume(target: FrozenTarget, batches: Batches, tmp_path: Path) -> None:
+    trainer = trainer_of(target, tmp_path / "nothing")
+    assert not trainer.resume(batches)
+    assert trainer.step == 0
+
+
+def test_another_run_is_not_resumed(target: FrozenTarget, batches: Batches, tmp_path: Path) -> None:
+    run(trainer_of(target, tmp_path), batches, 3)
+    changed = trainer_of(target, tmp_path, dataclasses.replace(OPTIONS, learning_rate=1e-3))
+    with pytest.raises(TrainingError, match=r"learning_rate was 0\.003, and is 0\.001"):
+        changed.resume(batches)
+    other_text = Batches([row.astype(np.int32) for row in random_ids(4, 30)], length=40, tokens_per_batch=120, seed=3)
+    with pytest.raises(TrainingError, match="text was"):
+        trainer_of(target, tmp_path).resume(other_text)
+
+
+def test_training_beats_its_initialisation(target: FrozenTarget, tmp_path: Path) -> None:
+    text = Batches([row.astype(np.int32) for row in random_ids(64, 40)], length=40, tokens_per_batch=320, seed=0)
+    options = TrainingOptions(steps=60, draft_depth=3, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=0)
+    figures = run(trainer_of(target, tmp_path, options), text)
+    first, last = figures[0], figures[-5:]
+    assert np.mean([step.agreement[0] for step in last]) > first.agreement[0] + 0.1
+    assert np.mean([step.overlap[0] for step in last]) > first.overlap[0] + 0.1
+    assert np.mean([step.reached[1] for step in last]) > first.reached[1] + 0.05
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_published_drafter_is_trained_on(tmp_path: Path, head: str) -> None:
+    path, checkpoint = tiny_training.published(tmp_path, head)
+    target = FrozenTarget(checkpoint, dtype=torch.float32)
+    drafter = read_drafter(open_assistant(path), checkpoint)
+    came_with = {name: tensor.clone() for name, tensor in drafter.head.items()}
+    text = Batches([row.astype(np.int32) for row in random_ids(32, 40)], length=40, tokens_per_batch=320, seed=0)
+    options = TrainingOptions(steps=30, draft_depth=2, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=0)
+    trainer = Trainer(target, drafter, options, tmp_path / "states")
+    figures = run(trainer, text)
+    assert np.mean([step.overlap[0] for step in figures[-5:]]) > figures[0].overlap[0] + 0.03
+    assert drafter.head.keys() == came_with.keys()
+    assert all(torch.equal(tensor, came_with[name]) for name, tensor in drafter.head.items())
+    write_drafter(drafter, trainer.averaged, tmp_path / "drafter", target_name="tiny")
+    resumed = Trainer(target, read_drafter(open_assistant(path), checkpoint), options, tmp_path / "states")
+    assert resumed.resume(text)
+    assert_same_weights(resumed, trainer)
+    native = load_model(checkpoint, threads=1)
+    drafts, _ = load_assistant(open_assistant(tmp_path / "drafter"), checkpoint, native).draft([2, 5, 7], 4)
+    assert len(drafts) == 4
+
+
+def test_the_state_of_a_drafter_of_another_shape_is_refused(
+    target: FrozenTarget, batches: Batches, tmp_path: Path
+) -> None:
+    run(trainer_of(target, tmp_path), batches, 3)
+    other = tiny_training.tiny_drafter(target, intermediate=32)
+    with pytest.raises(TrainingError, match=r"another run: .*gate_proj\.weight was \[96, 64\], and is \[32, 64\]"):
+        Trainer(target, other, OPTIONS, tmp_path).resume(batches)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_loss_that_is_not_finite_ends_the_run(
+    target: FrozenTarget, batches: Batches, tmp_path: Path, value: float
+) -> None:
+    trainer = trainer_of(target, tmp_path)
+    run(trainer, batches, 3)
+    with torch.no_grad():
+        trainer.drafter.get_parameter("post_projection.weight")[0, 0] = value
+    with pytest.raises(TrainingError, match="step 4: the gradient is not finite; go on from the last state"):
+        run(trainer, batches)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.safetensors"]
