@@ -1,0 +1,179 @@
+"""Prompts from a file, as text or as chat messages."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+import numpy as np
+
+from draftwerk.requests import Message, RequestError
+from draftwerk.training.errors import TrainingError
+
+if TYPE_CHECKING:
+    from draftwerk.engine import Engine
+
+_FORMS = '{"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} or {"turns": ["..."]}'
+_SHOWN = 60  # characters of a bad line
+_LEAST_ROOM = 16  # tokens that a prompt has to leave for the text
+_ASIDE = 16  # one prompt in so many is for evaluation,
+_MOST_ASIDE = 64  # but not more than these
+_LEAST_TO_SHARE = 32  # prompts of a file; with fewer there is nothing to spare
+_STREAM = 4  # of random numbers; those of text.py and evaluation_prompts.py are 0 to 3
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """Something to begin a text with.
+
+    Attributes:
+        content: text, or chat messages.
+        category: of what kind it is; "" if nobody said.
+        line: of the file that it is from; 0 if it is from none.
+    """
+
+    content: Union[str, tuple[Message, ...]]
+    category: str = ""
+    line: int = 0
+
+
+@dataclass(frozen=True)
+class PromptsFile:
+    """The prompts of a file.
+
+    Attributes:
+        path: the file.
+        prompts: at least one, in the order of the file.
+        sha256: of the file's content and of how it is read.
+    """
+
+    path: Path
+    prompts: tuple[TextPrompt, ...]
+    sha256: str
+
+
+def read_prompts(path: Path, *, chat: bool = False) -> PromptsFile:
+    """Reads a file of prompts, one a line: plain text, or JSON objects if the first line that is not empty is one.
+
+    A JSON object has "prompt" (text), "messages" (chat messages) or "turns" (texts, of which the first is the prompt),
+    and may have "category". Empty lines are skipped.
+
+    Args:
+        path: the file.
+        chat: whether texts are what a user says to a model, and not what it is to continue.
+
+    Raises:
+        TrainingError: the file is not UTF-8 text, a line is of another form (says which and why), or there are none.
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise TrainingError(f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02X})") from None
+    lines = [(number, line.strip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise TrainingError(f"{path}: no prompts: the file is empty")
+    as_json = lines[0][1].lstrip().startswith("{")
+    prompts = tuple(
+        _from_json(path, number, line) if as_json else TextPrompt(line, line=number) for number, line in lines
+    )
+    if chat:
+        prompts = tuple(map(_as_message, prompts))
+    return PromptsFile(path, prompts, hashlib.sha256(data + b"\0chat" * chat).hexdigest())
+
+
+def set_aside(prompts: PromptsFile, seed: int) -> tuple[PromptsFile, PromptsFile | None]:
+    """Parts prompts into those that text is written from, and some for evaluation; None if there are too few to share.
+
+    Args:
+        prompts: of a file.
+        seed: of the choice.
+    """
+    count = len(prompts.prompts)
+    if count < _LEAST_TO_SHARE:
+        return prompts, None
+    order = np.random.default_rng([seed, _STREAM]).permutation(count)
+    aside = set(order[: min(count // _ASIDE, _MOST_ASIDE)].tolist())
+    written, evaluated = (
+        tuple(prompt for i, prompt in enumerate(prompts.prompts) if (i in aside) is wanted) for wanted in (False, True)
+    )
+    return dataclasses.replace(prompts, prompts=written), dataclasses.replace(prompts, prompts=evaluated)
+
+
+def _as_message(prompt: TextPrompt) -> TextPrompt:
+    if not isinstance(prompt.content, str):
+        return prompt
+    return dataclasses.replace(prompt, content=({"role": "user", "content": prompt.content},))
+
+
+def encode_prompt(
+    engine: Engine, prompt: TextPrompt, prompts: PromptsFile | None = None, room: int = _LEAST_ROOM
+) -> tuple[int, ...]:
+    """The prompt's tokens.
+
+    Args:
+        engine: of the model.
+        prompt: a prompt.
+        prompts: the file that it is from, for errors.
+        room: tokens that it has to leave for a text.
+
+    Raises:
+        TrainingError: they cannot be made, or leave no room.
+    """
+    place = "prompt" if prompts is None else f"{prompts.path}:{prompt.line}"
+    content = prompt.content if isinstance(prompt.content, str) else list(prompt.content)
+    try:
+        prompt_ids = engine.encode_prompt(content)
+    except RequestError as error:
+        raise TrainingError(f"{place}: {error}") from None
+    most = engine.info.max_context - room
+    if len(prompt_ids) > most:
+        raise TrainingError(f"{place}: a prompt of {len(prompt_ids)} tokens: must be at most {most} for this model")
+    return tuple(prompt_ids)
+
+
+def _from_json(path: Path, number: int, line: str) -> TextPrompt:
+    def wrong(reason: str) -> TrainingError:
+        shown = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
+        return TrainingError(f"{path}:{number}: {reason}: {shown!r}; a line is like {_FORMS}")
+
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise wrong(f"not JSON ({reason})") from None
+    if not isinstance(entry, dict):
+        raise wrong("not a JSON object")
+    given = [name for name in ("prompt", "messages", "turns") if name in entry]
+    if len(given) != 1:
+        raise wrong(f"{' and '.join(given)} exclude each other" if given else "no prompt")
+    content: Any = entry[given[0]]
+    if given[0] == "turns":
+        content = content[0] if isinstance(content, list) and content else None
+    if given[0] == "messages":
+        if not isinstance(content, list) or not content or not all(map(_is_message, content)):
+            raise wrong("messages is not a list of messages")
+        content = tuple(content)
+    elif not isinstance(content, str) or not content:
+        raise wrong(f"{given[0]} is not text")
+    elif not _is_unicode(content):
+        raise wrong(f"{given[0]} holds a lone surrogate, which no text can")
+    return TextPrompt(content, str(entry.get("category") or ""), number)
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,66 @@
+"""Batches of text that is still being written: trained on as it comes, and a few more times later on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from draftwerk.training.batches import Batch, Batches
+from draftwerk.training.shards import Shard
+
+REPLAYED = 2
+"""Older shards that every new one is mixed with. Text that comes back a few times teaches nearly as much as new text,
+and need not be written again."""
+
+
+class TextBatches:
+    """Batches in rounds: each has a new shard of text and some older ones, in an order of chance.
+
+    Shards are asked for when the first batch of their round is; which batch comes when depends on their texts and the
+    seed alone.
+
+    Args:
+        shard: gives the shard with this number, and writes it if need be.
+        identity: of the text, such as the digest of its manifest.
+        length: longest sequence of a batch, in tokens.
+        tokens_per_batch: most of them in a batch, padding included; at least `length`.
+        seed: of the order.
+
+    Raises:
+        TrainingError: a size is out of range.
+    """
+
+    def __init__(
+        self, shard: Callable[[int], Shard], *, identity: str, length: int, tokens_per_batch: int, seed: int
+    ) -> None:
+        # Sizes out of range are told now, not when the first text is there.
+        Batches([np.arange(length)], length=length, tokens_per_batch=tokens_per_batch, seed=seed)
+        self._shard = shard
+        self._length = length
+        self._tokens_per_batch = tokens_per_batch
+        self._seed = seed
+        self._round: tuple[int, Batches] | None = None
+        self._starts = [0]  # the first batch of each round, as far as that is known
+        said = repr((identity, length, tokens_per_batch, seed, REPLAYED))
+        self.fingerprint = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+    def __getitem__(self, index: int) -> Batch:
+        number = 0
+        while True:
+            if number + 1 == len(self._starts):
+                self._starts.append(self._starts[number] + self._batches(number).first_epoch)
+            if index < self._starts[number + 1]:
+                return self._batches(number)[index - self._starts[number]]
+            number += 1
+
+    def _batches(self, number: int) -> Batches:
+        if self._round is None or self._round[0] != number:
+            older = np.random.default_rng([self._seed, number]).permutation(number)[:REPLAYED]
+            sequences = [text.token_ids for of in (number, *older) for text in self._shard(int(of)).texts()]
+            batches = Batches(
+                sequences, length=self._length, tokens_per_batch=self._tokens_per_batch, seed=self._seed + number
+            )
+            self._round = (number, batches)
+        return self._round[1]

@@ -1,0 +1,139 @@
+"""Files of prompts: every form, and every way to get one wrong, with the line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from draftwerk.training.errors import TrainingError
+from draftwerk.training.prompts import PromptsFile, TextPrompt, read_prompts, set_aside
+
+
+def write(tmp_path: Path, content: str | bytes) -> Path:
+    path = tmp_path / "prompts"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_lines_of_text(tmp_path: Path) -> None:
+    read = read_prompts(write(tmp_path, "\ufeffThe first\r\n\n  indented\n"))
+    assert read.prompts == (TextPrompt("The first", line=1), TextPrompt("  indented", line=3))
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    entries = [
+        {"prompt": "Once", "category": "prose"},
+        {"messages": messages, "category": None},
+        {"question_id": 7, "category": "maths", "turns": ["One", "Two"]},
+    ]
+    read = read_prompts(write(tmp_path, "\n".join(map(json.dumps, entries))))
+    assert read.prompts == (
+        TextPrompt("Once", "prose", 1),
+        TextPrompt(tuple(messages), "", 2),
+        TextPrompt("One", "maths", 3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        ('{"prompt": "a"}\n{"prompt": }', 2, "not JSON (Expecting value)"),
+        ('{"prompt": "a"}\ntext', 2, "not JSON"),
+        ('{"prompt": "a"}\n\n[1]', 3, "not a JSON object"),
+        ('{"text": "a"}', 1, "no prompt"),
+        ('{"prompt": "a", "messages": []}', 1, "prompt and messages exclude each other"),
+        ('{"prompt": ""}', 1, "prompt is not text"),
+        ('{"prompt": 3}', 1, "prompt is not text"),
+        ('{"turns": []}', 1, "turns is not text"),
+        ('{"messages": []}', 1, "messages is not a list of messages"),
+        ('{"messages": ["hi"]}', 1, "messages is not a list of messages"),
+        ('{"prompt": "\\ud800"}', 1, "prompt holds a lone surrogate"),
+        ("{" * 5000, 1, "not JSON"),
+        ('{"a":' * 5000, 1, "not JSON"),
+    ],
+)
+def test_a_bad_line_is_named_with_what_is_wrong(tmp_path: Path, content: str, line: int, reason: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(TrainingError) as caught:
+        read_prompts(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:{line}: {reason}")
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("content", [b"", b"\n  \n\r\n", b"\xef\xbb\xbf"])
+def test_a_file_without_prompts(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(TrainingError, match="no prompts: the file is empty"):
+        read_prompts(write(tmp_path, content))
+
+
+def test_a_file_that_is_not_utf_8(tmp_path: Path) -> None:
+    path = write(tmp_path, b"good\nna\xefve\n")
+    with pytest.raises(TrainingError, match=r":2: not UTF-8 text \(byte 0xEF\)"):
+        read_prompts(path)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_prompts(tmp_path / "none")
+
+
+def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
+    assert read_prompts(write(tmp_path, "a")).sha256 != read_prompts(write(tmp_path, "b")).sha256
+
+
+@given(st.binary(max_size=200))
+def test_any_file_gives_prompts_or_one_line(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = write(tmp_path_factory.getbasetemp(), content)
+    try:
+        assert read_prompts(path).prompts
+    except TrainingError as error:
+        assert "\n" not in str(error)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: (
+            st.lists(inner)
+            | st.dictionaries(st.sampled_from(["prompt", "messages", "turns", "category", "role", "content"]), inner)
+        ),
+        max_leaves=8,
+    )
+)
+def test_any_json_gives_prompts_or_one_line(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    path = write(tmp_path_factory.getbasetemp(), '{"prompt": "a"}\n' + json.dumps(value))
+    try:
+        assert len(read_prompts(path).prompts) == 2
+    except TrainingError as error:
+        assert "\n" not in str(error)
+
+
+def test_lines_may_be_what_a_user_says(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "Hi"}]
+    path.write_text("\n".join(map(json.dumps, [{"prompt": "One", "category": "c"}, {"messages": messages}])))
+    said, chat = read_prompts(path, chat=True).prompts
+    assert said == TextPrompt(({"role": "user", "content": "One"},), "c", 1)
+    assert chat.content == tuple(messages)
+    assert read_prompts(path, chat=True).sha256 != read_prompts(path).sha256
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**63 - 1))
+def test_some_prompts_are_set_aside_where_there_are_enough(count: int, seed: int) -> None:
+    prompts = PromptsFile(Path("p"), tuple(TextPrompt(str(i), line=i + 1) for i in range(count)), "digest")
+    written, aside = set_aside(prompts, seed)
+    if count < 32:
+        assert (written, aside) == (prompts, None)
+        return
+    assert aside is not None
+    assert len(aside.prompts) == min(count // 16, 64)
+    together = sorted((*written.prompts, *aside.prompts), key=lambda prompt: prompt.line)
+    assert tuple(together) == prompts.prompts
+    assert set_aside(prompts, seed) == (written, aside)
