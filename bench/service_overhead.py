@@ -31,7 +31,7 @@ import grpc
 from compare_llama_cpp import machine
 
 from draftwerk import Engine, SamplingParams
-from draftwerk.cli.measurement import BenchPrompt, output_sha256, read_prompts, run_prompts
+from draftwerk.measurement import BenchPrompt, output_sha256, read_prompts, run_prompts
 from draftwerk_client import AsyncClient, Client
 from draftwerk_client.v1 import (
     generation_pb2_grpc,

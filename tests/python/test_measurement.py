@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from draftwerk import GenerationStats
-from draftwerk.cli.measurement import BenchPrompt, drafter_figures, output_sha256, run_prompts
+from draftwerk.measurement import BenchPrompt, drafter_figures, output_sha256, run_prompts
 
 PROMPTS = [(BenchPrompt(str(i), "", ""), [i]) for i in range(6)]
 STATS = GenerationStats(generated_tokens=2, steps=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from draftwerk.cli import options
 from draftwerk.cli.failures import file_error, reports_failures, reports_server_failures, usage_error
+from draftwerk.cli.json_file import JsonFile, check_writable, result_console, write_json
 
 if TYPE_CHECKING:
-    from draftwerk.cli.measurement import BenchPrompt, StreamRecord, TokenStream
     from draftwerk.engine import Engine
+    from draftwerk.measurement import BenchPrompt, StreamRecord, TokenStream
     from draftwerk.requests import SamplingParams
 
 EPILOG = """
@@ -64,10 +63,6 @@ app = typer.Typer(
     epilog=EPILOG,
     help="Measure speed on a file of prompts, or (with [bold]rows[/]) the time of one pass of the model.",
 )
-
-JsonFile = Annotated[
-    Optional[Path], typer.Option("--json", help="Write the figures to this file; - is stdout.", metavar="OUT")
-]
 
 
 @app.callback()
@@ -116,7 +111,7 @@ def bench(
     """Measure speed on a file of prompts."""
     if context.invoked_subcommand is not None:
         return
-    from draftwerk.cli.measurement import figures, read_prompts
+    from draftwerk.measurement import figures, read_prompts
     from draftwerk.requests import SamplingParams
 
     if target is not None:
@@ -129,7 +124,7 @@ def bench(
         raise usage_error(f"--prompts: {file_error(error)}") from None
     except UnicodeDecodeError as error:
         raise usage_error(f"--prompts: {prompts} is not UTF-8 text: {error}") from None
-    _check_writable(json_file)
+    check_writable(json_file)
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, ignore_eos=ignore_eos
     )
@@ -156,7 +151,7 @@ def bench(
         "engine": run.engine,
     }
     _print_report(report, json_file)
-    _write_json(report, json_file)
+    write_json(report, json_file)
 
 
 @app.command("rows", epilog=ROWS_EPILOG)
@@ -171,10 +166,10 @@ def rows(
     json_file: JsonFile = None,
 ) -> None:
     """Time one pass of the model at 1 to 16 rows: what verifying drafts costs."""
-    from draftwerk.cli.measurement import time_rows
+    from draftwerk.measurement import time_rows
     from draftwerk.weights import load_model, open_model
 
-    _check_writable(json_file)
+    check_writable(json_file)
     with options.loading_progress(model) as progress:
         core_model = load_model(open_model(model, progress), weights=weights, threads=threads, progress=progress)
     time_rows(core_model, most_rows, 2, context)  # warms caches and clocks
@@ -183,8 +178,8 @@ def rows(
     table = Table("rows", "ms", "relative to 1 row", "tokens/s if all accepted")
     for count, ms in measured.items():
         table.add_row(str(count), f"{ms:.2f}", f"{ms / measured[1]:.2f}", f"{count / ms * 1e3:.0f}")
-    _result_console(json_file).print(table)
-    _write_json({"rows": {str(count): ms for count, ms in measured.items()}}, json_file)
+    result_console(json_file).print(table)
+    write_json({"rows": {str(count): ms for count, ms in measured.items()}}, json_file)
 
 
 @dataclass(frozen=True)
@@ -217,7 +212,7 @@ class _Run:
 
 async def _run_in(engine: Engine, workload: _Workload, draft_length: int | None) -> _Run:
     """The workload in an engine of this process."""
-    from draftwerk.cli.measurement import drafter_figures
+    from draftwerk.measurement import drafter_figures
     from draftwerk.memory import peak_resident_bytes
 
     logging.getLogger("draftwerk.acceptance").addHandler(logging.NullHandler())  # the report has its warning
@@ -245,7 +240,7 @@ async def _run_in(engine: Engine, workload: _Workload, draft_length: int | None)
 
 async def _run_at(target: str, workload: _Workload) -> _Run:
     """The workload at a server."""
-    from draftwerk.cli.measurement import drafter_figures
+    from draftwerk.measurement import drafter_figures
     from draftwerk_client import AsyncClient
 
     params: dict[str, Any] = {name: getattr(workload.params, name) for name in _PARAMETERS}
@@ -271,7 +266,7 @@ async def _run_at(target: str, workload: _Workload) -> _Run:
 async def _measure(
     start: Callable[[Sequence[int]], TokenStream], workload: _Workload, token_ids: Sequence[Sequence[int]]
 ) -> tuple[list[StreamRecord], float]:
-    from draftwerk.cli.measurement import run_prompts
+    from draftwerk.measurement import run_prompts
 
     with _progress() as bar:
         task = bar.add_task("prompts", total=len(token_ids))
@@ -300,13 +295,8 @@ def _progress() -> Progress:
     )
 
 
-def _result_console(json_file: Path | None) -> Console:
-    """Tables go to stdout, unless the JSON goes there."""
-    return options.messages if json_file is not None and str(json_file) == "-" else Console()
-
-
 def _print_report(report: dict[str, Any], json_file: Path | None) -> None:
-    console = _result_console(json_file)
+    console = result_console(json_file)
     settings = report["settings"]
     title = f"{settings['model']}, {settings['backend']}, drafter {settings['drafter']}"
     if settings["target"] is not None:
@@ -350,19 +340,3 @@ def _speculation_cells(values: dict[str, Any]) -> list[str]:
         f"{values['acceptance_rate']:.0%}" if values["drafted"] else "-",
         f"{values['decode_tokens_per_second']:.1f}",
     ]
-
-
-def _check_writable(json_file: Path | None) -> None:
-    """Tells of a mistyped path before the time is spent, not after."""
-    if json_file is not None and (json_file.is_dir() or not json_file.absolute().parent.is_dir()):
-        raise usage_error(f"--json: {json_file} cannot be written: no such directory, or a directory itself")
-
-
-def _write_json(values: dict[str, Any], json_file: Path | None) -> None:
-    if json_file is None:
-        return
-    text = json.dumps(values, indent=2) + "\n"
-    if str(json_file) == "-":
-        print(text, end="")
-    else:
-        json_file.write_text(text, encoding="utf-8")

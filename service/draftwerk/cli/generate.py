@@ -13,8 +13,8 @@ from draftwerk.cli import options
 from draftwerk.cli.failures import file_error, reports_failures, usage_error
 
 if TYPE_CHECKING:
-    from draftwerk.cli.measurement import Stats
     from draftwerk.engine import Engine
+    from draftwerk.measurement import Stats
     from draftwerk.requests import Prompt, SamplingParams
     from draftwerk.results import Completion
 

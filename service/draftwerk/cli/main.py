@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from draftwerk import __version__
-from draftwerk.cli import bench, chat, demo, generate, models, tokenize
+from draftwerk.cli import bench, chat, demo, eval_drafter, generate, models, tokenize, train_drafter
 
 EPILOG = """
 [bold]Examples[/]
@@ -75,6 +75,8 @@ app.command("chat", epilog=chat.EPILOG)(chat.chat)
 app.add_typer(bench.app, name="bench")
 app.command("models", epilog=models.EPILOG)(models.models)
 app.command("tokenize", epilog=tokenize.EPILOG)(tokenize.tokenize)
+app.command("train-drafter", epilog=train_drafter.EPILOG)(train_drafter.train_drafter)
+app.command("eval-drafter", epilog=eval_drafter.EPILOG)(eval_drafter.eval_drafter)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 
 if __name__ == "__main__":

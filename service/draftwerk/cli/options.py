@@ -78,11 +78,20 @@ def refuse_beside_target(context: typer.Context, *names: str) -> None:
     Raises:
         CommandError: one of these parameters was given on the command line.
     """
+    refuse_beside(context, "--target", "the server that runs there has its own", *names)
+
+
+def refuse_beside(context: typer.Context, given: str, reason: str, *names: str) -> None:
+    """Refuses options that mean nothing beside one that is given.
+
+    Raises:
+        CommandError: one of these parameters was given on the command line.
+    """
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
-            raise usage_error(f"{option} and --target exclude each other: the server that runs there has its own")
+            raise usage_error(f"{option} and {given} exclude each other: {reason}")
 
 
 @contextmanager

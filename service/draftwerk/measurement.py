@@ -1,4 +1,4 @@
-"""What `draftwerk bench` measures: prompts at a fixed concurrency, and the figures made of them."""
+"""What is measured of a running model: prompts at a fixed concurrency, and the figures made of them."""
 
 from __future__ import annotations
 

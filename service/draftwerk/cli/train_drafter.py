@@ -1,0 +1,191 @@
+"""`draftwerk train-drafter`: a drafter for a model, trained on what the model writes."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.text import Text
+
+from draftwerk.cli import options
+from draftwerk.cli.failures import CommandError, reports_failures, usage_error
+from draftwerk.cli.training_display import TrainingDisplay
+from draftwerk.cli.training_extra import reports_training_failures
+
+if TYPE_CHECKING:
+    from draftwerk.training.run_options import RunOptions
+
+EPILOG = """
+[bold]Examples[/]
+
+  draftwerk train-drafter --model gemma-3-270m --out my-drafter --hours 4
+
+  draftwerk train-drafter --model ./gemma-3-1b-it --out my-drafter --tokens 5000000 --prompts prompts.jsonl
+
+  draftwerk train-drafter --model ./gemma-4-E2B-it --from google/gemma-4-E2B-it-assistant --out tuned --hours 8
+
+  draftwerk train-drafter --out my-drafter --resume
+
+  draftwerk serve --model gemma-3-270m --drafter my-drafter/drafter
+"""
+
+# What a run that is gone on with was told at its beginning, by the names of RunOptions and of the command line.
+_SETTLED = {
+    "model": "model",
+    "prompts": "prompts",
+    "chat": "chat",
+    "start_from": "from_drafter",
+    "hours": "hours",
+    "tokens": "tokens",
+    "seed": "seed",
+    "layers": "layers",
+    "draft_vocab_size": "draft_vocabulary",
+    "learning_rate": "learning_rate",
+}
+_LEARNING_RATE = 5e-4
+_FINE_TUNING_RATE = 1e-4
+
+
+@reports_failures
+def train_drafter(
+    context: typer.Context,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory of the run; the drafter is DIR/drafter.", metavar="DIR")
+    ],
+    model: options.Model = options.DEFAULT_MODEL,
+    prompts: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--prompts",
+            help='What texts begin with: lines of text, or JSON lines with "prompt" or "messages". '
+            "Default: built-in openings.",
+            metavar="FILE",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Lines of --prompts are a user's messages, for the model's chat template.")
+    ] = False,
+    from_drafter: Annotated[
+        Optional[str],
+        typer.Option(
+            "--from",
+            help="Go on from this drafter, a directory, GGUF file or hub name, instead of the model's last layers.",
+            metavar="D",
+        ),
+    ] = None,
+    hours: Annotated[
+        Optional[float], typer.Option("--hours", help="How long to write text and train.", metavar="H")
+    ] = None,
+    tokens: Annotated[
+        Optional[int], typer.Option("--tokens", help="Or: tokens to train on.", metavar="N", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same drafter.", metavar="S")] = 0,
+    layers: Annotated[int, typer.Option("--layers", help="Layers of the drafter.", metavar="N")] = 2,
+    draft_vocabulary: Annotated[
+        int, typer.Option("--draft-vocabulary", help="Tokens that can be drafted.", metavar="N")
+    ] = 16_384,
+    learning_rate: Annotated[
+        Optional[float],
+        typer.Option(
+            "--learning-rate",
+            help=f"At its peak. Default: {_LEARNING_RATE:g}, with --from {_FINE_TUNING_RATE:g}.",
+            metavar="R",
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="auto, cpu or cuda: what trains. Text is written on the CPU.", metavar="D")
+    ] = "auto",
+    threads: options.Threads = 0,
+) -> None:
+    """Train a drafter for a model, on text that the model writes itself.
+
+    It can be stopped at any time: DIR/drafter is the drafter as far as it has come, and --resume goes on. At the end
+    the drafter is evaluated, and DIR/report.html says what it is worth.
+    """
+    with reports_training_failures():
+        from draftwerk.training.conclusion import conclude
+        from draftwerk.training.run import Run
+        from draftwerk.training.run_directory import RunDirectory
+        from draftwerk.training.run_options import RunOptions, begin, read_options
+
+        if resume:
+            options.refuse_beside(context, "--resume", "the run has its own", *_SETTLED.values())
+            directory = RunDirectory(out)
+            told = read_options(directory)
+        else:
+            if (hours is None) == (tokens is None):
+                raise usage_error("give either --hours H or --tokens N (draftwerk train-drafter --help)")
+            if from_drafter is not None:
+                options.refuse_beside(context, "--from", "that drafter has its own", "layers", "draft_vocabulary")
+                from_drafter = str(Path(from_drafter).resolve()) if Path(from_drafter).exists() else from_drafter
+            if learning_rate is None:
+                learning_rate = _LEARNING_RATE if from_drafter is None else _FINE_TUNING_RATE
+            told = RunOptions(
+                model=model,
+                prompts=None if prompts is None else str(prompts),
+                chat=chat,
+                start_from=from_drafter,
+                hours=hours,
+                tokens=tokens,
+                seed=seed,
+                layers=layers,
+                draft_vocab_size=draft_vocabulary,
+                learning_rate=learning_rate,
+            )
+        with options.loading_progress(told.model) as progress:
+            from draftwerk.weights import open_model
+
+            checkpoint = open_model(told.model, progress)
+        with TrainingDisplay() as display, _stopping(display) as stop:
+            if not resume:
+                directory = begin(out, told)
+                told = read_options(directory)
+            run = Run(directory, told, checkpoint, display, stop=stop.is_set, device=device, threads=threads)
+            done = run.train() and conclude(
+                directory,
+                told,
+                checkpoint,
+                display,
+                command=_command(context, told, out),
+                stop=stop.is_set,
+                threads=threads,
+            )
+    if not done:
+        raise CommandError(f"stopped; go on with: draftwerk train-drafter --out {out} --resume", exit_code=130)
+    options.messages.print(Text(f"the drafter is {directory.drafter}, and what it is worth is in {directory.report}"))
+
+
+def _command(context: typer.Context, told: RunOptions, out: Path) -> str:
+    """The command that begins such a run, without what is as it is by default."""
+    flags = {parameter.name: parameter for parameter in context.command.params}
+    words = ["draftwerk", "train-drafter", "--out", str(out)]
+    for field, name in _SETTLED.items():
+        value = getattr(told, field)
+        if value is not None and (value != flags[name].default or name == "model"):
+            words += [flags[name].opts[0]] if value is True else [flags[name].opts[0], f"{value}"]
+    return shlex.join(words)
+
+
+@contextmanager
+def _stopping(display: TrainingDisplay) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets; the next one interrupts."""
+    stop = threading.Event()
+
+    def ask(_: int, __: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+        display.say("stopping after this step, with a state to go on from (Ctrl-C again: at once)")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

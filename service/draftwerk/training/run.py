@@ -1,0 +1,378 @@
+"""A whole training run: the target writes text, the drafter learns from it, until time or tokens are used up.
+
+Both take turns: text is written when the first batch needs it. So a run that is stopped at any time has a drafter that
+has learned from all that was written, and one that is gone on with takes the same steps as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from draftwerk.engine import Engine
+from draftwerk.loading import AssistantCheckpoint, Checkpoint, check_fits, is_hub_name, open_assistant
+from draftwerk.training.drafter import DrafterModule
+from draftwerk.training.errors import TrainingError
+from draftwerk.training.export import read_drafter, write_drafter
+from draftwerk.training.initial import fit_pre_projection, start_from_target
+from draftwerk.training.options import TrainingOptions
+from draftwerk.training.prompts import PromptsFile, read_prompts, set_aside
+from draftwerk.training.run_directory import RunDirectory
+from draftwerk.training.run_options import RunOptions
+from draftwerk.training.shape import DrafterShape
+from draftwerk.training.shards import Shard, read_shard
+from draftwerk.training.target import FrozenTarget
+from draftwerk.training.text import TextProgress, TextWriter
+from draftwerk.training.text_batches import REPLAYED, TextBatches
+from draftwerk.training.token_counts import expected_counts
+from draftwerk.training.trainer import StepFigures, Trainer
+from draftwerk.training.vocabulary import choose_draft_vocabulary
+
+_TOKENS_PER_SAVE = 65_536  # trained between two states: some minutes on a processor, seconds on a GPU
+_REHEARSED_STEPS = 3  # timed when a run is to last a number of hours
+_MARGIN = 0.95  # of the time is planned for
+_FIT_SHAPE = (16, 256)  # of the text that the first projection is fitted to: sequences, tokens of each
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run settles once it has seen how fast things go.
+
+    Attributes:
+        steps: optimizer steps in all.
+        save_every: steps between two states.
+    """
+
+    steps: int
+    save_every: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a run.
+
+    Attributes:
+        plan: what is to be done.
+        figures: of the latest step.
+        seconds: spent so far, in all sessions; `writing` of them on text.
+        tokens: trained on so far, repetitions included.
+        written: tokens of text that the target wrote so far.
+    """
+
+    plan: Plan
+    figures: StepFigures
+    seconds: float
+    writing: float
+    tokens: int
+    written: int
+
+
+class Observer(Protocol):
+    """Whoever wants to know how far a run is."""
+
+    def phase(self, what: str) -> None:
+        """Something else begins."""
+
+    def loading(self, what: str, done: int, total: int) -> None:
+        """Bytes of the model that are loaded."""
+
+    def writing(self, shard: int, progress: TextProgress) -> None:
+        """Text is being written."""
+
+    def step(self, progress: Progress) -> None:
+        """An optimizer step is done."""
+
+    def evaluating(self, what: str, done: int, total: int) -> None:
+        """The drafter is being evaluated."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop."""
+
+
+class Run:
+    """A run in a directory.
+
+    Args:
+        directory: of the run.
+        options: what it was told.
+        checkpoint: the target.
+        observer: told how far it is.
+        stop: asked now and then; once it says so, the run ends with a state to go on from.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        threads: kernel threads of the engine; 0: all.
+
+    Raises:
+        TrainingError: something of the run cannot be.
+        CheckpointError: the model cannot be used.
+        OSError: a file cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        options: RunOptions,
+        checkpoint: Checkpoint,
+        observer: Observer,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+        device: str = "auto",
+        threads: int = 0,
+    ) -> None:
+        self._directory = directory
+        self._options = options
+        self._training_options(Plan(1, 1))  # what is out of range is told now, not when the first text is there
+        self._checkpoint = checkpoint
+        if options.start_from is None:
+            self._shape = DrafterShape.for_target(
+                checkpoint.config, draft_vocab_size=options.draft_vocab_size, layers=options.layers
+            )
+        else:
+            check_fits(self._start(options.start_from), checkpoint)
+        self._observer = observer
+        self._stop = stop
+        self._device = _device(device)
+        self._threads = threads
+        self._started = time.monotonic()
+        self._spent = 0.0  # in the sessions before this one
+        self._writing = 0.0
+        self._step = 0
+        self._tokens = 0
+        self._written = 0
+
+    def train(self) -> bool:
+        """Runs to the end, or until it is asked to stop; False if that.
+
+        Raises:
+            As the class, and RuntimeError: the engine failed.
+        """
+        self._recall()
+        try:
+            with self._engine() as engine:
+                self._train(self._writer(engine))
+        except Stopped:
+            return False
+        return True
+
+    @property
+    def _seconds(self) -> float:
+        return self._spent + time.monotonic() - self._started
+
+    def _engine(self) -> Engine:
+        text = self._options.text
+        return Engine(
+            self._checkpoint,
+            drafter="lookup",
+            threads=self._threads,
+            max_sequences=text.streams,
+            prefix_cache=False,
+            progress=self._observer.loading,
+        )
+
+    def _writer(self, engine: Engine) -> TextWriter:
+        prompts: PromptsFile | None = None
+        if self._options.prompts is not None:
+            prompts, _ = set_aside(
+                read_prompts(Path(self._options.prompts), chat=self._options.chat), self._options.seed
+            )
+        text = dataclasses.replace(self._options.text, seed=self._options.seed)
+        return TextWriter(engine, self._directory.text, text, prompts)
+
+    def _train(self, writer: TextWriter) -> None:
+        options = self._options
+        batches = TextBatches(
+            lambda number: self._shard(writer, number),
+            identity=writer.identity,
+            length=options.length,
+            tokens_per_batch=options.tokens_per_batch,
+            seed=options.seed,
+        )
+        first = self._shard(writer, 0)
+        self._observer.phase("loading the target")
+        target = FrozenTarget(self._checkpoint, device=self._device)
+        drafter = self._new_drafter(target, first)
+        plan = self._plan(target, drafter, batches, first)
+        trainer = Trainer(target, drafter, self._training_options(plan), self._directory.states)
+        trainer.resume(batches)
+        self._forget_after(trainer.step)
+        try:
+            for figures in trainer.steps(batches):
+                self._step = figures.step
+                self._tokens += figures.tokens
+                progress = Progress(plan, figures, self._seconds, self._writing, self._tokens, self._written)
+                self._log("step", asdict(figures))
+                self._observer.step(progress)
+                if figures.step % plan.save_every == 0 and figures.step < plan.steps:
+                    self._publish(trainer)
+                if self._stop():
+                    raise Stopped
+                if options.hours is not None and self._seconds > options.hours * 3600.0:
+                    break
+        except Stopped:
+            self._keep(trainer, batches)
+            raise
+        self._keep(trainer, batches)
+
+    # --- text ---------------------------------------------------------------------------------------------------
+
+    def _shard(self, writer: TextWriter, number: int) -> Shard:
+        while number >= writer.shards:
+            started = time.monotonic()
+            shard = writer.write_shard(lambda done: self._wrote(writer.shards, done))
+            self._writing += time.monotonic() - started
+            self._written += shard.generated_tokens
+            self._log("text", {"shard": writer.shards - 1, "tokens": shard.generated_tokens})
+        return read_shard(self._directory.text, number)
+
+    def _wrote(self, shard: int, progress: TextProgress) -> None:
+        self._observer.writing(shard, progress)
+        if self._stop():
+            raise Stopped
+
+    # --- the drafter --------------------------------------------------------------------------------------------
+
+    def _new_drafter(self, target: FrozenTarget, first: Shard) -> DrafterModule:
+        """The drafter as it is before the first step: a function of the first text and the seed, or of another one."""
+        if self._options.start_from is not None:
+            start = self._start(self._options.start_from)
+            if not self._directory.initial.exists():
+                drafter = read_drafter(start, self._checkpoint)
+                self._write(drafter, dict(drafter.named_parameters()), self._directory.initial)
+            # As it was written, so that it is the same however often the run is gone on with.
+            return read_drafter(self._start(self._options.start_from), self._checkpoint).to(target.device)
+        drafter = DrafterModule(self._shape, torch.from_numpy(self._vocabulary(target, first))).to(target.device)
+        start_from_target(drafter, target, self._options.seed)
+        text = _rectangle([text.token_ids for text in first.texts()])
+        if text is not None and self._shape.text.hidden_size == target.config.hidden_size:
+            fit_pre_projection(drafter, target, torch.from_numpy(text).to(target.device))
+        if not self._directory.initial.exists():
+            self._write(drafter, dict(drafter.named_parameters()), self._directory.initial)
+        return drafter
+
+    def _start(self, drafter: str) -> AssistantCheckpoint:
+        """The drafter to go on from: the run's own copy of it once there is one."""
+        return open_assistant(self._directory.initial if self._directory.initial.exists() else drafter)
+
+    def _vocabulary(self, target: FrozenTarget, first: Shard) -> npt.NDArray[np.int32]:
+        saved = self._directory.draft_token_ids()
+        if saved is not None:
+            return saved
+        self._observer.phase("choosing the tokens that can be drafted")
+        counts = expected_counts(target, [text.token_ids for text in first.texts()])
+        always = self._checkpoint.eos_token_ids
+        chosen = choose_draft_vocabulary(target.config, counts, self._options.draft_vocab_size, always)
+        self._directory.save_draft_token_ids(chosen)
+        return chosen
+
+    def _keep(self, trainer: Trainer, batches: TextBatches) -> None:
+        """Makes sure that state and drafter are those of the last step."""
+        if trainer.step:
+            trainer.save(batches)
+            self._publish(trainer)
+
+    def _publish(self, trainer: Trainer) -> None:
+        self._directory.publish(lambda directory: self._write(trainer.drafter, trainer.averaged, directory))
+
+    def _write(self, drafter: DrafterModule, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
+        start = self._options.start_from
+        if start is not None and not is_hub_name(start):
+            start = Path(start).name
+        write_drafter(drafter, weights, directory, target_name=self._checkpoint.name, started_from=start)
+
+    # --- how long -----------------------------------------------------------------------------------------------
+
+    def _plan(self, target: FrozenTarget, drafter: DrafterModule, batches: TextBatches, first: Shard) -> Plan:
+        """The plan that was made before, or a new one."""
+        values = self._directory.read()
+        if "plan" in values:
+            return Plan(**values["plan"])
+        if self._options.tokens is not None:
+            steps = math.ceil(self._options.tokens / self._options.tokens_per_batch)
+        else:
+            assert self._options.hours is not None
+            self._observer.phase("measuring how fast training goes")
+            seconds, tokens = self._rehearse(target, drafter, batches)
+            # A token of text serves 1 + REPLAYED times.
+            seconds += tokens / (1 + REPLAYED) * self._writing / max(1, first.generated_tokens)
+            left = self._options.hours * 3600.0 - self._seconds
+            steps = max(1, int(_MARGIN * left / seconds))
+        plan = Plan(steps, max(1, _TOKENS_PER_SAVE // self._options.tokens_per_batch))
+        self._directory.write({**values, "plan": asdict(plan)})
+        return plan
+
+    def _rehearse(self, target: FrozenTarget, drafter: DrafterModule, batches: TextBatches) -> tuple[float, float]:
+        """Seconds and tokens of a step, measured on a drafter that is thrown away."""
+        states = Path(tempfile.mkdtemp(prefix=".rehearsal.", dir=self._directory.path))
+        try:
+            options = self._training_options(Plan(_REHEARSED_STEPS + 1, 1 << 20))
+            trainer = Trainer(target, copy.deepcopy(drafter), options, states)
+            taken = [(figures.tokens / figures.tokens_per_second, figures.tokens) for figures in trainer.steps(batches)]
+        finally:
+            shutil.rmtree(states, ignore_errors=True)
+        seconds, tokens = zip(*taken[1:], strict=True)  # the first one warms up
+        return float(np.median(seconds)), float(np.mean(tokens))
+
+    def _training_options(self, plan: Plan) -> TrainingOptions:
+        return TrainingOptions(
+            steps=plan.steps,
+            draft_depth=self._options.draft_depth,
+            learning_rate=self._options.learning_rate,
+            warmup_steps=min(50, plan.steps // 10),
+            save_every=plan.save_every,
+            seed=self._options.seed,
+        )
+
+    # --- the log ------------------------------------------------------------------------------------------------
+
+    def _recall(self) -> None:
+        """Takes over what the sessions before this one spent and wrote; steps that were lost cost time all the same."""
+        entries = self._directory.entries()
+        if entries:
+            self._spent, self._writing = entries[-1]["seconds"], entries[-1]["writing"]
+            self._written = entries[-1]["written_tokens"]
+
+    def _forget_after(self, step: int) -> None:
+        """Goes back to the state that training goes on from."""
+        self._directory.forget_after(step)
+        self._step = step
+        steps = [entry for entry in self._directory.entries() if entry["kind"] == "step"]
+        self._tokens = steps[-1]["trained_tokens"] if steps else 0
+        self._log("session", {})
+
+    def _log(self, kind: str, entry: Mapping[str, Any]) -> None:
+        spent = {"seconds": self._seconds, "writing": self._writing}
+        counts = {"trained_tokens": self._tokens, "written_tokens": self._written}
+        self._directory.log(kind, {"step": self._step, **entry, **spent, **counts})
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("device = cuda: PyTorch finds no GPU here; use auto or cpu")
+    if name not in ("cpu", "cuda"):
+        raise TrainingError(f"device = {name}: must be auto, cpu or cuda")
+    return torch.device(name)
+
+
+def _rectangle(texts: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.int64] | None:
+    """Beginnings of texts of one length, as many and as long as there are; None if there is next to nothing."""
+    most, length = _FIT_SHAPE
+    while length >= 8:
+        long_enough = [text[:length] for text in texts if len(text) >= length]
+        if len(long_enough) >= most or (length < 16 and long_enough):
+            return np.stack(long_enough[:most]).astype(np.int64)
+        length //= 2
+    return None

@@ -1,0 +1,155 @@
+"""The directory of a training run: what is where, and that it is whole whenever the run is stopped.
+
+run.json          what the run was told, and what it settled at its beginning
+draft_token_ids.npy    the tokens that can be drafted
+text/             what the target wrote
+states/           states to go on from
+log.jsonl         a line for every optimizer step and every shard of text
+initial/          the drafter as it was before the first step
+drafter/          the drafter as it is so far: complete at any time once it is there
+evaluation.json, report.html    at the end
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from draftwerk.training.atomic_file import atomic_file
+from draftwerk.training.errors import TrainingError
+from draftwerk.training.shards import count_shards
+
+_RUN = "run.json"
+_DRAFT_TOKEN_IDS = "draft_token_ids.npy"
+_FORMAT = 1
+
+
+class RunDirectory:
+    """See above.
+
+    Attributes:
+        path: where it is.
+        text, states, initial, drafter, evaluation, report: paths of its parts.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.text = path / "text"
+        self.states = path / "states"
+        self.initial = path / "initial"
+        self.drafter = path / "drafter"
+        self.evaluation = path / "evaluation.json"
+        self.report = path / "report.html"
+        self._log = path / "log.jsonl"
+
+    # --- what the run was told ----------------------------------------------------------------------------------
+
+    def begin(self, told: Mapping[str, Any]) -> None:
+        """Makes the directory of a new run, which may be that of one that has done nothing yet.
+
+        Args:
+            told: plain values that read() gives back.
+
+        Raises:
+            TrainingError: there is something there.
+            OSError: it cannot be made.
+        """
+        if (self.path / _RUN).exists():
+            if self.drafter.exists() or self.states.exists() or count_shards(self.text):
+                raise TrainingError(
+                    f"{self.path} holds a training run: go on with it by --resume, or give another directory"
+                )
+            shutil.rmtree(self.text, ignore_errors=True)  # it failed before it had done anything
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise TrainingError(f"{self.path} is not empty: a training run needs a directory of its own")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write(told)
+
+    def read(self) -> dict[str, Any]:
+        """What write() wrote last.
+
+        Raises:
+            TrainingError: there is no run, or its file is damaged.
+        """
+        path = self.path / _RUN
+        try:
+            values = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise TrainingError(f"{self.path} holds no training run to go on with: there is no {_RUN}") from None
+        except ValueError as error:
+            raise TrainingError(f"{path} is damaged: {error}") from None
+        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+            raise TrainingError(f"{path} is not that of a run of this version of draftwerk")
+        return values
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Replaces what read() gives."""
+        with atomic_file(self.path / _RUN) as file:
+            file.write(json.dumps({"format": _FORMAT, **values}, indent=2).encode() + b"\n")
+
+    # --- what it does -------------------------------------------------------------------------------------------
+
+    def log(self, kind: str, entry: Mapping[str, Any]) -> None:
+        """Adds a line: of a "step", a "text" or a "session"; it has the "step" that was the last one then."""
+        with self._log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, **entry}) + "\n")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The lines of the log. A last one that was cut off when the run was killed is none."""
+        try:
+            text = self._log.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        *whole, _ = text.split("\n")
+        try:
+            return [json.loads(line) for line in whole]
+        except ValueError as error:
+            raise TrainingError(f"{self._log} is damaged: {error}") from None
+
+    def forget_after(self, step: int) -> None:
+        """Removes the lines of the optimizer steps behind the state that the run goes on from."""
+        kept = [entry for entry in self.entries() if entry["kind"] != "step" or entry["step"] <= step]
+        with atomic_file(self._log) as file:
+            file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
+
+    def draft_token_ids(self) -> npt.NDArray[np.int32] | None:
+        """What save_draft_token_ids() saved; None if it has not yet.
+
+        Raises:
+            TrainingError: the file is damaged.
+        """
+        path = self.path / _DRAFT_TOKEN_IDS
+        if not path.exists():
+            return None
+        try:
+            return np.asarray(np.load(path, allow_pickle=False), dtype=np.int32)
+        except (ValueError, EOFError) as error:
+            raise TrainingError(f"{path} is damaged ({error}): begin in another directory") from None
+
+    def save_draft_token_ids(self, token_ids: npt.NDArray[np.int32]) -> None:
+        with atomic_file(self.path / _DRAFT_TOKEN_IDS) as file:
+            np.save(file, token_ids)
+
+    def publish(self, write: Callable[[Path], None]) -> None:
+        """Replaces the drafter, so that there is a whole one at every moment once there is a first.
+
+        Its files are replaced one by one: those of a run's drafters differ in the weights alone, which are one file.
+
+        Args:
+            write: writes one into a directory that does not exist yet.
+        """
+        fresh = self.path / ".drafter.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        write(fresh)
+        if not self.drafter.exists():
+            fresh.rename(self.drafter)
+            return
+        for file in fresh.iterdir():
+            file.replace(self.drafter / file.name)
+        fresh.rmdir()

@@ -1,0 +1,97 @@
+"""What a training run is told, and the beginning of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from draftwerk.training.errors import TrainingError
+from draftwerk.training.prompts import read_prompts
+from draftwerk.training.run_directory import RunDirectory
+from draftwerk.training.text import TextOptions
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run is told. All of it determines the drafter, so it stays as it is when the run is gone on with.
+
+    Attributes:
+        model: the target, as draftwerk.loading.open_checkpoint() takes it.
+        prompts: file of prompts that texts begin with; None: the built-in openings.
+        chat: whether these prompts are what a user says to the model, through its chat template.
+        start_from: drafter to go on from, as draftwerk.loading.open_assistant() takes it; None: the target's last
+            layers.
+        hours: that writing and training may take, all sessions together.
+        tokens: of text that are trained on, repetitions included. Either this or `hours`.
+        seed: of everything that is chosen by chance.
+        layers: decoder layers of the drafter; one that is gone on from has its own.
+        draft_vocab_size: tokens that it can draft; likewise.
+        draft_depth: drafts of a chain that are trained.
+        learning_rate: at its peak.
+        length: longest sequence of a batch, in tokens.
+        tokens_per_batch: most tokens of an optimizer step, padding included.
+        text: how text is written; its seed is `seed`.
+    """
+
+    model: str
+    prompts: str | None = None
+    chat: bool = False
+    start_from: str | None = None
+    hours: float | None = None
+    tokens: int | None = None
+    seed: int = 0
+    layers: int = 2
+    draft_vocab_size: int = 16_384
+    draft_depth: int = 6
+    learning_rate: float = 5e-4
+    length: int = 1024
+    tokens_per_batch: int = 4096
+    text: TextOptions = dataclasses.field(default_factory=TextOptions)
+
+    def __post_init__(self) -> None:
+        if (self.hours is None) == (self.tokens is None):
+            raise TrainingError("give either hours or tokens: how long the run is to be")
+        if self.hours is not None and not 0.0 < self.hours <= 1e4:
+            raise TrainingError(f"hours = {self.hours}: must be more than 0, and at most 10000")
+        if self.tokens is not None and not 1 <= self.tokens <= 1 << 40:
+            raise TrainingError(f"tokens = {self.tokens}: must be 1 to {1 << 40}")
+        if self.chat and self.prompts is None:
+            raise TrainingError("chat is for prompts of one's own: the built-in openings use a chat template anyway")
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> RunOptions:
+        """From asdict()."""
+        return cls(**{**values, "text": TextOptions(**values["text"])})
+
+
+def begin(directory: Path, options: RunOptions) -> RunDirectory:
+    """Makes the directory of a new run. Prompts are copied there, so that the run does not depend on their file.
+
+    Raises:
+        TrainingError: the directory is in use; the prompts cannot be used.
+        OSError: a file cannot be read or written.
+    """
+    prompts = None if options.prompts is None else read_prompts(Path(options.prompts), chat=options.chat)
+    run = RunDirectory(directory)
+    run.begin({"options": asdict(options)})
+    if prompts is not None:
+        copied = directory / "prompts"
+        shutil.copyfile(prompts.path, copied)
+        options = dataclasses.replace(options, prompts=str(copied))
+        run.write({"options": asdict(options)})
+    return run
+
+
+def read_options(directory: RunDirectory) -> RunOptions:
+    """What the run in a directory was told.
+
+    Raises:
+        TrainingError: there is no run, or its file is damaged.
+    """
+    try:
+        return RunOptions.from_values(directory.read()["options"])
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"{directory.path}: its run.json is not that of a run ({error})") from None

@@ -1,0 +1,118 @@
+"""The end of training runs of a tiny model: what is evaluated, on which prompts, and what is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from tiny_run import OPTIONS, Notes, run
+from tiny_writer import with_tokenizer
+
+import tiny_checkpoint
+from draftwerk.loading import Checkpoint, CheckpointError
+from draftwerk.training.conclusion import conclude
+from draftwerk.training.evaluation import EvaluationOptions
+from draftwerk.training.run import Run
+from draftwerk.training.run_directory import RunDirectory
+from draftwerk.training.run_options import begin, read_options
+from fake_checkpoint import VOCABULARY
+
+EVALUATION = EvaluationOptions(max_tokens=40, draft_length=3, timed_prompts=1)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    model = tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, logit_scale=0.5)
+    return with_tokenizer(tiny_checkpoint.save(model, tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def trained(target: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run from a file of prompts, with a report."""
+    where = tmp_path_factory.mktemp("runs")
+    prompts = where / "prompts.txt"
+    prompts.write_text("\n".join(f"Prompt {i}" for i in range(40)), encoding="utf-8")
+    assert run(target, where / "run", prompts=str(prompts))
+    assert finish(target, where / "run")
+    return where / "run"
+
+
+def finish(target: Checkpoint, directory: Path, notes: Notes | None = None, **changes: Any) -> bool:
+    place = RunDirectory(directory)
+    return conclude(
+        place,
+        read_options(place),
+        target,
+        notes or Notes(),
+        **{"command": "the command", "threads": 1, "prompts": 4, "evaluation": EVALUATION, **changes},
+    )
+
+
+def test_a_run_ends_with_an_evaluation_and_a_report(trained: Path) -> None:
+    values = json.loads((trained / "evaluation.json").read_text())
+    assert (values["model"], values["drafter"], values["prompts"]) == ("tiny", "drafter", 2)
+    assert values["prompts_from"] == "set aside from those given"
+    assert [its["sampling"] for its in values["before"]] == [its["sampling"] for its in values["acceptance"]]
+    assert values["acceptance"][0]["whole"]["rounds"] > 0
+    # It learned something of a model whose text is far from random.
+    assert values["acceptance"][1]["whole"]["tokens_per_step"] > values["before"][1]["whole"]["tokens_per_step"]
+    report = (trained / "report.html").read_text()
+    assert "the command" in report
+    assert not [path for path in trained.iterdir() if path.name.startswith(".")]
+
+
+def test_what_was_evaluated_is_only_reported_again(target: Checkpoint, trained: Path) -> None:
+    before = (trained / "evaluation.json").read_bytes()
+    (trained / "report.html").unlink()
+    notes = Notes()
+    assert finish(target, trained, notes)
+    assert not notes.evaluated
+    assert (trained / "evaluation.json").read_bytes() == before
+    assert (trained / "report.html").exists()
+
+
+def test_an_evaluation_can_be_stopped(target: Checkpoint, trained: Path) -> None:
+    before = (trained / "evaluation.json").read_bytes()
+    (trained / "evaluation.json").write_bytes(b"{")
+    notes = Notes()
+    assert not finish(target, trained, notes, stop=lambda: len(notes.evaluated) == 2)
+    assert len(notes.evaluated) == 2
+    (trained / "evaluation.json").write_bytes(before)
+
+
+def test_a_drafter_is_gone_on_with(target: Checkpoint, trained: Path, tmp_path: Path) -> None:
+    def tuned(directory: Path, **settings: Any) -> Path:
+        start = str(trained / "drafter") if not (directory / "initial").exists() else "gone"
+        options = dataclasses.replace(OPTIONS, start_from=start, tokens=600, layers=7, draft_vocab_size=3)
+        place = RunDirectory(directory) if directory.exists() else begin(directory, options)
+        Run(place, read_options(place), target, Notes(), device="cpu", threads=1, **settings).train()
+        return directory
+
+    def weights(directory: Path) -> dict[str, bytes]:
+        tensors = safetensors.torch.load_file(directory / "model.safetensors")
+        return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+    tuned(tmp_path / "whole")
+    assert weights(tmp_path / "whole" / "initial") == weights(trained / "drafter")
+    assert weights(tmp_path / "whole" / "drafter") != weights(trained / "drafter")
+    config = json.loads((tmp_path / "whole" / "drafter" / "config.json").read_text())
+    assert config == json.loads((trained / "drafter" / "config.json").read_text())
+    assert "the drafter drafter" in (tmp_path / "whole" / "drafter" / "README.md").read_text()
+    # Killed before the first state, and gone on with where that drafter is gone.
+    polls = iter(range(1000))
+    tuned(tmp_path / "parts", stop=lambda: next(polls) == 30)
+    tuned(tmp_path / "parts")
+    assert weights(tmp_path / "parts" / "drafter") == weights(tmp_path / "whole" / "drafter")
+
+
+def test_a_drafter_of_another_model_is_refused(trained: Path, tmp_path: Path) -> None:
+    other = tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, hidden_size=96)
+    checkpoint = with_tokenizer(tiny_checkpoint.save(other, tmp_path / "other"))
+    options = dataclasses.replace(OPTIONS, start_from=str(trained / "drafter"))
+    with pytest.raises(CheckpointError, match="it is for hidden size 64, and the model has 96"):
+        Run(begin(tmp_path / "run", options), options, checkpoint, Notes())

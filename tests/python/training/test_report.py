@@ -1,0 +1,123 @@
+"""Reports of runs with awkward values, read as XML: a page that is not well formed fails."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from draftwerk.training.evaluation import SAMPLINGS, Evaluation, EvaluationOptions, SamplingAcceptance, Speed
+from draftwerk.training.report import render_report
+from draftwerk.training.rounds import Acceptance
+from draftwerk.training.run_options import RunOptions
+from draftwerk.training.timing import Pace
+
+HOSTILE = '<script>alert("1")</script> & "quotes"'
+
+
+def acceptance(*shares: float, rounds: int = 100) -> Acceptance:
+    return Acceptance(rounds, 1.0 + sum(shares), shares)
+
+
+def evaluation(**changes: Any) -> dict[str, Any]:
+    its = [
+        SamplingAcceptance(
+            sampling,
+            tokens=1000,
+            loop_share=0.25,
+            whole=acceptance(0.7, 0.5),
+            before_loops=acceptance(0.6, 0.3),
+            by_category={"prose": acceptance(0.5, 0.2), HOSTILE: acceptance(0.0, 0.0, rounds=0)},
+        )
+        for sampling in SAMPLINGS
+    ]
+    pace = Pace(prompts=3, plain=100.0, drafted=150.0, speedup=1.5)
+    values: dict[str, Any] = {
+        "model": "gemma",
+        "drafter": "drafter",
+        "backend": "cpu",
+        "prompts": 4,
+        "options": EvaluationOptions(draft_length=2),
+        "acceptance": tuple(its),
+        "step_seconds": (0.010, 0.011, 0.012),
+        "speeds": tuple(Speed("drafter and lookup", sampling, pace, pace) for sampling in SAMPLINGS),
+    }
+    before = [asdict(one) | {"before_loops": asdict(acceptance(0.1, 0.0))} for one in its]
+    return {"prompts_from": "somewhere", **Evaluation(**{**values, **changes}).as_dict(), "before": before}
+
+
+def step(number: int, **changes: Any) -> dict[str, Any]:
+    values = {"kind": "step", "step": number, "loss": 3.0 / number, "agreement": [0.5, 0.4], "reached": [1.0, 0.5]}
+    spent = {"seconds": 100.0 * number, "writing": 10.0, "trained_tokens": 4096 * number, "written_tokens": 2000}
+    return {**values, **spent, **changes}
+
+
+def page(entries: list[dict[str, Any]], values: dict[str, Any], **changes: Any) -> str:
+    options = RunOptions(**{"model": "gemma", "tokens": 1000, **changes})
+    return render_report(asdict(options), entries, values, command=f"draftwerk train-drafter --out {HOSTILE}")
+
+
+def text(html: str) -> str:
+    root = ElementTree.fromstring(
+        re.sub(r"<(meta[^>]*|br)>", r"<\1/>", html.replace("<!DOCTYPE html>", "")).replace("&times;", "×")
+    )
+    return " ".join("".join(root.itertext()).split())
+
+
+def test_a_report_says_what_a_drafter_is_worth() -> None:
+    html = page([step(1), step(2)], evaluation())
+    shown = text(html)
+    assert "8,192 tokens trained on, 2,000 of them different" in shown
+    assert "in 2 steps and 3 min" in shown
+    assert "1.90tokens a step, greedy (before training 1.10)" in shown
+    assert "1.50 ×as fast as without drafts, greedy" in shown
+    assert "(10.0, 11.0, 12.0 ms" in shown
+    assert html.count("<svg") == 5
+    assert "seed" in shown
+
+
+def test_what_users_name_is_text() -> None:
+    html = page([step(1)], evaluation(), prompts=HOSTILE)
+    assert "<script>" not in html
+    assert text(html).count(HOSTILE) == 3
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [],
+        [{**step(1), "kind": "text"}],
+        [step(1)],
+        [step(1, loss=math.nan, agreement=[0.0, math.nan]), step(2, loss=math.inf)],
+        [step(1, agreement=[], reached=[])],
+        [step(1, agreement=[0.1, 0.0], reached=[1.0, 0.0])],
+        [step(i) for i in range(1, 2000)],
+    ],
+)
+def test_any_log_makes_a_report(entries: list[dict[str, Any]]) -> None:
+    html = page(entries, evaluation())
+    assert "nan" not in re.sub(r"<style>.*</style>", "", html, flags=re.DOTALL)
+    assert text(html)
+    assert len(html) < 100_000
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    shown = text(page([step(1)], evaluation(speeds=(), step_seconds=())))
+    assert "Not measured." in shown
+    assert "as fast as" not in shown
+    slow = tuple(Speed("drafter and lookup", sampling, None, None) for sampling in SAMPLINGS)
+    shown = text(page([step(1)], evaluation(speeds=slow, step_seconds=())))
+    assert "drafter and lookup, greedy---" in shown.replace(" ", "").replace(
+        "drafterandlookup,", "drafter and lookup, "
+    )
+    assert "let expect" not in shown
+
+
+def test_nothing_accepted_is_shown() -> None:
+    nothing = Acceptance(0, 1.0, (0.0, 0.0))
+    its = [SamplingAcceptance(sampling, 0, 0.0, nothing, nothing, {"": nothing}) for sampling in SAMPLINGS]
+    assert "1.00tokens a step" in text(page([step(1)], evaluation(acceptance=tuple(its))))

@@ -1,0 +1,275 @@
+"""Training runs of a tiny model: end to end, stopped, killed, gone on with, and refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import tiny_run
+import torch
+from tiny_run import OPTIONS, Notes, run
+from tiny_writer import with_tokenizer
+
+import tiny_checkpoint
+from draftwerk.loading import Checkpoint
+from draftwerk.training.errors import TrainingError
+from draftwerk.training.run import Run
+from draftwerk.training.run_directory import RunDirectory
+from draftwerk.training.run_options import RunOptions, begin, read_options
+from draftwerk.training.shards import count_shards
+from draftwerk.training.text import TextOptions
+from fake_checkpoint import VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, logit_scale=0.5)
+    return tiny_checkpoint.save(model, tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def target(model: Path) -> Checkpoint:
+    return with_tokenizer(model)
+
+
+@pytest.fixture(scope="module")
+def whole(target: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Notes]:
+    """A run that nobody stopped."""
+    directory, notes = tmp_path_factory.mktemp("runs") / "whole", Notes()
+    assert run(target, directory, notes=notes)
+    return directory, notes
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    tensors = safetensors.torch.load_file(directory / "drafter" / "model.safetensors")
+    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def steps(directory: Path) -> list[dict[str, Any]]:
+    """The steps of the log without what depends on the time."""
+    timed = ("seconds", "writing", "tokens_per_second")
+    entries = [entry for entry in RunDirectory(directory).entries() if entry["kind"] == "step"]
+    return [{name: value for name, value in entry.items() if name not in timed} for entry in entries]
+
+
+def test_a_run_writes_text_and_trains_on_it_as_it_comes(whole: tuple[Path, Notes]) -> None:
+    directory, notes = whole
+    planned = -(-OPTIONS.tokens // OPTIONS.tokens_per_batch)  # type: ignore[operator]
+    assert [progress.figures.step for progress in notes.steps] == list(range(1, planned + 1))
+    assert [entry["step"] for entry in steps(directory)] == list(range(1, planned + 1))
+    last = notes.steps[-1]
+    assert last.plan.steps == planned
+    assert last.tokens == sum(progress.figures.tokens for progress in notes.steps)
+    shards = count_shards(directory / "text")
+    assert shards > 1
+    assert {shard for shard, _ in notes.texts} == set(range(shards))
+    # Not all text came before the first step.
+    assert notes.steps[0].written < last.written
+    assert 0.0 < last.writing < last.seconds
+
+
+def test_what_it_leaves_is_a_drafter(whole: tuple[Path, Notes]) -> None:
+    directory, _ = whole
+    config = json.loads((directory / "drafter" / "config.json").read_text())
+    assert config["draft_vocab_size"] == OPTIONS.draft_vocab_size
+    tensors = safetensors.torch.load_file(directory / "drafter" / "model.safetensors")
+    assert len(set(tensors["draft_token_ids"].tolist())) == OPTIONS.draft_vocab_size
+    assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_is_a_function_of_what_it_is_told(target: Checkpoint, whole: tuple[Path, Notes], tmp_path: Path) -> None:
+    directory, _ = whole
+    assert run(target, tmp_path / "again")
+    assert weights(tmp_path / "again") == weights(directory)
+    assert steps(tmp_path / "again") == steps(directory)
+    assert run(target, tmp_path / "other", seed=6)
+    assert weights(tmp_path / "other") != weights(directory)
+
+
+@pytest.mark.parametrize("stop_at", ["the first text", "a text", "a step", "the last step"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
+    target: Checkpoint, whole: tuple[Path, Notes], tmp_path: Path, stop_at: str
+) -> None:
+    directory, complete = whole
+    notes = Notes()
+    stops = {
+        "the first text": lambda: bool(notes.texts),
+        "a text": lambda: bool(notes.texts and notes.texts[-1][0] == 1 and notes.texts[-1][1].texts == 3),
+        "a step": lambda: len(notes.steps) == 7,
+        "the last step": lambda: len(notes.steps) == complete.steps[-1].plan.steps,
+    }
+    assert not run(target, tmp_path / "run", notes=notes, stop=stops[stop_at])
+    assert (tmp_path / "run" / "drafter").exists() == (stop_at != "the first text")
+    rest = Notes()
+    assert run(target, tmp_path / "run", notes=rest)
+    assert [p.figures.step for p in (*notes.steps, *rest.steps)] == [p.figures.step for p in complete.steps]
+    assert weights(tmp_path / "run") == weights(directory)
+    assert steps(tmp_path / "run") == steps(directory)
+    if rest.steps and notes.steps:
+        assert rest.steps[0].seconds > notes.steps[-1].seconds
+
+
+def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not_been(
+    model: Path, whole: tuple[Path, Notes], tmp_path: Path
+) -> None:
+    directory, complete = whole
+    moments = random.Random(11)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, tiny_run.__file__, str(model), str(tmp_path / "run")]
+    duration = complete.steps[-1].seconds
+    for kill in (True, True, False):
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            if not kill:
+                assert process.wait() == 0
+                break
+            time.sleep(moments.uniform(0.2, 1.2) * duration / 2)
+            process.kill()
+        published = tmp_path / "run" / "drafter" / "model.safetensors"
+        if published.exists():
+            assert safetensors.torch.load_file(published)
+    assert weights(tmp_path / "run") == weights(directory)
+    assert steps(tmp_path / "run") == steps(directory)
+
+
+def test_hours_are_kept(target: Checkpoint, tmp_path: Path) -> None:
+    notes = Notes()
+    hours = 6.0 / 3600.0
+    assert run(target, tmp_path / "run", notes=notes, tokens=None, hours=hours)
+    plan = RunDirectory(tmp_path / "run").read()["plan"]
+    assert plan["steps"] == notes.steps[-1].plan.steps
+    assert 1 <= len(notes.steps) <= plan["steps"]
+    # It stops with the first step that ends after its time.
+    assert all(progress.seconds <= 6.0 for progress in notes.steps[:-1])
+    again = Notes()
+    assert run(target, tmp_path / "run", notes=again)  # the time is up, or the steps are done
+    assert len(again.steps) <= 1
+
+
+def test_prompts_are_copied(target: Checkpoint, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("One\nTwo\nThree\n", encoding="utf-8")
+    assert run(target, tmp_path / "run", prompts=str(prompts), tokens=500)
+    prompts.unlink()
+    shutil.rmtree(tmp_path / "run" / "drafter")
+    assert run(target, tmp_path / "run")
+    assert (tmp_path / "run" / "drafter").exists()
+
+
+def test_there_is_a_whole_drafter_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drafter(weights: str) -> Callable[[Path], None]:
+        def write(path: Path) -> None:
+            path.mkdir()
+            (path / "config.json").write_text("the same")
+            (path / "model.safetensors").write_text(weights)
+
+        return write
+
+    def seen() -> tuple[str, ...]:
+        return tuple((directory.drafter / name).read_text() for name in ("config.json", "model.safetensors"))
+
+    directory, moments = RunDirectory(tmp_path), set()
+    directory.publish(drafter("first"))
+
+    def watched(real: Callable[[Path, Path], Path]) -> Callable[[Path, Path], None]:
+        def move(path: Path, to: Path) -> None:
+            moments.add(seen())
+            real(path, to)
+            moments.add(seen())
+
+        return move
+
+    for name in ("replace", "rename"):
+        monkeypatch.setattr(Path, name, watched(getattr(Path, name)))
+    directory.publish(drafter("second"))
+    assert moments == {("the same", "first"), ("the same", "second")}
+    assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
+
+
+def test_what_a_killed_run_left_of_a_drafter_is_replaced(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    (tmp_path / ".drafter.new").mkdir()
+    directory.publish(lambda path: path.mkdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["drafter"]
+
+
+# --- refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": None}, "give either hours or tokens"),
+        ({"hours": 1.0}, "give either hours or tokens"),
+        ({"tokens": 0}, "tokens = 0: must be 1 to"),
+        ({"tokens": None, "hours": 0.0}, "hours = 0.0: must be more than 0"),
+        ({"tokens": None, "hours": float("nan")}, "hours = nan: must be more than 0"),
+        ({"draft_vocab_size": 1000}, "draft_vocab_size = 1000: must be 1 to 260"),
+        ({"layers": 0}, "layers = 0: must be 1 to"),
+        ({"draft_depth": 99}, "draft_depth = 99: must be 1 to 32"),
+        ({"length": 2}, "length = 2: must be"),
+        ({"tokens_per_batch": 63}, "tokens_per_batch = 63: must be at least length = 64"),
+    ],
+)
+def test_options_out_of_range_are_named_before_anything_is_done(
+    target: Checkpoint, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    notes = Notes()
+    with pytest.raises(TrainingError, match=message):
+        run(target, tmp_path / "run", notes=notes, **changes)
+    assert not notes.texts
+
+
+def test_a_directory_in_use_is_refused(target: Checkpoint, whole: tuple[Path, Notes], tmp_path: Path) -> None:
+    directory, _ = whole
+    with pytest.raises(TrainingError, match="holds a training run: go on with it by --resume"):
+        begin(directory, OPTIONS)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(TrainingError, match="is not empty"):
+        begin(tmp_path, OPTIONS)
+    with pytest.raises(TrainingError, match="is not empty"):
+        begin(tmp_path / "file", OPTIONS)
+
+
+def test_a_run_that_has_done_nothing_can_be_begun_anew(target: Checkpoint, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("x" * 10_000, encoding="utf-8")
+    with pytest.raises(TrainingError, match="a prompt of 10001 tokens"):
+        run(target, tmp_path / "run", prompts=str(prompts))
+    options = dataclasses.replace(OPTIONS, seed=9)
+    assert read_options(begin(tmp_path / "run", options)) == options
+    assert not (tmp_path / "run" / "text").exists()
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 0}', '{"format": 1}', '{"format": 1, "options": {}}'])
+def test_a_directory_without_a_run_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(TrainingError, match=str(tmp_path)):
+        read_options(RunDirectory(tmp_path))
+
+
+def test_options_survive_the_file(tmp_path: Path) -> None:
+    options = RunOptions(model="m", hours=1.5, seed=9, text=TextOptions(streams=3))
+    assert read_options(begin(tmp_path / "run", options)) == options
+
+
+def test_a_gpu_that_is_not_there_is_one_line(target: Checkpoint, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(TrainingError, match="device = cuda: PyTorch finds no GPU here"):
+        Run(RunDirectory(tmp_path), OPTIONS, target, Notes(), device="cuda")
+    with pytest.raises(TrainingError, match="device = tpu: must be auto, cpu or cuda"):
+        Run(RunDirectory(tmp_path), OPTIONS, target, Notes(), device="tpu")

@@ -1,0 +1,231 @@
+"""`draftwerk train-drafter` and `draftwerk eval-drafter`: options, what is said, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_training
+from tiny_writer import with_tokenizer
+from typer.testing import CliRunner
+
+import tiny_checkpoint
+from draftwerk.cli.main import app
+from draftwerk.loading import Checkpoint, open_checkpoint
+from draftwerk.training.errors import TrainingError
+from draftwerk.training.export import write_drafter
+from draftwerk.training.run_directory import RunDirectory
+from draftwerk.training.run_options import RunOptions, begin, read_options
+from fake_checkpoint import VOCABULARY
+
+
+def run_command(*arguments: str) -> Any:
+    return CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, logit_scale=0.5)
+    return tiny_checkpoint.save(model, tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def drafter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tiny_training.FrozenTarget(open_checkpoint(model))
+    fresh = tiny_training.tiny_drafter(target)
+    directory = tmp_path_factory.mktemp("drafter") / "fresh"
+    write_drafter(fresh, dict(fresh.named_parameters()), directory, target_name="tiny")
+    return directory
+
+
+@pytest.fixture
+def opened(model: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    """What every model name opens."""
+    checkpoint = with_tokenizer(model)
+    monkeypatch.setattr("draftwerk.weights.open_model", lambda *_: checkpoint)
+    return checkpoint
+
+
+@pytest.fixture
+def trains(opened: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Lets runs and conclusions do something else; what they were called with."""
+
+    def instead(train: Callable[[], bool] = lambda: True) -> list[Any]:
+        calls: list[Any] = []
+
+        class Run:
+            def __init__(self, directory: RunDirectory, told: RunOptions, checkpoint: Checkpoint, *_: Any, **rest: Any):
+                calls.append((directory, told, checkpoint, rest))
+
+            def train(self) -> bool:
+                return train()
+
+        def conclude(*_: Any, **rest: Any) -> bool:
+            calls.append(rest)
+            return True
+
+        monkeypatch.setattr("draftwerk.training.run.Run", Run)
+        monkeypatch.setattr("draftwerk.training.conclusion.conclude", conclude)
+        return calls
+
+    return instead
+
+
+# --- train-drafter -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train-drafter", "eval-drafter"])
+def test_help_has_examples(command: str) -> None:
+    result = run_command(command, "--help")
+    assert result.exit_code == 0
+    assert "Examples" in result.stdout
+
+
+def test_what_it_is_told_is_what_is_run(opened: Checkpoint, trains: Any, tmp_path: Path) -> None:
+    calls = trains()
+    out = tmp_path / "out"
+    result = run_command(
+        *f"train-drafter -m tiny --out {out} --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64".split(),
+        *"--learning-rate 0.001 --device cpu -t 2".split(),
+    )
+    assert result.exit_code == 0, result.stderr
+    (directory, told, checkpoint, rest), conclusion = calls
+    assert told == RunOptions("tiny", tokens=500, seed=7, layers=1, draft_vocab_size=64, learning_rate=0.001)
+    assert told == read_options(directory)
+    assert checkpoint is opened
+    assert (rest["device"], rest["threads"]) == ("cpu", 2)
+    assert conclusion["command"] == (
+        f"draftwerk train-drafter --out {out} --model tiny --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64 "
+        "--learning-rate 0.001"
+    )
+    assert f"the drafter is {out / 'drafter'}" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_run_is_gone_on_with_as_it_was_told(trains: Any, tmp_path: Path) -> None:
+    told = RunOptions("tiny", hours=2.0, seed=3)
+    begin(tmp_path / "out", told)
+    calls = trains()
+    result = run_command("train-drafter", "--out", str(tmp_path / "out"), "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert calls[0][1] == told
+    assert "--hours 2.0 --seed 3" in calls[1]["command"]
+    result = run_command("train-drafter", "--out", str(tmp_path / "out"), "--resume", "--tokens", "9")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: --tokens and --resume exclude each other: the run has its own\n",
+    )
+
+
+def test_a_drafter_to_go_on_from_has_sizes_of_its_own(trains: Any, drafter: Path, tmp_path: Path) -> None:
+    calls = trains()
+    base = ["train-drafter", "-m", "tiny", "--tokens", "9", "--from", str(drafter)]
+    result = run_command(*base, "--out", str(tmp_path / "a"))
+    assert result.exit_code == 0, result.stderr
+    assert (calls[0][1].start_from, calls[0][1].learning_rate) == (str(drafter.resolve()), 1e-4)
+    assert f"--from {drafter.resolve()}" in calls[1]["command"]
+    result = run_command(*base, "--out", str(tmp_path / "b"), "--layers", "3")
+    assert (result.exit_code, result.stderr.startswith("error: --layers and --from exclude each other")) == (2, True)
+
+
+def test_a_stopped_run_says_how_to_go_on(trains: Any, tmp_path: Path) -> None:
+    calls = trains(lambda: False)
+    result = run_command("train-drafter", "-m", "tiny", "--tokens", "9", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 130
+    assert f"stopped; go on with: draftwerk train-drafter --out {tmp_path / 'out'} --resume" in result.stderr
+    assert len(calls) == 1
+
+
+def test_what_training_raises_is_one_line(trains: Any, tmp_path: Path) -> None:
+    def fail() -> bool:
+        raise TrainingError("it cannot be")
+
+    trains(fail)
+    result = run_command("train-drafter", "-m", "tiny", "--tokens", "9", "--out", str(tmp_path / "out"))
+    assert (result.exit_code, result.stderr) == (2, "error: it cannot be\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "give either --hours H or --tokens N"),
+        ("--hours 1 --tokens 5", "give either --hours H or --tokens N"),
+        ("--tokens 0", "tokens = 0: must be 1 to"),
+        ("--hours -1", "hours = -1.0: must be more than 0"),
+        ("--tokens 5 --chat", "chat is for prompts of one's own"),
+        ("--tokens 5 --layers 0", "layers = 0: must be 1 to 64"),
+        ("--tokens 5 --draft-vocabulary 9999", "draft_vocab_size = 9999: must be 1 to 260"),
+        ("--tokens 5 --learning-rate 2", "learning_rate = 2.0: must be"),
+        ("--tokens 5 --draft-vocabulary 64 --device tpu", "device = tpu: must be auto, cpu or cuda"),
+        ("--tokens 5 --prompts /nowhere", "/nowhere: No such file or directory"),
+        ("--tokens 5 --from /nowhere.gguf", "/nowhere.gguf"),
+        ("--resume", "holds no training run to go on with"),
+    ],
+)
+def test_wrong_options_are_one_line(opened: Checkpoint, tmp_path: Path, arguments: str, message: str) -> None:
+    result = run_command("train-drafter", "--out", str(tmp_path / "out"), *arguments.split())
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_without_the_extra_it_says_how_to_get_it(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['torch'] = None; from draftwerk.cli.main import app; app(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "train-drafter", "--tokens", "9", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert result.stderr == 'error: torch is missing, which training needs: pip install "draftwerk[train]"\n'
+    assert not (tmp_path / "out").exists()
+
+
+# --- eval-drafter ------------------------------------------------------------------------------------------------
+
+
+def test_a_drafter_is_evaluated(opened: Checkpoint, drafter: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    entries = [{"prompt": f"Say {i}", "category": "[even]" if i % 2 == 0 else "odd"} for i in range(4)]
+    prompts.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
+    result = run_command(
+        *f"eval-drafter -m tiny -d {drafter} --prompts {prompts} --max-tokens 40 --draft-length 2".split(),
+        *f"--timed 1 -t 1 --json {tmp_path / 'out.json'}".split(),
+    )
+    assert result.exit_code == 0, result.stderr
+    for shown in ("greedy", "draft 2", "[even]", "drafter and lookup", "4 prompts"):
+        assert shown in result.stdout
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert list(values["acceptance"][0]["by_category"]) == ["[even]", "odd"]
+    assert len(values["speeds"]) == 6
+
+
+def test_figures_alone_go_to_stdout(opened: Checkpoint, drafter: Path) -> None:
+    arguments = f"eval-drafter -m tiny -d {drafter} --limit 2 --max-tokens 32 --timed 0 -t 1 --json -"
+    result = run_command(*arguments.split())
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["speeds"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "no drafter goes with tiny: give one by --drafter"),
+        ("-d lookup", "--drafter lookup is no MTP drafter"),
+        ("-d ./nowhere", "drafter = './nowhere': must be one of"),
+        ("-d ./nowhere --chat", "--chat is for --prompts"),
+        ("-d ./nowhere --max-tokens 5", "max_tokens = 5: must be 32 to"),
+        ("-d ./nowhere --draft-length 9", "draft_length = 9: must be 1 to 7"),
+        ("-d ./nowhere --prompts /nowhere", "/nowhere: No such file or directory"),
+        ("-d ./nowhere --json /nowhere/at/all", "--json: /nowhere/at/all cannot be written"),
+    ],
+)
+def test_wrong_options_of_an_evaluation_are_one_line(opened: Checkpoint, arguments: str, message: str) -> None:
+    result = run_command("eval-drafter", "-m", "tiny", "-t", "1", *arguments.split())
+    assert result.exit_code in (1, 2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1

@@ -1,0 +1,83 @@
+"""A training run of a tiny model, in seconds; as a program, until it is killed.
+
+python tiny_run.py MODEL DIRECTORY
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_writer import with_tokenizer
+
+from draftwerk.loading import Checkpoint
+from draftwerk.training.run import Progress, Run
+from draftwerk.training.run_directory import RunDirectory
+from draftwerk.training.run_options import RunOptions, begin, read_options
+from draftwerk.training.text import TextOptions, TextProgress
+
+torch.set_num_threads(1)
+
+OPTIONS = RunOptions(
+    model="tiny",
+    tokens=3000,
+    seed=5,
+    draft_vocab_size=64,
+    draft_depth=3,
+    learning_rate=3e-3,
+    length=64,
+    tokens_per_batch=256,
+    text=TextOptions(max_tokens=40, texts_per_shard=24, streams=8),
+)
+
+
+class Notes:
+    """What a run said."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.texts: list[tuple[int, TextProgress]] = []
+        self.steps: list[Progress] = []
+        self.evaluated: list[tuple[str, int, int]] = []
+
+    def phase(self, what: str) -> None:
+        self.phases.append(what)
+
+    def loading(self, what: str, done: int, total: int) -> None:
+        pass
+
+    def writing(self, shard: int, progress: TextProgress) -> None:
+        self.texts.append((shard, progress))
+
+    def step(self, progress: Progress) -> None:
+        self.steps.append(progress)
+        print(progress.figures.step, flush=True)
+
+    def evaluating(self, what: str, done: int, total: int) -> None:
+        self.evaluated.append((what, done, total))
+
+
+def run(
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    notes: Notes | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    **changes: Any,
+) -> bool:
+    """Begins a run, or goes on with the one that is there."""
+    if (directory / "run.json").exists():
+        place = RunDirectory(directory)
+    else:
+        place = begin(directory, dataclasses.replace(OPTIONS, **changes))
+    return Run(place, read_options(place), checkpoint, notes or Notes(), stop=stop, device="cpu", threads=1).train()
+
+
+if __name__ == "__main__":
+    model, where = sys.argv[1:]
+    print("ready", flush=True)
+    run(with_tokenizer(Path(model)), Path(where))
