@@ -104,12 +104,14 @@ def eval_drafter(
 
 
 def _print(evaluation: Evaluation, console: Console) -> None:
+    from draftwerk.training.evaluation import SAMPLED
+
     title = f"{evaluation.model}, drafter {evaluation.drafter}, {evaluation.prompts} prompts"
-    positions = range(1, evaluation.options.draft_length + 1)
-    table = _table(title, "", "rounds", "tokens/step", *(f"draft {position}" for position in positions))
+    positions = range(2, evaluation.options.draft_length + 1)
+    table = _table(title, "", "rounds", "tokens/step", "draft 1", *map(str, positions))
     for its in evaluation.acceptance:
         table.add_row(its.sampling, *_cells(its.before_loops))
-        table.add_row(f"  repetitions too ({its.loop_share:.0%})", *_cells(its.whole))
+        table.add_row(f"{its.sampling}, whole", *_cells(its.whole))
     console.print(table)
     table = _table("", "category", *(its.sampling for its in evaluation.acceptance))
     for category in evaluation.acceptance[0].by_category:
@@ -118,9 +120,15 @@ def _print(evaluation: Evaluation, console: Console) -> None:
             Text(category or "-"), *(f"{its.tokens_per_step:.2f}" if its.rounds else "-" for its in of_category)
         )
     console.print(table)
+    shares = ", ".join(f"{its.sampling} {its.loop_share:.0%}" for its in evaluation.acceptance)
+    console.print(
+        f"sampled: {SAMPLED}; whole: with what comes when a text goes round in circles, {shares} of the tokens",
+        style="dim",
+        highlight=False,
+    )
     if not evaluation.speeds:
         return
-    table = _table(evaluation.backend, "drafts by", "without, tokens/s", "with", "speed-up", "whole texts")
+    table = _table(evaluation.backend, "drafts by", "plain tokens/s", "with drafts", "speed-up", "whole")
     for speed in evaluation.speeds:
         whole = "-" if speed.whole is None else f"{speed.whole.speedup:.2f}"
         table.add_row(f"{speed.drafter}, {speed.sampling}", *_pace(speed.before_loops), whole)

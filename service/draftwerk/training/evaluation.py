@@ -29,9 +29,12 @@ from draftwerk.weights import Progress
 
 SAMPLINGS: Mapping[str, SamplingParams] = {
     "greedy": SamplingParams(),
-    "temperature 1, top_k 64, top_p 0.95": SamplingParams(temperature=1.0, top_k=64, top_p=0.95),
+    "sampled": SamplingParams(temperature=1.0, top_k=64, top_p=0.95),
 }
 """How models are served: by name, without the seed."""
+
+SAMPLED = "temperature 1, top_k 64, top_p 0.95"
+"""What "sampled" is, for people."""
 
 DRAFTERS = ("drafter", "drafter and lookup", "lookup")
 """Whose drafts are timed. "drafter and lookup" is what `draftwerk serve` does with a drafter."""

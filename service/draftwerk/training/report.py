@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from draftwerk.training import charts
+from draftwerk.training.evaluation import SAMPLED
 
 _SHOWN_POSITIONS = 4  # of a draft, in the chart of agreement: few chains get further
 _HIDDEN = ("text", "model")  # options that are shown otherwise
@@ -49,6 +50,7 @@ def render_report(
         categories=_categories(evaluation["acceptance"]),
         expected=_expected(evaluation["expected"]),
         duration=_duration,
+        sampled=SAMPLED,
     )
 
 

@@ -197,7 +197,7 @@ def test_a_drafter_is_evaluated(opened: Checkpoint, drafter: Path, tmp_path: Pat
         *f"--timed 1 -t 1 --json {tmp_path / 'out.json'}".split(),
     )
     assert result.exit_code == 0, result.stderr
-    for shown in ("greedy", "draft 2", "[even]", "drafter and lookup", "4 prompts"):
+    for shown in ("greedy", "draft 1", "sampled: temperature 1", "[even]", "drafter and lookup", "4 prompts"):
         assert shown in result.stdout
     values = json.loads((tmp_path / "out.json").read_text())
     assert list(values["acceptance"][0]["by_category"]) == ["[even]", "odd"]
