@@ -39,7 +39,11 @@ def render_report(
     return environment.get_template("report.html.jinja").render(
         charts=charts,
         command=command,
-        options={name: value for name, value in options.items() if name not in _HIDDEN and value is not None},
+        options={
+            name: value
+            for name, value in options.items()
+            if name not in _HIDDEN and value is not None and value is not False
+        },
         steps=len(steps),
         spent=last,
         evaluation=evaluation,
@@ -51,6 +55,7 @@ def render_report(
         expected=_expected(evaluation["expected"]),
         duration=_duration,
         sampled=SAMPLED,
+        gains=_gains(evaluation["speeds"]),
     )
 
 
@@ -95,6 +100,15 @@ def _categories(acceptance: Sequence[Mapping[str, Any]]) -> dict[str, list[Mappi
     names = {name for its in acceptance for name in its["by_category"]}
     rows = {name: [its["by_category"][name] for its in acceptance] for name in names}
     return dict(sorted(rows.items(), key=lambda row: (-sum(its["tokens_per_step"] for its in row[1]), row[0])))
+
+
+def _gains(speeds: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Way of sampling to the speed-up by drafter and lookup, and by lookup alone."""
+    speedups = {(its["drafter"], its["sampling"]): (its["before_loops"] or {}).get("speedup") for its in speeds}
+    return {
+        sampling: [speedups.get((drafter, sampling)) for drafter in ("drafter and lookup", "lookup")]
+        for sampling in dict.fromkeys(its["sampling"] for its in speeds)
+    }
 
 
 def _expected(expectations: Sequence[Mapping[str, Any]]) -> charts.LineChart | None:
