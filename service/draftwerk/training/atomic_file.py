@@ -11,8 +11,9 @@ from typing import IO
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to that takes the place of `path` when the block ends, and is gone if it ends with an exception.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """An empty file to write to that takes the place of `path` when the block ends, and is gone if it ends with an
+    exception.
 
     Raises:
         OSError: it cannot be written, because the disk is full for instance; `path` is what it was. Names `path`.
@@ -21,20 +22,26 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     try:
         # Beside the path, so that the rename stays on one file system.
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
         temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         temporary.chmod(0o644)
         temporary.replace(path)
         temporary = None
-        _sync_directory(path.parent)
+        _sync(path.parent)  # the rename is in memory only until then
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """atomic_path(), opened."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -44,9 +51,9 @@ def remove_leftovers(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _sync_directory(directory: Path) -> None:
-    """Makes a rename last: until then it is in memory only."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Brings a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

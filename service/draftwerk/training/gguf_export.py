@@ -7,8 +7,6 @@ own for a reduced head; :mod:`draftwerk.loading.gguf_config` says which.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +18,7 @@ from draftwerk import _core
 from draftwerk.loading import CheckpointError, open_assistant
 from draftwerk.loading.config import FULL, SLIDING, TextConfig
 from draftwerk.loading.gguf_checkpoint import drafter_tensor_name
+from draftwerk.training.atomic_file import atomic_path
 from draftwerk.training.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def write_gguf(
     """
     try:
         drafter = open_assistant(directory)
-        with _replacing(path) as temporary:
+        with atomic_path(path) as temporary:
             writer = gguf.GGUFWriter(str(temporary), _ARCHITECTURE)
             writer.add_name(name)
             if license_name is not None:
@@ -130,14 +129,3 @@ def _rope_divisors(text: TextConfig) -> npt.NDArray[np.float32]:
     pairs = text.global_head_dim // 2
     turning = int(text.rope_partial_rotary_factor * text.global_head_dim / 2)
     return np.array([1.0] * turning + [_STILL] * (pairs - turning), dtype=np.float32)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, whose file takes the place of `path` when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
