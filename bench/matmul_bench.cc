@@ -1,5 +1,5 @@
-// Times the CPU matrix kernels on the shapes of gemma-3-270m, over so many matrices that they come from memory, next to
-// the time in which the same threads can merely read the same bytes.
+// Times the CPU matrix kernels on the shapes of gemma-3-270m and of Gemma 4 E2B, over so many matrices that they come
+// from memory, next to the time in which the same threads can merely read the same bytes.
 //   matmul_bench [threads (2)] [instruction set (the best one)] [repeats (7)]
 // Each thread takes an equal share of the panels of every matrix; medians of the repeats.
 #include <sys/mman.h>
@@ -164,11 +164,19 @@ int main(int argc, char** argv) {
   const Isa isa = choose_isa();
   std::printf("%s, %d threads, medians of %d\n", isa_name(isa), threads, repeats);
   const Shape shapes[] = {
-      {draftwerk::WeightType::q8_0, 262144, 640, 1}, {draftwerk::WeightType::q5_0, 2048, 640, 128},
-      {draftwerk::WeightType::q5_0, 640, 1024, 256}, {draftwerk::WeightType::q4_k, 640, 2048, 128},
-      {draftwerk::WeightType::q6_k, 640, 2048, 96},  {draftwerk::WeightType::q8_0, 2048, 640, 96},
-      {draftwerk::WeightType::q4_0, 2048, 640, 128}, {draftwerk::WeightType::bf16, 2048, 640, 48},
+      {draftwerk::WeightType::q8_0, 262144, 640, 1},
+      {draftwerk::WeightType::q5_0, 2048, 640, 128},
+      {draftwerk::WeightType::q5_0, 640, 1024, 256},
+      {draftwerk::WeightType::q4_k, 640, 2048, 128},
+      {draftwerk::WeightType::q6_k, 640, 2048, 96},
+      {draftwerk::WeightType::q8_0, 2048, 640, 96},
+      {draftwerk::WeightType::q4_0, 2048, 640, 128},
+      {draftwerk::WeightType::bf16, 2048, 640, 48},
       {draftwerk::WeightType::f32, 2048, 640, 32},
+      // An MLP of Gemma 4 E2B.
+      {draftwerk::WeightType::bf16, 12288, 1536, 10},
+      {draftwerk::WeightType::q8_0, 12288, 1536, 10},
+      {draftwerk::WeightType::q4_0, 12288, 1536, 16},
   };
   for (const Shape& shape : shapes) run(shape, matmul_kernels(isa), threads, repeats);
   return 0;
