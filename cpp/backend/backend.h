@@ -160,7 +160,8 @@ struct KvArena {
   std::byte* base = nullptr;
 };
 
-/// Consecutive rows of one sequence.
+/// Consecutive rows of one sequence: a chain, row i at position first_position + i, or a tree of drafts, whose first
+/// row is the last known token's and whose others each follow an earlier one.
 struct Segment {
   int first_row = 0;
   int rows = 0;
@@ -168,6 +169,10 @@ struct Segment {
   /// Page tables by layer type, indexed by position / kPageSize. Entries of a sliding layer that lie wholly before
   /// the window of first_position may be kNoPage and are not read.
   const PageId* pages[kPageTables] = {nullptr, nullptr};
+  /// [rows - 1], or empty for a chain: which row of this segment row i + 1 follows, at the position behind it, as in
+  /// VerifyGroup::parents (-1: the first row; j < i: row j + 1). Row i writes its K/V where a chain's row i would, at
+  /// first_position + i, and sees the positions before first_position, the rows that it descends from and itself.
+  std::span<const std::int32_t> parents = {};
 };
 
 /// What one step computes. The spans stay valid until verify(), or the last propose(), returns.
@@ -182,16 +187,19 @@ struct StepRows {
 struct VerifyGroup {
   int first_output = 0;             ///< index in StepRows::output_rows of the row of its last known token
   std::span<const TokenId> drafts;  ///< k drafts; rows first_output .. first_output + k are this group's
-  std::int64_t position = 0;        ///< absolute position of the first token to choose
+  /// [k], or empty where each draft follows the one before: the draft that each one follows, an earlier one, or -1, the
+  /// last known token. Those that follow the same one differ.
+  std::span<const std::int32_t> parents;
+  std::int64_t position = 0;  ///< absolute position of the first token to choose
   const SamplingParams* sampling = nullptr;
   const TokenHistory* history = nullptr;  ///< tokens before `position`; null when no penalty is asked for
   std::span<const TokenId> banned;        ///< excluded from the first `banned_tokens` choices of this group
   int banned_tokens = 0;
 };
 
-/// A draft to choose for one sequence.
+/// Where to choose drafts for one sequence.
 struct ProposeRow {
-  std::span<const TokenId> drafts;  ///< those of this round so far: the token chosen is at `position` + drafts.size()
+  std::span<const TokenId> drafts;  ///< those before it in this round: what is chosen is at `position` + drafts.size()
   std::int64_t position = 0;        ///< absolute position of the round's first draft
   const SamplingParams* sampling = nullptr;
   const TokenHistory* history = nullptr;  ///< as in VerifyGroup, as the next two
@@ -199,9 +207,25 @@ struct ProposeRow {
   int banned_tokens = 0;
 };
 
+/// A token that may be chosen.
+struct Candidate {
+  TokenId token = -1;  ///< -1: there is none
+  /// What it was chosen by: its logit after step 3 of sampling.h where the choice is greedy, otherwise z + gumbel of
+  /// step 9; minus infinity if nothing has a finite logit.
+  float value = 0.0F;
+};
+
+/// Takes keys and values of one sequence from one position to another.
+struct KvMove {
+  const PageId* pages[kPageTables] = {nullptr, nullptr};  ///< as in Segment
+  std::int64_t from = 0;
+  std::int64_t to = 0;  ///< <= from
+};
+
 /// What a verification accepted: the agreeing drafts and one token of the target's own.
 struct VerifyResult {
   std::vector<TokenId> tokens;                 ///< 1 .. k + 1 tokens; all but the last were drafted
+  std::vector<int> drafts;                     ///< which drafts those are, in their order: ascending
   std::vector<float> logprobs;                 ///< of each token, if asked for
   std::vector<std::vector<TokenLogprob>> top;  ///< the n most probable at each token, descending, if asked for
 };
@@ -289,9 +313,13 @@ class Backend {
   /// Chooses the target's token at every output row and accepts drafts while they agree. Waits for the step.
   /// `results` has one entry per group; vectors in it are reused.
   virtual void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) = 0;
-  /// Chooses a draft in every output row as verify() would choose a token there; `rows` has an entry for each output
-  /// row, and so has `tokens`. Waits. No log-probabilities are taken.
-  virtual void propose(std::span<const ProposeRow> rows, std::span<TokenId> tokens) = 0;
+  /// Finds, for every output row, the `count` best drafts; `rows` has an entry for each output row, and `candidates`
+  /// `count` for each. The first is what verify() would choose there, each further one what it would choose if those
+  /// before it had no finite logit; where nothing is left, there is no candidate, but the first is token 0, as verify()
+  /// has it. Waits. No log-probabilities are taken.
+  virtual void propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) = 0;
+  /// Moves keys and values of one layer, in the arena of the last begin(), one move after the other.
+  virtual void move_kv(const KvLayer& kv, std::span<const KvMove> moves) = 0;
 
   // --- for tests and evaluation ------------------------------------------------------------------------------
   /// Copies the logits that the last head() computed to `out`, [outputs, vocabulary] float32. Waits. After verify() or

@@ -12,6 +12,7 @@ namespace draftwerk {
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr Candidate kNone{-1, kMinusInfinity};
 
 struct Entry {
   float z = 0.0F;
@@ -58,8 +59,9 @@ void record_logprobs(std::span<const float> logits, int count, ReferenceChoice& 
   }
 }
 
-TokenId choose(std::vector<float> l, const SamplingParams& sampling, std::int64_t position, const TokenHistory& history,
-               std::span<const TokenId> banned) {
+/// No candidate where no logit is finite.
+Candidate choose(std::vector<float> l, const SamplingParams& sampling, std::int64_t position,
+                 const TokenHistory& history, std::span<const TokenId> banned) {
   const auto inside = [&](TokenId token) { return token >= 0 && static_cast<std::size_t>(token) < l.size(); };
   for (const auto& [token, count] : history) {
     if (!inside(token)) continue;
@@ -83,12 +85,12 @@ TokenId choose(std::vector<float> l, const SamplingParams& sampling, std::int64_
     for (std::size_t i = 0; i < l.size(); ++i) {
       if (l[i] > (best == l.size() ? kMinusInfinity : l[best])) best = i;
     }
-    return best == l.size() ? 0 : static_cast<TokenId>(best);
+    return best == l.size() ? kNone : Candidate{static_cast<TokenId>(best), l[best]};
   }
 
   std::vector<Entry> kept = sorted_entries(scaled(l, 1.0F / sampling.temperature));
   const float top = kept.front().z;
-  if (top == kMinusInfinity) return 0;
+  if (top == kMinusInfinity) return kNone;
   if (sampling.top_k > 0 && static_cast<std::size_t>(sampling.top_k) < kept.size()) {
     kept.resize(static_cast<std::size_t>(sampling.top_k));
   }
@@ -104,12 +106,12 @@ TokenId choose(std::vector<float> l, const SamplingParams& sampling, std::int64_
     const float floor = top + std::log(sampling.min_p);
     std::erase_if(kept, [floor](const Entry& entry) { return entry.z < floor; });
   }
-  Entry best{kMinusInfinity, 0};
+  Entry best{kMinusInfinity, -1};
   for (const Entry& entry : kept) {
     const Entry noisy{entry.z + gumbel_noise(sampling.seed, position, entry.token), entry.token};
     if (noisy.z > kMinusInfinity && ranks_before(noisy, best)) best = noisy;
   }
-  return best.token;
+  return {best.token, best.z};
 }
 
 }  // namespace
@@ -121,9 +123,28 @@ float gumbel_noise(std::uint64_t seed, std::int64_t position, TokenId token) {
 ReferenceChoice reference_choose(std::span<const float> logits, const SamplingParams& sampling, std::int64_t position,
                                  const TokenHistory& history, std::span<const TokenId> banned) {
   ReferenceChoice choice;
-  choice.token = choose({logits.begin(), logits.end()}, sampling, position, history, banned);
+  choice.token = std::max(choose({logits.begin(), logits.end()}, sampling, position, history, banned).token, 0);
   if (sampling.logprobs >= 0) record_logprobs(logits, sampling.logprobs, choice);
   return choice;
+}
+
+std::vector<Candidate> reference_propose(std::span<const float> logits, const ProposeRow& row, int count) {
+  const std::size_t depth = row.drafts.size();
+  TokenHistory history;
+  if (row.sampling->needs_history()) {
+    if (row.history != nullptr) history = *row.history;
+    for (const TokenId draft : row.drafts) ++history[draft].in_output;
+  }
+  const bool bans = static_cast<int>(depth) < row.banned_tokens;
+  std::vector<float> left(logits.begin(), logits.end());
+  std::vector<Candidate> candidates;
+  for (int i = 0; i < count; ++i) {
+    candidates.push_back(choose(left, *row.sampling, row.position + static_cast<std::int64_t>(depth), history,
+                                bans ? row.banned : std::span<const TokenId>{}));
+    if (candidates.back().token >= 0) left[static_cast<std::size_t>(candidates.back().token)] = kMinusInfinity;
+  }
+  candidates[0].token = std::max(candidates[0].token, 0);
+  return candidates;
 }
 
 VerifyResult reference_verify(std::span<const float> logits, int vocabulary, const VerifyGroup& group) {
@@ -132,18 +153,26 @@ VerifyResult reference_verify(std::span<const float> logits, int vocabulary, con
   if (group.history != nullptr) history = *group.history;
   if (!group.sampling->needs_history()) history.clear();
   const auto width = static_cast<std::size_t>(vocabulary);
-  for (std::size_t row = 0; row <= group.drafts.size(); ++row) {
-    const bool bans = static_cast<int>(row) < group.banned_tokens;
-    ReferenceChoice choice = reference_choose(logits.subspan(row * width, width), *group.sampling,
-                                              group.position + static_cast<std::int64_t>(row), history,
-                                              bans ? group.banned : std::span<const TokenId>{});
+  const int drafts = static_cast<int>(group.drafts.size());
+  for (int last = -1; true;) {
+    const auto depth = static_cast<int>(result.drafts.size());
+    ReferenceChoice choice = reference_choose(logits.subspan(static_cast<std::size_t>(last + 1) * width, width),
+                                              *group.sampling, group.position + depth, history,
+                                              depth < group.banned_tokens ? group.banned : std::span<const TokenId>{});
     result.tokens.push_back(choice.token);
     if (group.sampling->logprobs >= 0) result.logprobs.push_back(choice.logprob);
     if (group.sampling->logprobs > 0) result.top.push_back(std::move(choice.top));
-    if (row == group.drafts.size() || choice.token != group.drafts[row]) break;
+    int next = 0;
+    for (; next < drafts; ++next) {
+      const auto at = static_cast<std::size_t>(next);
+      const int parent = group.parents.empty() ? next - 1 : group.parents[at];
+      if (parent == last && group.drafts[at] == choice.token) break;
+    }
+    if (next == drafts) return result;
+    result.drafts.push_back(next);
     if (group.sampling->needs_history()) ++history[choice.token].in_output;
+    last = next;
   }
-  return result;
 }
 
 }  // namespace draftwerk

@@ -25,7 +25,10 @@ struct ReferenceChoice {
 ReferenceChoice reference_choose(std::span<const float> logits, const SamplingParams& sampling, std::int64_t position,
                                  const TokenHistory& history, std::span<const TokenId> banned);
 
-/// Verifies one group, row after row. `logits` [drafts + 1, vocabulary] starts at the group's first row.
+/// The candidates of one row by its logits [vocabulary]; see Backend::propose.
+std::vector<Candidate> reference_propose(std::span<const float> logits, const ProposeRow& row, int count);
+
+/// Verifies one group, choice after choice. `logits` [drafts + 1, vocabulary] starts at the group's first row.
 VerifyResult reference_verify(std::span<const float> logits, int vocabulary, const VerifyGroup& group);
 
 }  // namespace draftwerk

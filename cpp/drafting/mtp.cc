@@ -18,6 +18,7 @@ class MtpDrafter final : public Drafter {
     segments_.reserve(sequences);
     outputs_.reserve(sequences);
     rows_.reserve(sequences);
+    candidates_.resize(sequences);
     for (std::size_t i = 0; i < sequences; ++i) outputs_.push_back(static_cast<int>(i));
   }
 
@@ -40,7 +41,7 @@ class MtpDrafter final : public Drafter {
       } else {
         model_.next(rows, arena);
       }
-      model_.target().backend().propose(rows_, tokens_);
+      model_.target().backend().propose(rows_, 1, candidates_);
       take_drafts(depth);
     }
   }
@@ -72,10 +73,11 @@ class MtpDrafter final : public Drafter {
     }
   }
 
-  /// Hands out the drafts in tokens_ and lets go of the sequences that want no more.
+  /// Hands out the drafts in candidates_ and lets go of the sequences that want no more.
   void take_drafts(std::size_t depth) {
     for (std::size_t r = 0; r < jobs_.size(); ++r) {
       DraftJob& job = *jobs_[r];
+      tokens_[r] = candidates_[r].token;
       job.drafts[depth] = tokens_[r];
       ++job.produced;
       rows_[r].drafts = {job.drafts, depth + 1};
@@ -98,6 +100,7 @@ class MtpDrafter final : public Drafter {
   std::vector<Segment> segments_;
   std::vector<int> outputs_;
   std::vector<ProposeRow> rows_;
+  std::vector<Candidate> candidates_;
 };
 
 }  // namespace

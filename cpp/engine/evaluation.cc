@@ -184,7 +184,9 @@ DraftRound draft(MtpModel& model, std::span<const TokenId> tokens, int count, co
     }
     target.backend().read_logits(std::span(round.logits).subspan(static_cast<std::size_t>(i) * width, width));
     const ProposeRow choice{round.tokens, position + 1, &sampling, nullptr, {}, 0};
-    target.backend().propose(std::span(&choice, 1), std::span(&token, 1));
+    Candidate best;
+    target.backend().propose(std::span(&choice, 1), 1, std::span(&best, 1));
+    token = best.token;
     round.tokens.push_back(token);
   }
   return round;

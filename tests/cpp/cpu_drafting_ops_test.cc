@@ -363,19 +363,15 @@ TEST_P(CpuDraftingTest, ProposalsAreTheSamplersChoiceFromEveryHead) {
       rows.push_back(
           {drafts[r], round * 100, &sampling[r], &histories[r], banned[r], static_cast<int>(random_() % 4U)});
     }
-    std::vector<TokenId> tokens(kRows);
-    backend->propose(rows, tokens);
+    const int count = 1 + round % 4;
+    std::vector<Candidate> candidates(kRows * static_cast<std::size_t>(count));
+    backend->propose(rows, count, candidates);
     for (std::size_t r = 0; r < kRows; ++r) {
-      TokenHistory history;
-      if (sampling[r].needs_history()) {
-        history = histories[r];
-        for (const TokenId draft : drafts[r]) ++history[draft].in_output;
+      const std::vector<Candidate> want = reference_propose({logits.data() + r * width, width}, rows[r], count);
+      for (std::size_t i = 0; i < want.size(); ++i) {
+        ASSERT_EQ(candidates[r * want.size() + i].token, want[i].token) << "round " << round << " row " << r;
+        ASSERT_EQ(candidates[r * want.size() + i].value, want[i].value) << "round " << round << " row " << r;
       }
-      const bool bans = static_cast<int>(drafts[r].size()) < rows[r].banned_tokens;
-      const ReferenceChoice want = reference_choose({logits.data() + r * width, width}, sampling[r],
-                                                    rows[r].position + static_cast<std::int64_t>(drafts[r].size()),
-                                                    history, bans ? banned[r] : std::span<const TokenId>{});
-      ASSERT_EQ(tokens[r], want.token) << "round " << round << " row " << r;
     }
     if (round % 3 != 0) continue;
     // The target, choosing from the same logits at the same place, accepts.
@@ -384,14 +380,21 @@ TEST_P(CpuDraftingTest, ProposalsAreTheSamplersChoiceFromEveryHead) {
     std::vector<std::size_t> row_of_group;
     for (std::size_t r = 0; r < kRows; ++r) {
       if (!drafts[r].empty()) continue;
-      groups.push_back(
-          {static_cast<int>(r), {}, rows[r].position, &sampling[r], &histories[r], banned[r], rows[r].banned_tokens});
+      groups.push_back({static_cast<int>(r),
+                        {},
+                        {},
+                        rows[r].position,
+                        &sampling[r],
+                        &histories[r],
+                        banned[r],
+                        rows[r].banned_tokens});
       row_of_group.push_back(r);
     }
     std::vector<VerifyResult> results(groups.size());
     backend->verify(groups, results);
-    for (std::size_t g = 0; g < groups.size(); ++g, ++verified)
-      ASSERT_EQ(results[g].tokens[0], tokens[row_of_group[g]]);
+    for (std::size_t g = 0; g < groups.size(); ++g, ++verified) {
+      ASSERT_EQ(results[g].tokens[0], candidates[row_of_group[g] * static_cast<std::size_t>(count)].token);
+    }
   }
   EXPECT_GT(verified, 10);
 }
@@ -451,8 +454,8 @@ TEST(CpuDrafting, RefusesHeadsThatDoNotMatch) {
   EXPECT_THROW(backend->head({state.data(), 32}, wrong), std::logic_error);
   EXPECT_THROW(backend->head({state.data(), 16}, head.sparse), std::logic_error);
   EXPECT_NO_THROW(backend->head({state.data(), 32}, head.sparse));
-  std::vector<TokenId> tokens(1);
-  EXPECT_THROW(backend->propose({}, tokens), std::logic_error);
+  std::vector<Candidate> candidates(1);
+  EXPECT_THROW(backend->propose({}, 1, candidates), std::logic_error);
   std::vector<VerifyResult> results;
   EXPECT_THROW(backend->verify({}, results), std::logic_error) << "what a sparse head scored is for drafts alone";
   const std::unique_ptr<Weight> longer = backend->create_weight(WeightType::f32, 97, 32);

@@ -28,19 +28,16 @@ class SparseSamplerOnIsa : public ::testing::TestWithParam<Isa> {
  protected:
   int below(int n) { return static_cast<int>(random_() % static_cast<unsigned>(n)); }
 
-  /// Chooses from `values`, those of `tokens` in a vocabulary, and from the row that they stand for.
+  /// Chooses `count` candidates from `values`, those of `tokens` in a vocabulary, and from the row that they stand for.
   void expect_reference(int vocabulary, const std::vector<std::int32_t>& tokens, const std::vector<float>& values,
-                        const ProposeRow& row, const TokenHistory& history, const std::string& what) {
+                        const ProposeRow& row, int count, const std::string& what) {
     std::vector<float> whole(static_cast<std::size_t>(vocabulary), -kInfinity);
     std::vector<std::int32_t> row_of(whole.size(), -1);
     for (std::size_t i = 0; i < tokens.size(); ++i) {
       whole[static_cast<std::size_t>(tokens[i])] = values[i];
       row_of[static_cast<std::size_t>(tokens[i])] = static_cast<std::int32_t>(i);
     }
-    const bool bans = static_cast<int>(row.drafts.size()) < row.banned_tokens;
-    const ReferenceChoice want =
-        reference_choose(whole, *row.sampling, row.position + static_cast<std::int64_t>(row.drafts.size()), history,
-                         bans ? row.banned : std::span<const TokenId>{});
+    const std::vector<Candidate> want = reference_propose(whole, row, count);
     std::vector<float> overwritten = values;
     const SparseLogitRows logits{.values = overwritten.data(),
                                  .stride = static_cast<std::int64_t>(values.size()),
@@ -48,9 +45,12 @@ class SparseSamplerOnIsa : public ::testing::TestWithParam<Isa> {
                                  .count = static_cast<int>(tokens.size()),
                                  .row_of = row_of.data(),
                                  .vocabulary = vocabulary};
-    TokenId token = -1;
-    propose_sparse(cpu::sampler_kernels(GetParam()), logits, std::span(&row, 1), std::span(&token, 1), pool_);
-    ASSERT_EQ(token, want.token) << what;
+    std::vector<Candidate> candidates(want.size());
+    propose_sparse(cpu::sampler_kernels(GetParam()), logits, std::span(&row, 1), count, candidates, pool_);
+    for (std::size_t i = 0; i < want.size(); ++i) {
+      ASSERT_EQ(candidates[i].token, want[i].token) << what << " candidate " << i;
+      ASSERT_EQ(candidates[i].value, want[i].value) << what << " candidate " << i;
+    }
   }
 
   std::vector<std::int32_t> some_tokens(int vocabulary, int count) {
@@ -98,12 +98,7 @@ TEST_P(SparseSamplerOnIsa, ChoosesWhatTheSpecificationChooses) {
     std::vector<TokenId> banned(static_cast<std::size_t>(below(20)));
     for (TokenId& token : banned) token = below(kVocabulary + 20) - 10;
     const ProposeRow row{drafts, trial * 7, &sampling, &history, banned, below(5)};
-    TokenHistory with_drafts;
-    if (sampling.needs_history()) {
-      with_drafts = history;
-      for (const TokenId draft : drafts) ++with_drafts[draft].in_output;
-    }
-    expect_reference(kVocabulary, tokens, values, row, with_drafts, "trial " + std::to_string(trial));
+    expect_reference(kVocabulary, tokens, values, row, 1 + below(8), "trial " + std::to_string(trial));
     if (HasFatalFailure()) return;
   }
 }
@@ -121,7 +116,7 @@ TEST_P(SparseSamplerOnIsa, ChoosesAmongManyAsTheSpecificationDoes) {
     sampling.top_p = trial % 2 == 0 ? 1.0F : 0.95F;
     sampling.seed = random_();
     const ProposeRow row{{}, trial, &sampling, nullptr, {}, 0};
-    expect_reference(kVocabulary, tokens, values, row, {}, "trial " + std::to_string(trial));
+    expect_reference(kVocabulary, tokens, values, row, 1 + trial % 5, "trial " + std::to_string(trial));
   }
 }
 
@@ -133,7 +128,7 @@ TEST_P(SparseSamplerOnIsa, NoFiniteLogitGivesTokenZero) {
       sampling.top_k = 5;
       sampling.top_p = 0.9F;
       const ProposeRow row{{}, 3, &sampling, nullptr, {}, 0};
-      expect_reference(100, some_tokens(100, 30), std::vector<float>(30, nothing), row, {}, "nothing");
+      expect_reference(100, some_tokens(100, 30), std::vector<float>(30, nothing), row, 2, "nothing");
     }
   }
 }

@@ -10,6 +10,8 @@ namespace {
 constexpr std::int64_t kTilesPerThread = 4;
 // Partial results of split contexts that scratch holds; longer contexts proceed in several waves.
 constexpr std::int64_t kPartialsPerThread = 64;
+// Slots of a row that there is room for from the start; deeper trees take more.
+constexpr std::size_t kSlotsPerRow = 8;
 
 }  // namespace
 
@@ -21,6 +23,36 @@ Attention::Attention(const LayerKernels& kernels, WorkerPool& pool, int max_rows
   split_tiles_.resize(static_cast<std::size_t>(kTilesPerThread * threads));
   split_begin_.resize(split_tiles_.size() + 1);
   segment_tile_.resize(static_cast<std::size_t>(max_rows) + 1);
+  segment_tail_.resize(static_cast<std::size_t>(max_rows));
+  row_slots_.resize(static_cast<std::size_t>(max_rows));
+  slots_.reserve(static_cast<std::size_t>(max_rows) * kSlotsPerRow);
+}
+
+void Attention::begin(const StepRows& step) {
+  slots_.clear();
+  for (std::size_t s = 0; s < step.segments.size(); ++s) segment_tail_[s] = place_tree(step, step.segments[s]);
+}
+
+/// Where the paths of a segment part: the first position that is not everywhere the slot of the same number. Lists the
+/// slots from there on for each row.
+std::int64_t Attention::place_tree(const StepRows& step, const Segment& segment) {
+  if (segment.parents.empty()) return kNoTail;
+  const auto parent = [&segment](int row) { return segment.parents[static_cast<std::size_t>(row) - 1] + 1; };
+  // The rows before `trunk` are a chain, and all others descend from its last.
+  int trunk = 1;
+  while (trunk < segment.rows && parent(trunk) == trunk - 1) ++trunk;
+  for (int row = trunk; row < segment.rows; ++row) trunk = std::min(trunk, parent(row) + 1);
+  if (trunk == segment.rows) return kNoTail;
+  const std::int64_t tail = segment.first_position + trunk;
+  for (int row = trunk; row < segment.rows; ++row) {
+    const auto index = static_cast<std::size_t>(segment.first_row + row);
+    row_slots_[index] = slots_.size();
+    const std::int64_t before = step.positions[index] - tail;
+    const std::size_t path = row_slots_[static_cast<std::size_t>(segment.first_row + parent(row))];
+    for (std::int64_t i = 0; i < before; ++i) slots_.push_back(slots_[path + static_cast<std::size_t>(i)]);
+    slots_.push_back(segment.first_position + row);
+  }
+  return tail;
 }
 
 /// Tile number `index`: tiles run over segments, within a segment over key/value heads, within a head over its queries
@@ -50,6 +82,9 @@ Attention::TilePlace Attention::place_tile(const AttentionCall& call, const Step
               kv.type};
   QueryTile& tile = place.tile;
   tile.count = static_cast<int>(std::min<std::int64_t>(kQueryTile, std::int64_t{segment.rows} * group - first_query));
+  tile.tail = segment_tail_[static_cast<std::size_t>(s)];
+  std::int64_t first = INT64_MAX;
+  std::int64_t last = 0;
   for (int i = 0; i < tile.count; ++i) {
     const std::int64_t row = segment.first_row + (first_query + i) / group;
     const std::int64_t head = kv_head * group + (first_query + i) % group;
@@ -57,9 +92,12 @@ Attention::TilePlace Attention::place_tile(const AttentionCall& call, const Step
     place.outputs[i] = call.output + row * call.output_stride + head * kv.head_dim;
     tile.last[i] = step.positions[static_cast<std::size_t>(row)] - (call.sees.own ? 0 : 1);
     tile.first[i] = call.sees.window > 0 ? std::max<std::int64_t>(tile.last[i] - call.sees.window + 1, 0) : 0;
+    if (tile.last[i] >= tile.tail) tile.slots[i] = slots_.data() + row_slots_[static_cast<std::size_t>(row)];
+    first = std::min(first, tile.first[i]);
+    last = std::max(last, tile.last[i]);
   }
-  place.first_chunk = tile.first[0] / kAttentionChunk;
-  place.chunks = tile.last[tile.count - 1] / kAttentionChunk - place.first_chunk + 1;
+  place.first_chunk = first / kAttentionChunk;
+  place.chunks = last / kAttentionChunk - place.first_chunk + 1;
   return place;
 }
 

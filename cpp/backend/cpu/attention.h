@@ -2,6 +2,7 @@
 // layer_kernels.h, in one of two ways that do the same arithmetic in the same order.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -29,7 +30,11 @@ class Attention {
   /// Allocates all scratch for steps of up to `max_rows` rows. `kernels` and `pool` must outlive the object.
   Attention(const LayerKernels& kernels, WorkerPool& pool, int max_rows);
 
+  /// Takes up a step: finds the slots of what its trees' rows see.
+  void begin(const StepRows& step);
+
   /// output[r] = softmax(scale * query[r] . K) V over the positions that row r sees; see Backend::attend.
+  /// `step` is that of begin().
   void attend(const AttentionCall& call, const StepRows& step, KvArena arena);
 
  private:
@@ -42,6 +47,7 @@ class Attention {
     std::int64_t chunks;
   };
 
+  std::int64_t place_tree(const StepRows& step, const Segment& segment);
   [[nodiscard]] TilePlace place_tile(const AttentionCall& call, const StepRows& step, KvArena arena,
                                      std::int64_t index) const;
   void attend_by_tile(const AttentionCall& call, const StepRows& step, KvArena arena, std::int64_t tiles);
@@ -55,6 +61,10 @@ class Attention {
   std::vector<TilePlace> split_tiles_;
   std::vector<std::int64_t> split_begin_;   ///< first work item of every split tile
   std::vector<std::int64_t> segment_tile_;  ///< [segments + 1] first tile of a segment, per key/value head
+  // Of the step's trees, see QueryTile.
+  std::vector<std::int64_t> segment_tail_;  ///< [segments]
+  std::vector<std::size_t> row_slots_;      ///< [rows] where in `slots_` a row's begin
+  std::vector<std::int64_t> slots_;
 };
 
 }  // namespace draftwerk::cpu

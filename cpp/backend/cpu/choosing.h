@@ -1,5 +1,5 @@
 // The steps of cpp/backend/sampling.h, for logits wherever they lie: in whole rows (sampler.cc) or in lists of some
-// tokens (sparse_sampler.cc).
+// tokens (choosing.cc).
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <span>
 
 #include "backend/backend.h"
 #include "backend/cpu/sampler_kernels.h"
@@ -25,12 +26,17 @@ inline float scaled(float value, float scale) {
   return FLT_MAX < z ? FLT_MAX : z;
 }
 
-/// Steps 1 to 3. The tokens before row `row` of a group are its history and the drafts before the row, which have
-/// proved right if the row counts at all; they are counted on top of the history, which several rows read at once.
+/// What the noise of a row is drawn from.
+inline NoiseKey noise_of(const ProposeRow& row) {
+  return {row.sampling->seed, row.position + static_cast<std::int64_t>(row.drafts.size())};
+}
+
+/// Steps 1 to 3. The tokens before a row are its history and the drafts before it, which have proved right if the row
+/// counts at all; they are counted on top of the history, which several rows read at once.
 /// find(token) is where the token's logit lies, null if it has none; changing(token, logit) is told before one changes.
 template <typename Find, typename Changing>
-void adjust_logits(const VerifyGroup& group, int row, Find&& find, Changing&& changing) {
-  const SamplingParams& sampling = *group.sampling;
+void adjust_logits(const ProposeRow& row, Find&& find, Changing&& changing) {
+  const SamplingParams& sampling = *row.sampling;
   const auto overwrite = [&](TokenId token, auto&& change) {
     float* logit = find(token);
     if (logit == nullptr) return;
@@ -38,7 +44,7 @@ void adjust_logits(const VerifyGroup& group, int row, Find&& find, Changing&& ch
     *logit = change(*logit);
   };
   if (sampling.needs_history()) {
-    const auto drafts = group.drafts.first(static_cast<std::size_t>(row));
+    const std::span<const TokenId> drafts = row.drafts;
     const auto penalize = [&](TokenId token, bool in_prompt, int in_output) {
       if (!in_prompt && in_output == 0) return;
       overwrite(token, [&](float logit) {
@@ -49,8 +55,8 @@ void adjust_logits(const VerifyGroup& group, int row, Find&& find, Changing&& ch
         return logit;
       });
     };
-    if (group.history != nullptr) {
-      for (const auto& [token, count] : *group.history) {
+    if (row.history != nullptr) {
+      for (const auto& [token, count] : *row.history) {
         penalize(token, count.in_prompt,
                  count.in_output + static_cast<int>(std::count(drafts.begin(), drafts.end(), token)));
       }
@@ -58,15 +64,15 @@ void adjust_logits(const VerifyGroup& group, int row, Find&& find, Changing&& ch
     for (std::size_t i = 0; i < drafts.size(); ++i) {
       const auto seen = drafts.first(i);
       if (std::find(seen.begin(), seen.end(), drafts[i]) != seen.end()) continue;
-      if (group.history != nullptr && group.history->contains(drafts[i])) continue;
+      if (row.history != nullptr && row.history->contains(drafts[i])) continue;
       penalize(drafts[i], false, static_cast<int>(std::count(drafts.begin(), drafts.end(), drafts[i])));
     }
   }
   for (const auto& entry : sampling.logit_bias) {
     overwrite(entry.first, [bias = entry.second](float logit) { return logit + bias; });
   }
-  if (row < group.banned_tokens) {
-    for (const TokenId token : group.banned) overwrite(token, [](float) { return kMinusInfinity; });
+  if (static_cast<std::int64_t>(row.drafts.size()) < row.banned_tokens) {
+    for (const TokenId token : row.banned) overwrite(token, [](float) { return kMinusInfinity; });
   }
 }
 
@@ -110,25 +116,6 @@ Threshold find_threshold(int k, float low, float high, CountAtLeast&& count_at_l
   return {from_sort_key(reached), above, false};
 }
 
-/// Keeps the k tokens of the largest z, `low` and `high` as above.
-inline Cut list_cut(const SamplerKernels& kernels, const Candidates& list, int k, float low, float high) {
-  const Threshold found = find_threshold(
-      k, low, high, [&](float threshold) { return kernels.count_at_least(list.z, list.count, 1.0F, threshold); });
-  if (found.exact) return {found.value, INT_MAX};
-  // Of those that equal it, the lowest ids; there are rarely two.
-  const int wanted = k - found.above;
-  std::int64_t last = -1;
-  std::int64_t beyond = INT_MAX;  // at least `wanted` ids of equals are not above this one
-  while (beyond - last > 1) {
-    const std::int64_t middle = last + (beyond - last) / 2;
-    int count = 0;
-    for (int i = 0; i < list.count; ++i)
-      count += static_cast<int>(list.z[i] == found.value && list.tokens[i] <= middle);
-    (count < wanted ? last : beyond) = middle;
-  }
-  return {found.value, static_cast<std::int32_t>(beyond)};
-}
-
 /// A row whose contenders are found in place.
 struct WholeRow {
   const SamplerKernels& kernels;
@@ -141,7 +128,7 @@ struct WholeRow {
 /// A row whose contenders are in a list.
 struct ShortList {
   const SamplerKernels& kernels;
-  Candidates list;
+  LogitList list;
 
   [[nodiscard]] std::uint64_t mass(Cut cut, float top) const { return kernels.list_mass(list, cut, top); }
   [[nodiscard]] Winner best(Cut cut, NoiseKey noise) const { return kernels.list_best(list, cut, noise); }
@@ -151,8 +138,9 @@ struct ShortList {
 /// so if the winner of all tokens lies inside, it is the winner of the nucleus, and it lies inside if the mass before
 /// it is small enough. Otherwise it and everything behind it are out, and the rest competes again: rarely more than
 /// once, as the first winner is outside with probability 1 - top_p at most.
+/// No token wins (INT_MAX) if none has a z above minus infinity.
 template <typename Contenders>
-TokenId choose_among(const Contenders& contenders, Cut cut, const SamplingParams& sampling, float top, NoiseKey noise) {
+Winner choose_among(const Contenders& contenders, Cut cut, const SamplingParams& sampling, float top, NoiseKey noise) {
   const bool nucleus = sampling.top_p < 1.0F;
   std::uint64_t allowed = 0;
   if (nucleus) {
@@ -166,11 +154,27 @@ TokenId choose_among(const Contenders& contenders, Cut cut, const SamplingParams
   }
   while (true) {
     const Winner winner = contenders.best(cut, noise);
-    if (winner.token == INT_MAX || !nucleus) return winner.token;
+    if (winner.token == INT_MAX || !nucleus) return winner;
     const Cut before{winner.z, winner.token - 1};
-    if (contenders.mass(before, top) < allowed) return winner.token;
+    if (contenders.mass(before, top) < allowed) return winner;
     cut = before;
   }
 }
+
+/// Up to this many tokens are copied, where that is less work than passing over all of them again.
+inline constexpr int kListCapacity = 2048;
+inline constexpr Candidate kNoCandidate{-1, kMinusInfinity};
+
+/// Keeps the k tokens of the largest z, of which `top` is the largest.
+Cut list_cut(const SamplerKernels& kernels, const LogitList& list, int k, float top);
+
+/// Step 4 for the list of `count` tokens with their logits `l`: the candidates, as Backend::propose defines them. Those
+/// in `l` become minus infinity.
+void choose_greedy(const SamplerKernels& kernels, float* l, const std::int32_t* tokens, int count,
+                   std::span<Candidate> candidates);
+
+/// Steps 6 to 9 likewise, for the z of step 5.
+void choose_sampled(const SamplerKernels& kernels, float* z, const std::int32_t* tokens, int count,
+                    const SamplingParams& sampling, NoiseKey noise, std::span<Candidate> candidates);
 
 }  // namespace draftwerk::cpu

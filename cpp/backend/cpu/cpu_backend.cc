@@ -23,6 +23,16 @@ void check_shape(const char* what, WeightType type, std::int64_t rows, std::int6
                               std::to_string(block_columns(type)));
 }
 
+bool is_tree_of(const Segment& segment, std::span<const std::int64_t> positions) {
+  if (segment.parents.size() + 1 != static_cast<std::size_t>(segment.rows) || !is_tree(segment.parents)) return false;
+  const auto own = positions.subspan(static_cast<std::size_t>(segment.first_row));
+  if (own[0] != segment.first_position) return false;
+  for (std::size_t i = 0; i < segment.parents.size(); ++i) {
+    if (own[i + 1] != own[static_cast<std::size_t>(segment.parents[i] + 1)] + 1) return false;
+  }
+  return true;
+}
+
 bool is_float(WeightType type) { return block_columns(type) == 1; }
 
 }  // namespace
@@ -141,9 +151,11 @@ void CpuBackend::begin(const StepRows& rows, KvArena arena) {
     const Segment& segment = rows.segments[s];
     require(segment.first_row == row && segment.rows > 0 && segment.rows <= step_rows() - row,
             "segments that cover the rows in order");
+    require(segment.parents.empty() || is_tree_of(segment, rows.positions), "a tree behind the segment's first row");
     for (const int end = row + segment.rows; row < end; ++row) row_segment_[row] = static_cast<int>(s);
   }
   require(row == step_rows(), "segments that cover all rows");
+  attention_->begin(step_);
 }
 
 }  // namespace cpu

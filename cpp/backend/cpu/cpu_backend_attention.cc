@@ -1,6 +1,7 @@
 // Queries, keys and values of a step's rows, and attention over the pages.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "backend/cpu/cpu_backend_impl.h"
 #include "backend/cpu/operands.h"
@@ -52,16 +53,16 @@ void CpuBackend::prepare_query(Tensor query, std::int64_t row, int heads, const 
   }
 }
 
-/// Keys and values of one row, into its page.
+/// Keys and values of one row, into its slot.
 void CpuBackend::append_row(Tensor key, Tensor value, std::int64_t row, const Norm& key_norm, const Norm* value_norm,
                             const KvLayer& kv, const float* angles) {
   const int head_dim = kv.head_dim;
   const float* cosine = angles + row * head_dim;
   const std::size_t head_bytes = kv_head_bytes(head_dim, kv.type);
   const Segment& segment = step_.segments[static_cast<std::size_t>(row_segment_[static_cast<std::size_t>(row)])];
-  const std::int64_t position = step_.positions[static_cast<std::size_t>(row)];
-  const int slot = static_cast<int>(position % kPageSize);
-  std::byte* page = arena_.base + std::size_t{segment.pages[kv.table][position / kPageSize]} * kPageUnit;
+  const std::int64_t slot = segment.first_position + row - segment.first_row;
+  const int lane = static_cast<int>(slot % kPageSize);
+  std::byte* page = arena_.base + std::size_t{segment.pages[kv.table][slot / kPageSize]} * kPageUnit;
   alignas(64) float normed[kMaxHeadDim];
   for (int h = 0; h < kv.heads; ++h) {
     // The value first: it may be the key, which changes in place.
@@ -70,11 +71,11 @@ void CpuBackend::append_row(Tensor key, Tensor value, std::int64_t row, const No
       layer_.rms_norm(v, value_norm->scale, value_norm->epsilon, head_dim, normed);
       v = normed;
     }
-    layer_.store_value(v, head_dim, kv.type, slot, page + kv.value_offset + h * head_bytes);
+    layer_.store_value(v, head_dim, kv.type, lane, page + kv.value_offset + h * head_bytes);
     float* k = row_of(key, row) + h * head_dim;
     layer_.rms_norm(k, key_norm.scale, key_norm.epsilon, head_dim, k);
     layer_.rotate(k, cosine, cosine + head_dim / 2, head_dim);
-    layer_.store_key(k, head_dim, kv.type, slot, page + kv.key_offset + h * head_bytes);
+    layer_.store_key(k, head_dim, kv.type, lane, page + kv.key_offset + h * head_bytes);
   }
 }
 
@@ -130,6 +131,32 @@ void CpuBackend::attend(Tensor query, int query_heads, const KvLayer& kv, const 
   attention_->attend(
       {row_of(query, 0), row_of(output, 0), query.row_stride(), output.row_stride(), &kv, query_heads, sees, scale},
       step_, arena_);
+}
+
+void CpuBackend::move_kv(const KvLayer& kv, std::span<const KvMove> moves) {
+  const std::size_t element = kv.type == KvType::f16 ? 2 : 4;
+  const auto components = static_cast<std::size_t>(kv.heads * kv.head_dim);
+  const std::size_t value = static_cast<std::size_t>(kv.head_dim) * element;
+  for (const KvMove& move : moves) {
+    require(move.to >= 0 && move.to <= move.from, "keys and values that move back");
+    if (move.to == move.from) continue;
+    const auto page = [&](std::int64_t position) {
+      return arena_.base + std::size_t{move.pages[kv.table][position / kPageSize]} * kPageUnit;
+    };
+    const std::byte* from = page(move.from);
+    std::byte* to = page(move.to);
+    const auto from_lane = static_cast<std::size_t>(move.from % kPageSize);
+    const auto to_lane = static_cast<std::size_t>(move.to % kPageSize);
+    for (std::size_t c = 0; c < components; ++c) {
+      std::memcpy(to + kv.key_offset + (c * kPageSize + to_lane) * element,
+                  from + kv.key_offset + (c * kPageSize + from_lane) * element, element);
+    }
+    for (int h = 0; h < kv.heads; ++h) {
+      const auto head = static_cast<std::size_t>(h) * kPageSize;
+      std::memcpy(to + kv.value_offset + (head + to_lane) * value, from + kv.value_offset + (head + from_lane) * value,
+                  value);
+    }
+  }
 }
 
 }  // namespace draftwerk::cpu

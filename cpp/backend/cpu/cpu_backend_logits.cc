@@ -47,19 +47,26 @@ void CpuBackend::head(Tensor states, const SparseHead& head) {
 void CpuBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
   const auto* logits = std::get_if<LogitRows>(&head_logits_);
   require(logits != nullptr, "a head of all tokens before a choice is verified");
+  require(std::all_of(groups.begin(), groups.end(),
+                      [](const VerifyGroup& group) {
+                        return group.parents.empty() ||
+                               (group.parents.size() == group.drafts.size() && is_tree(group.parents));
+                      }),
+          "a tree of drafts");
   sampler_->verify_logits(*logits, groups, results, pool_);
 }
 
-void CpuBackend::propose(std::span<const ProposeRow> rows, std::span<TokenId> tokens) {
-  require(rows.size() == static_cast<std::size_t>(step_outputs()) && tokens.size() >= rows.size(),
-          "a row to propose for and room for a token for every output");
+void CpuBackend::propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) {
+  require(rows.size() == static_cast<std::size_t>(step_outputs()) && count >= 1 &&
+              candidates.size() >= rows.size() * static_cast<std::size_t>(count),
+          "a row to propose for and room for its candidates for every output");
   if (const auto* sparse = std::get_if<SparseLogitRows>(&head_logits_)) {
-    propose_sparse(sampler_kernels(isa_), *sparse, rows, tokens, pool_);
+    propose_sparse(sampler_kernels(isa_), *sparse, rows, count, candidates, pool_);
     return;
   }
   const auto* logits = std::get_if<LogitRows>(&head_logits_);
   require(logits != nullptr, "a head before a draft is proposed");
-  sampler_->propose(*logits, rows, tokens, pool_);
+  sampler_->propose(*logits, rows, count, candidates, pool_);
 }
 
 void CpuBackend::read_logits(std::span<float> out) {

@@ -35,14 +35,21 @@ constexpr std::size_t kv_head_bytes(int head_dim, KvType type) {
   return std::size_t{kPageSize} * static_cast<std::size_t>(head_dim) * (type == KvType::f16 ? 2 : 4);
 }
 
-/// Up to kQueryTile queries of one sequence and key/value head, by ascending position. Query i sees the positions
-/// first[i] .. last[i], both included, and nothing outside of them is read on its behalf but other lanes of a page
-/// of which some query of the tile sees a position.
+/// QueryTile::tail where every position has its own slot.
+inline constexpr std::int64_t kNoTail = INT64_MAX;
+
+/// Up to kQueryTile queries of one sequence and key/value head. Query i sees the positions first[i] .. last[i], both
+/// included, and nothing outside of them is read on its behalf but other lanes of a page of which some query of the
+/// tile sees a position.
+/// Slot s of a sequence is lane s % kPageSize of its page s / kPageSize. A position's keys and values lie in the slot
+/// of the same number, but from `tail` on, where the paths of a tree part, in one that depends on the query.
 struct QueryTile {
   int count = 0;
   const float* query[kQueryTile] = {};  ///< [head_dim] each
   std::int64_t first[kQueryTile] = {};
   std::int64_t last[kQueryTile] = {};
+  std::int64_t tail = kNoTail;
+  const std::int64_t* slots[kQueryTile] = {};  ///< [last - tail + 1] slots of the positions from `tail` on, ascending
 };
 
 /// Softmax-weighted values not yet divided by their weights, for the queries of a tile over some positions: what the
@@ -77,8 +84,8 @@ struct LayerKernels {
   void (*store_key)(const float* key, int head_dim, KvType type, int slot, std::byte* keys);
   /// Writes one value likewise.
   void (*store_value)(const float* value, int head_dim, KvType type, int slot, std::byte* values);
-  /// Attention of a tile over chunk number `chunk` (positions chunk * kAttentionChunk onwards). Queries that see
-  /// nothing of the chunk keep their part of `state` as it is.
+  /// Attention of a tile over chunk number `chunk` (positions chunk * kAttentionChunk onwards). The part of `state` of
+  /// queries that see nothing of the chunk means nothing.
   void (*attend_chunk)(const QueryTile& tile, const KvHeadView& kv, std::int64_t chunk, float scale,
                        AttentionState& state);
   /// Takes the result of chunk number `chunk` into the running `total` of earlier chunks. Chunks are merged in

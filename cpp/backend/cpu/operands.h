@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -22,6 +23,14 @@ inline void require(bool condition, const char* what) {
 
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
+}
+
+/// Parents of drafts, as of Segment and VerifyGroup: each an earlier draft or -1.
+inline bool is_tree(std::span<const std::int32_t> parents) {
+  for (std::size_t i = 0; i < parents.size(); ++i) {
+    if (parents[i] < -1 || parents[i] >= static_cast<std::int64_t>(i)) return false;
+  }
+  return true;
 }
 
 class CpuWeight final : public Weight {

@@ -25,8 +25,6 @@ const SamplerKernels& sampler_kernels(Isa isa) {
 
 namespace {
 
-/// Up to this many tokens are copied out of the row and compete as a list; a larger top_k works on the row itself.
-constexpr int kListCapacity = 2048;
 /// A greedy row takes a microsecond, about what it costs to wake a worker.
 constexpr std::int64_t kGreedyGrain = 8;
 int chunks_of(const LogitRow& row) { return (row.vocabulary + kLogitChunk - 1) / kLogitChunk; }
@@ -60,6 +58,29 @@ Cut row_cut(const SamplerKernels& kernels, const LogitRow& row, int k, float bou
   return {found.value, found.exact ? INT_MAX : nth_equal(row, found.value, k - found.above)};
 }
 
+/// The draft that a draft follows; -1: the last known token.
+int parent_of(const VerifyGroup& group, int draft) {
+  return group.parents.empty() ? draft - 1 : group.parents[static_cast<std::size_t>(draft)];
+}
+
+/// The draft that follows draft `parent` (-1: the last known token) and is `token`; -1 if there is none.
+int draft_of(const VerifyGroup& group, int parent, TokenId token) {
+  for (int draft = parent + 1; draft < static_cast<int>(group.drafts.size()); ++draft) {
+    if (parent_of(group, draft) == parent && group.drafts[static_cast<std::size_t>(draft)] == token) return draft;
+  }
+  return -1;
+}
+
+/// The drafts from the last known token to row `row` of a group, copied to the end of `path` where they lie apart.
+std::span<const TokenId> drafts_before(const VerifyGroup& group, int row, std::vector<TokenId>& path) {
+  if (group.parents.empty()) return group.drafts.first(static_cast<std::size_t>(row));
+  std::size_t first = path.size();
+  for (int draft = row - 1; draft >= 0; draft = parent_of(group, draft)) {
+    path[--first] = group.drafts[static_cast<std::size_t>(draft)];
+  }
+  return std::span<const TokenId>(path).subspan(first);
+}
+
 double log_normalizer(float top, std::uint64_t mass) {
   return static_cast<double>(top) + std::log(std::ldexp(static_cast<double>(mass), -kWeightFractionBits));
 }
@@ -77,6 +98,7 @@ struct alignas(64) Sampler::Scratch {
   std::vector<TokenId> tokens;
   std::vector<std::uint8_t> touched;                ///< per chunk: its maximum is out of date
   std::vector<std::pair<TokenId, float>> original;  ///< the logits that were overwritten, as they were
+  std::vector<TokenId> path;                        ///< [max_rows]
 };
 
 struct Sampler::Choice {
@@ -91,13 +113,14 @@ Sampler::Sampler(Isa isa, int vocabulary, int max_rows, int workers)
       vocabulary_(vocabulary),
       scratch_(static_cast<std::size_t>(workers)),
       choices_(static_cast<std::size_t>(max_rows)),
-      rejected_(std::make_unique<std::atomic<int>[]>(static_cast<std::size_t>(max_rows))),
+      chosen_(std::make_unique<std::atomic<TokenId>[]>(static_cast<std::size_t>(max_rows))),
       max_rows_(max_rows) {
   const auto chunks = static_cast<std::size_t>((vocabulary + kLogitChunk - 1) / kLogitChunk);
   for (Scratch& scratch : scratch_) {
     scratch.z.assign(kListCapacity, kMinusInfinity);
     scratch.tokens.assign(kListCapacity, 0);
     scratch.touched.assign(chunks, 0);
+    scratch.path.assign(static_cast<std::size_t>(max_rows), 0);
   }
   tasks_.reserve(static_cast<std::size_t>(max_rows));
 }
@@ -116,58 +139,74 @@ void Sampler::verify_logits(const LogitRows& logits, std::span<const VerifyGroup
       if (row <= groups[g].drafts.size()) tasks_.push_back({static_cast<int>(g), static_cast<int>(row)});
     }
   }
-  for (std::size_t g = 0; g < groups.size(); ++g) {
-    const SamplingParams& sampling = *groups[g].sampling;
+  for (const VerifyGroup& group : groups) {
+    const SamplingParams& sampling = *group.sampling;
     heavy = heavy || sampling.temperature > 0.0F || sampling.needs_history() || sampling.logprobs >= 0;
-    rejected_[g].store(static_cast<int>(groups[g].drafts.size()), std::memory_order_relaxed);
+    const auto first = static_cast<std::size_t>(group.first_output);
+    for (std::size_t row = 0; row <= group.drafts.size(); ++row) {
+      chosen_[first + row].store(-1, std::memory_order_relaxed);
+    }
   }
 
   const std::int64_t grain = heavy ? 1 : kGreedyGrain;
-  pool.parallel_for(
-      static_cast<std::int64_t>(tasks_.size()), grain, [&](std::int64_t begin, std::int64_t end, int worker) {
-        for (std::int64_t i = begin; i < end; ++i) {
-          const Task task = tasks_[static_cast<std::size_t>(i)];
-          const VerifyGroup& group = groups[static_cast<std::size_t>(task.group)];
-          std::atomic<int>& rejected = rejected_[static_cast<std::size_t>(task.group)];
-          if (task.row > rejected.load(std::memory_order_relaxed)) continue;
-          Choice& choice = choices_[static_cast<std::size_t>(group.first_output + task.row)];
-          choose(logits, group, task.row, scratch_[static_cast<std::size_t>(worker)], choice);
-          if (static_cast<std::size_t>(task.row) == group.drafts.size()) continue;
-          if (choice.token == group.drafts[static_cast<std::size_t>(task.row)]) continue;
-          int first = rejected.load(std::memory_order_relaxed);
-          while (task.row < first && !rejected.compare_exchange_weak(first, task.row, std::memory_order_relaxed)) {
-          }
-        }
-      });
+  pool.parallel_for(static_cast<std::int64_t>(tasks_.size()), grain,
+                    [&](std::int64_t begin, std::int64_t end, int worker) {
+                      for (std::int64_t i = begin; i < end; ++i) {
+                        const Task task = tasks_[static_cast<std::size_t>(i)];
+                        const VerifyGroup& group = groups[static_cast<std::size_t>(task.group)];
+                        if (is_out(group, task.row)) continue;
+                        const auto output = static_cast<std::size_t>(group.first_output + task.row);
+                        Choice& choice = choices_[output];
+                        choose(logits, group, task.row, scratch_[static_cast<std::size_t>(worker)], choice);
+                        chosen_[output].store(choice.token, std::memory_order_relaxed);
+                      }
+                    });
+  for (std::size_t g = 0; g < groups.size(); ++g) record(groups[g], results[g]);
+}
 
-  for (std::size_t g = 0; g < groups.size(); ++g) {
-    const int count = rejected_[g].load(std::memory_order_relaxed) + 1;
-    const int logprobs = groups[g].sampling->logprobs;
-    VerifyResult& result = results[g];
-    result.tokens.clear();
-    result.logprobs.clear();
-    result.top.resize(logprobs > 0 ? static_cast<std::size_t>(count) : 0);
-    for (int row = 0; row < count; ++row) {
-      const Choice& choice = choices_[static_cast<std::size_t>(groups[g].first_output + row)];
-      result.tokens.push_back(choice.token);
-      if (logprobs >= 0) result.logprobs.push_back(choice.logprob);
-      if (logprobs > 0) result.top[static_cast<std::size_t>(row)] = choice.top;
-    }
+/// Whether some draft that a row stands behind is known to be wrong: then nobody asks what would be chosen there.
+bool Sampler::is_out(const VerifyGroup& group, int row) const {
+  for (int draft = row - 1; draft >= 0; draft = parent_of(group, draft)) {
+    const auto output = static_cast<std::size_t>(group.first_output + parent_of(group, draft) + 1);
+    const TokenId chosen = chosen_[output].load(std::memory_order_relaxed);
+    if (chosen >= 0 && chosen != group.drafts[static_cast<std::size_t>(draft)]) return true;
+  }
+  return false;
+}
+
+/// Follows the drafts that were chosen.
+void Sampler::record(const VerifyGroup& group, VerifyResult& result) const {
+  const int logprobs = group.sampling->logprobs;
+  result.tokens.clear();
+  result.drafts.clear();
+  result.logprobs.clear();
+  int draft = -1;
+  while (true) {
+    const Choice& choice = choices_[static_cast<std::size_t>(group.first_output + draft + 1)];
+    result.tokens.push_back(choice.token);
+    if (logprobs >= 0) result.logprobs.push_back(choice.logprob);
+    draft = draft_of(group, draft, choice.token);
+    if (draft < 0) break;
+    result.drafts.push_back(draft);
+  }
+  result.top.resize(logprobs > 0 ? result.tokens.size() : 0);
+  for (std::size_t i = 0; i < result.top.size(); ++i) {
+    const int row = i == 0 ? 0 : result.drafts[i - 1] + 1;
+    result.top[i] = choices_[static_cast<std::size_t>(group.first_output + row)].top;
   }
 }
 
-void Sampler::propose(const LogitRows& logits, std::span<const ProposeRow> rows, std::span<TokenId> tokens,
-                      WorkerPool& pool) {
+void Sampler::propose(const LogitRows& logits, std::span<const ProposeRow> rows, int count,
+                      std::span<Candidate> candidates, WorkerPool& pool) {
   const bool heavy = std::any_of(rows.begin(), rows.end(), [](const ProposeRow& row) {
     return row.sampling->temperature > 0.0F || row.sampling->needs_history();
   });
+  const auto each = static_cast<std::size_t>(count);
   const auto choose_rows = [&](std::int64_t begin, std::int64_t end, int worker) {
     for (std::int64_t i = begin; i < end; ++i) {
-      const ProposeRow& row = rows[static_cast<std::size_t>(i)];
-      const VerifyGroup group{0, row.drafts, row.position, row.sampling, row.history, row.banned, row.banned_tokens};
-      tokens[static_cast<std::size_t>(i)] =
-          choose_token(logits.values + i * logits.stride, logits.chunk_max + i * logits.chunk_stride, group,
-                       static_cast<int>(row.drafts.size()), false, scratch_[static_cast<std::size_t>(worker)]);
+      const auto at = static_cast<std::size_t>(i);
+      find_candidates(logits.values + i * logits.stride, logits.chunk_max + i * logits.chunk_stride, rows[at], false,
+                      scratch_[static_cast<std::size_t>(worker)], candidates.subspan(at * each, each));
     }
   };
   pool.parallel_for(static_cast<std::int64_t>(rows.size()), heavy ? 1 : kGreedyGrain, choose_rows);
@@ -183,7 +222,15 @@ void Sampler::choose(const LogitRows& logits, const VerifyGroup& group, int row,
 
   const bool wants_logprobs = sampling.logprobs >= 0;
   if (wants_logprobs) record_logprobs({values, chunk_max, vocabulary_, 1.0F}, sampling.logprobs, scratch, choice);
-  choice.token = choose_token(values, chunk_max, group, row, wants_logprobs, scratch);
+  const ProposeRow place{drafts_before(group, row, scratch.path),
+                         group.position,
+                         group.sampling,
+                         group.history,
+                         group.banned,
+                         group.banned_tokens};
+  Candidate best;
+  find_candidates(values, chunk_max, place, wants_logprobs, scratch, std::span(&best, 1));
+  choice.token = best.token;
   if (wants_logprobs) {
     float logit = values[choice.token];
     for (const auto& [token, original] : scratch.original) {
@@ -195,14 +242,26 @@ void Sampler::choose(const LogitRows& logits, const VerifyGroup& group, int row,
   }
 }
 
-/// One row, by the list in sampling.h.
-TokenId Sampler::choose_token(float* values, float* chunk_max, const VerifyGroup& group, int row, bool keep_original,
-                              Scratch& scratch) const {
-  const SamplingParams& sampling = *group.sampling;
-  adjust(values, chunk_max, group, row, keep_original, scratch);
-  if (sampling.temperature <= 0.0F) return choose_greedy({values, chunk_max, vocabulary_, 1.0F});
-  const LogitRow scaled_row{values, chunk_max, vocabulary_, 1.0F / sampling.temperature};
-  return choose_sampled(scaled_row, sampling, {sampling.seed, group.position + row}, scratch);
+/// One row, by the list in sampling.h, as often as there are candidates. The last one's logit stays as it is.
+void Sampler::find_candidates(float* values, float* chunk_max, const ProposeRow& row, bool keep_original,
+                              Scratch& scratch, std::span<Candidate> candidates) const {
+  const SamplingParams& sampling = *row.sampling;
+  adjust(values, chunk_max, row, keep_original, scratch);
+  const bool greedy = sampling.temperature <= 0.0F;
+  const LogitRow logits{values, chunk_max, vocabulary_, greedy ? 1.0F : 1.0F / sampling.temperature};
+  const std::int64_t enough = sampling.top_k + static_cast<std::int64_t>(candidates.size()) - 1;
+  if (!greedy && sampling.top_k > 0 && enough < vocabulary_ && enough <= kListCapacity) {
+    const int count = collect_top(logits, static_cast<int>(enough), scratch);
+    cpu::choose_sampled(kernels_, scratch.z.data(), scratch.tokens.data(), count, sampling, noise_of(row), candidates);
+  } else {
+    std::fill(candidates.begin(), candidates.end(), kNoCandidate);
+    for (std::size_t i = 0; i < candidates.size(); ++i) {
+      if (i > 0) exclude(candidates[i - 1].token, values, chunk_max);
+      candidates[i] = greedy ? choose_greedy(logits) : choose_sampled(logits, sampling, noise_of(row));
+      if (candidates[i].token < 0) break;
+    }
+  }
+  if (candidates[0].token < 0) candidates[0].token = 0;
 }
 
 void Sampler::record_logprobs(const LogitRow& row, int count, Scratch& scratch, Choice& choice) const {
@@ -211,8 +270,8 @@ void Sampler::record_logprobs(const LogitRow& row, int count, Scratch& scratch, 
   choice.normalizer = log_normalizer(top, kernels_.row_mass(row, kKeepAll, top));
   count = std::min({count, vocabulary_, kListCapacity});
   if (count <= 0) return;
-  Cut cut = kKeepAll;
-  const int found = collect_top(row, count, scratch, cut);
+  const int found = collect_top(row, count, scratch);
+  const Cut cut = list_cut(kernels_, {scratch.z.data(), scratch.tokens.data(), found}, count, top);
   for (int i = 0; i < found; ++i) {
     const auto at = static_cast<std::size_t>(i);
     if (keeps(cut, scratch.z[at], scratch.tokens[at])) choice.top.push_back({scratch.tokens[at], scratch.z[at]});
@@ -223,12 +282,12 @@ void Sampler::record_logprobs(const LogitRow& row, int count, Scratch& scratch, 
   for (TokenLogprob& entry : choice.top) entry.logprob = log_probability(entry.logprob, choice.normalizer);
 }
 
-void Sampler::adjust(float* values, float* chunk_max, const VerifyGroup& group, int row, bool keep_original,
+void Sampler::adjust(float* values, float* chunk_max, const ProposeRow& row, bool keep_original,
                      Scratch& scratch) const {
   scratch.original.clear();
   bool changed = false;
   adjust_logits(
-      group, row, [&](TokenId token) { return token >= 0 && token < vocabulary_ ? values + token : nullptr; },
+      row, [&](TokenId token) { return token >= 0 && token < vocabulary_ ? values + token : nullptr; },
       [&](TokenId token, float logit) {
         if (keep_original) scratch.original.emplace_back(token, logit);
         scratch.touched[static_cast<std::size_t>(token / kLogitChunk)] = 1;
@@ -238,44 +297,47 @@ void Sampler::adjust(float* values, float* chunk_max, const VerifyGroup& group, 
   for (std::size_t c = 0; c < scratch.touched.size(); ++c) {
     if (scratch.touched[c] == 0) continue;
     scratch.touched[c] = 0;
-    const int first = static_cast<int>(c) * kLogitChunk;
-    chunk_max[c] = kernels_.maximum(values + first, std::min(kLogitChunk, vocabulary_ - first));
+    refresh_maximum(static_cast<int>(c), values, chunk_max);
   }
 }
 
-TokenId Sampler::choose_greedy(const LogitRow& row) const {
+/// Takes a token out of the running.
+void Sampler::exclude(TokenId token, float* values, float* chunk_max) const {
+  values[token] = kMinusInfinity;
+  refresh_maximum(token / kLogitChunk, values, chunk_max);
+}
+
+void Sampler::refresh_maximum(int chunk, const float* values, float* chunk_max) const {
+  const int first = chunk * kLogitChunk;
+  chunk_max[chunk] = kernels_.maximum(values + first, std::min(kLogitChunk, vocabulary_ - first));
+}
+
+Candidate Sampler::choose_greedy(const LogitRow& row) const {
   const float top = row_maximum(row);
-  if (!(top > kMinusInfinity)) return 0;
+  if (!(top > kMinusInfinity)) return kNoCandidate;
   for (int c = 0; c < chunks_of(row); ++c) {
     if (row.chunk_max[c] != top) continue;
     const int end = std::min((c + 1) * kLogitChunk, row.vocabulary);
     for (int token = c * kLogitChunk; token < end; ++token) {
-      if (row.values[token] == top) return token;
+      if (row.values[token] == top) return {token, top};
     }
   }
-  return 0;
+  return kNoCandidate;
 }
 
-TokenId Sampler::choose_sampled(const LogitRow& row, const SamplingParams& sampling, NoiseKey noise,
-                                Scratch& scratch) const {
+/// Steps 6 to 9 in place.
+Candidate Sampler::choose_sampled(const LogitRow& row, const SamplingParams& sampling, NoiseKey noise) const {
   const float top = scaled(row_maximum(row), row.scale);
-  if (!(top > kMinusInfinity)) return 0;
+  if (!(top > kMinusInfinity)) return kNoCandidate;
   Cut cut = kKeepAll;
-  TokenId token = INT_MAX;
-  if (sampling.top_k > 0 && sampling.top_k < std::min(vocabulary_, kListCapacity + 1)) {
-    const int count = collect_top(row, sampling.top_k, scratch, cut);
-    const Candidates list{scratch.z.data(), scratch.tokens.data(), count};
-    token = choose_among(ShortList{kernels_, list}, cut, sampling, top, noise);
-  } else {
-    if (sampling.top_k > 0 && sampling.top_k < vocabulary_) cut = row_cut(kernels_, row, sampling.top_k, -FLT_MAX);
-    token = choose_among(WholeRow{kernels_, row}, cut, sampling, top, noise);
-  }
-  return token == INT_MAX ? 0 : token;
+  if (sampling.top_k > 0 && sampling.top_k < vocabulary_) cut = row_cut(kernels_, row, sampling.top_k, -FLT_MAX);
+  const Winner winner = choose_among(WholeRow{kernels_, row}, cut, sampling, top, noise);
+  return winner.token == INT_MAX ? kNoCandidate : Candidate{winner.token, winner.score};
 }
 
-/// Puts the k tokens of the largest z, k <= kListCapacity, into the scratch lists, perhaps among others, and sets
-/// `cut` to keep just them. Returns the length of the lists.
-int Sampler::collect_top(const LogitRow& row, int k, Scratch& scratch, Cut& cut) const {
+/// Puts the k tokens of the largest z, k <= kListCapacity, into the scratch lists, perhaps among others. Returns the
+/// length of the lists.
+int Sampler::collect_top(const LogitRow& row, int k, Scratch& scratch) const {
   // The k-th largest chunk maximum bounds the k-th largest token from below, if there are so many chunks.
   float bound = -FLT_MAX;
   const float top = scaled(row_maximum(row), row.scale);
@@ -286,13 +348,9 @@ int Sampler::collect_top(const LogitRow& row, int k, Scratch& scratch, Cut& cut)
   }
   float* z = scratch.z.data();
   TokenId* tokens = scratch.tokens.data();
-  const int count = kernels_.collect(row, {bound, INT_MAX}, kListCapacity, z, tokens);
-  if (count > kListCapacity) {
-    cut = row_cut(kernels_, row, k, bound);
-    return kernels_.collect(row, cut, kListCapacity, z, tokens);
-  }
-  cut = list_cut(kernels_, {z, tokens, count}, k, bound, top);
-  return count;
+  const int count = kernels_.row_collect(row, {bound, INT_MAX}, kListCapacity, z, tokens);
+  if (count <= kListCapacity) return count;
+  return kernels_.row_collect(row, row_cut(kernels_, row, k, bound), kListCapacity, z, tokens);
 }
 
 }  // namespace draftwerk::cpu

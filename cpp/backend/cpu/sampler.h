@@ -37,16 +37,17 @@ class Sampler {
   Sampler& operator=(Sampler&&) = delete;
   ~Sampler();
 
-  /// results[g] becomes what groups[g] accepts: in row i of the group the token at position + i is chosen; while it
-  /// equals drafts[i] the next row decides, otherwise (or after the last draft) the group ends. Rows are chosen in
-  /// parallel; which thread does it, and what else is in the step, changes nothing. A row without any finite logit
-  /// gives token 0. Log-probabilities are filled if sampling->logprobs >= 0, `top` if it is > 0.
+  /// results[g] becomes what groups[g] accepts: the group's first row chooses the token at `position`; if a draft that
+  /// follows the last known token equals it, that draft's row chooses the next one, and so on until no draft does. Rows
+  /// are chosen in parallel; which thread does it, and what else is in the step, changes nothing. A row without any
+  /// finite logit gives token 0. Log-probabilities are filled if sampling->logprobs >= 0, `top` if it is > 0.
   void verify_logits(const LogitRows& logits, std::span<const VerifyGroup> groups, std::span<VerifyResult> results,
                      WorkerPool& pool);
 
-  /// tokens[i] becomes what verify_logits would choose in row i of the logits, were it the row behind the last draft of
-  /// rows[i]. No log-probabilities are taken.
-  void propose(const LogitRows& logits, std::span<const ProposeRow> rows, std::span<TokenId> tokens, WorkerPool& pool);
+  /// Finds `count` candidates for each of the rows (Backend::propose), where verify_logits would choose in row i of the
+  /// logits, were it the row behind the last draft of rows[i]. No log-probabilities are taken.
+  void propose(const LogitRows& logits, std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates,
+               WorkerPool& pool);
 
  private:
   struct Scratch;
@@ -56,22 +57,25 @@ class Sampler {
     int row = 0;  ///< within the group
   };
 
+  [[nodiscard]] bool is_out(const VerifyGroup& group, int row) const;
+  void record(const VerifyGroup& group, VerifyResult& result) const;
   void choose(const LogitRows& logits, const VerifyGroup& group, int row, Scratch& scratch, Choice& choice) const;
-  TokenId choose_token(float* values, float* chunk_max, const VerifyGroup& group, int row, bool keep_original,
-                       Scratch& scratch) const;
+  void find_candidates(float* values, float* chunk_max, const ProposeRow& row, bool keep_original, Scratch& scratch,
+                       std::span<Candidate> candidates) const;
   void record_logprobs(const LogitRow& row, int count, Scratch& scratch, Choice& choice) const;
-  void adjust(float* values, float* chunk_max, const VerifyGroup& group, int row, bool keep_original,
-              Scratch& scratch) const;
-  [[nodiscard]] TokenId choose_greedy(const LogitRow& row) const;
-  TokenId choose_sampled(const LogitRow& row, const SamplingParams& sampling, NoiseKey noise, Scratch& scratch) const;
-  int collect_top(const LogitRow& row, int k, Scratch& scratch, Cut& cut) const;
+  void adjust(float* values, float* chunk_max, const ProposeRow& row, bool keep_original, Scratch& scratch) const;
+  void exclude(TokenId token, float* values, float* chunk_max) const;
+  void refresh_maximum(int chunk, const float* values, float* chunk_max) const;
+  [[nodiscard]] Candidate choose_greedy(const LogitRow& row) const;
+  [[nodiscard]] Candidate choose_sampled(const LogitRow& row, const SamplingParams& sampling, NoiseKey noise) const;
+  int collect_top(const LogitRow& row, int k, Scratch& scratch) const;
 
   const SamplerKernels& kernels_;
   int vocabulary_;
   std::vector<Scratch> scratch_;  ///< one per worker
   std::vector<Choice> choices_;   ///< one per output row
   std::vector<Task> tasks_;
-  std::unique_ptr<std::atomic<int>[]> rejected_;  ///< per group, the first row known to disagree with its draft
+  std::unique_ptr<std::atomic<TokenId>[]> chosen_;  ///< per output row, the token chosen there, -1 until it is
   int max_rows_;
 };
 

@@ -47,7 +47,7 @@ struct Winner {
 };
 
 /// Some tokens of a row with their z, in any order.
-struct Candidates {
+struct LogitList {
   const float* z = nullptr;
   const std::int32_t* tokens = nullptr;
   int count = 0;
@@ -62,13 +62,15 @@ struct SamplerKernels {
   int (*row_count_at_least)(const LogitRow& row, float threshold);
   /// Stores the kept tokens in ascending order, at most `capacity` of them, and returns how many there are, or
   /// capacity + 1 if they do not fit. Arrays have room for a multiple of 16 entries >= capacity.
-  int (*collect)(const LogitRow& row, Cut cut, int capacity, float* z, std::int32_t* tokens);
+  int (*row_collect)(const LogitRow& row, Cut cut, int capacity, float* z, std::int32_t* tokens);
+  /// The same for a list, in its order, where all that are kept fit.
+  int (*list_collect)(const LogitList& list, Cut cut, float* z, std::int32_t* tokens);
   /// Mass of the kept tokens: the sum of their weights for z_max = `top`.
   std::uint64_t (*row_mass)(const LogitRow& row, Cut cut, float top);
-  std::uint64_t (*list_mass)(const Candidates& list, Cut cut, float top);
+  std::uint64_t (*list_mass)(const LogitList& list, Cut cut, float top);
   /// The kept token of the largest z + gumbel; token INT32_MAX if none is kept.
   Winner (*row_best)(const LogitRow& row, Cut cut, NoiseKey noise);
-  Winner (*list_best)(const Candidates& list, Cut cut, NoiseKey noise);
+  Winner (*list_best)(const LogitList& list, Cut cut, NoiseKey noise);
   /// Single values, for the specification and for tests: gumbel noise of a random word, and the weight of
   /// difference = z - z_max <= 0.
   float (*gumbel)(std::uint32_t word);

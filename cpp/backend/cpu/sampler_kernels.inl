@@ -265,7 +265,7 @@ int row_count_at_least(const LogitRow& row, float threshold) {
   return sum;
 }
 
-int collect(const LogitRow& row, Cut cut, int capacity, float* z, std::int32_t* tokens) {
+int row_collect(const LogitRow& row, Cut cut, int capacity, float* z, std::int32_t* tokens) {
   int found = 0;
   float padded[kLogitChunk];
   for (int c = 0; c < chunks_of(row); ++c) {
@@ -384,7 +384,23 @@ RegisterInt load_some_tokens(const std::int32_t* tokens, int count) {
   return read<RegisterInt>(lane);
 }
 
-std::uint64_t list_mass(const Candidates& list, Cut cut, float top) {
+int list_collect(const LogitList& list, Cut cut, float* z, std::int32_t* tokens) {
+  int found = 0;
+  for (int i = 0; i < list.count; i += kWidth) {
+    const int count = list.count - i < kWidth ? list.count - i : kWidth;
+    const RegisterInt mask = kept(load_some(list.z + i, count), load_some_tokens(list.tokens + i, count), cut);
+    if (!any(mask)) continue;
+    for (int j = 0; j < count; ++j) {
+      if (mask[j] == 0) continue;
+      z[found] = list.z[i + j];
+      tokens[found] = list.tokens[i + j];
+      ++found;
+    }
+  }
+  return found;
+}
+
+std::uint64_t list_mass(const LogitList& list, Cut cut, float top) {
   RegisterWide sum = {};
   for (int i = 0; i < list.count; i += kWidth) {
     const Register z = load_some(list.z + i, list.count - i);
@@ -410,7 +426,7 @@ RegisterWord words_of(NoiseKey noise, RegisterInt token) {
   return read<RegisterWord>(half);
 }
 
-Winner list_best(const Candidates& list, Cut cut, NoiseKey noise) {
+Winner list_best(const LogitList& list, Cut cut, NoiseKey noise) {
   Winner best{kMinusInfinity, kMinusInfinity, INT_MAX};
   for (int i = 0; i < list.count; i += kWidth) {
     const Register z = load_some(list.z + i, list.count - i);
@@ -435,7 +451,7 @@ std::uint64_t weight_of_difference(float difference) {
 }  // namespace
 
 const SamplerKernels kSamplerKernels = {
-    maximum,   count_at_least, row_count_at_least, collect,        row_mass,
+    maximum,   count_at_least, row_count_at_least, row_collect,    list_collect,         row_mass,
     list_mass, row_best,       list_best,          gumbel_of_word, weight_of_difference,
 };
 

@@ -32,8 +32,9 @@ struct SparseLogitRows {
   [[nodiscard]] float* find(std::int64_t output, TokenId token) const;
 };
 
-/// tokens[i] becomes the draft for rows[i], chosen from the logits of output i, which are overwritten.
+/// Finds `count` candidates for each of the rows (Backend::propose), row i among the logits of output i, which are
+/// overwritten.
 void propose_sparse(const SamplerKernels& kernels, const SparseLogitRows& logits, std::span<const ProposeRow> rows,
-                    std::span<TokenId> tokens, WorkerPool& pool);
+                    int count, std::span<Candidate> candidates, WorkerPool& pool);
 
 }  // namespace draftwerk::cpu

@@ -1,0 +1,85 @@
+#include "backend/cpu/choosing.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <climits>
+#include <cstddef>
+#include <cstdint>
+
+namespace draftwerk::cpu {
+namespace {
+
+/// Takes a token out of the running.
+void exclude(TokenId token, float* z, const std::int32_t* tokens, int count) {
+  z[std::find(tokens, tokens + count, token) - tokens] = kMinusInfinity;
+}
+
+}  // namespace
+
+Cut list_cut(const SamplerKernels& kernels, const LogitList& list, int k, float top) {
+  const Threshold found = find_threshold(
+      k, -FLT_MAX, top, [&](float threshold) { return kernels.count_at_least(list.z, list.count, 1.0F, threshold); });
+  if (found.exact) return {found.value, INT_MAX};
+  // Of those that equal it, the lowest ids; there are rarely two.
+  const int wanted = k - found.above;
+  std::int64_t last = -1;
+  std::int64_t beyond = INT_MAX;  // at least `wanted` ids of equals are not above this one
+  while (beyond - last > 1) {
+    const std::int64_t middle = last + (beyond - last) / 2;
+    int count = 0;
+    for (int i = 0; i < list.count; ++i)
+      count += static_cast<int>(list.z[i] == found.value && list.tokens[i] <= middle);
+    (count < wanted ? last : beyond) = middle;
+  }
+  return {found.value, static_cast<std::int32_t>(beyond)};
+}
+
+void choose_greedy(const SamplerKernels& kernels, float* l, const std::int32_t* tokens, int count,
+                   std::span<Candidate> candidates) {
+  std::fill(candidates.begin(), candidates.end(), kNoCandidate);
+  for (Candidate& candidate : candidates) {
+    const float top = kernels.maximum(l, count);
+    if (!(top > kMinusInfinity)) return;
+    TokenId lowest = INT_MAX;
+    for (int first = 0; first < count; first += kLogitChunk) {
+      const int last = std::min(first + kLogitChunk, count);
+      if (kernels.maximum(l + first, last - first) != top) continue;
+      for (int i = first; i < last; ++i) {
+        if (l[i] == top) lowest = std::min(lowest, tokens[i]);
+      }
+    }
+    candidate = {lowest, top};
+    exclude(lowest, l, tokens, count);
+  }
+}
+
+void choose_sampled(const SamplerKernels& kernels, float* z, const std::int32_t* tokens, int count,
+                    const SamplingParams& sampling, NoiseKey noise, std::span<Candidate> candidates) {
+  std::fill(candidates.begin(), candidates.end(), kNoCandidate);
+  // Each candidate is one of the top_k when those before it are gone: no more than these are ever looked at.
+  const std::int64_t enough = sampling.top_k + static_cast<std::int64_t>(candidates.size()) - 1;
+  float few_z[kListCapacity];
+  std::int32_t few_tokens[kListCapacity];
+  if (sampling.top_k > 0 && enough < count && enough <= kListCapacity) {
+    const LogitList all{z, tokens, count};
+    const float top = kernels.maximum(z, count);
+    if (!(top > kMinusInfinity)) return;
+    const Cut cut = list_cut(kernels, all, static_cast<int>(enough), top);
+    count = kernels.list_collect(all, cut, few_z, few_tokens);
+    z = few_z;
+    tokens = few_tokens;
+  }
+  const LogitList list{z, tokens, count};
+  for (Candidate& candidate : candidates) {
+    const float top = kernels.maximum(z, count);
+    if (!(top > kMinusInfinity)) return;
+    Cut cut = kKeepAll;
+    if (sampling.top_k > 0 && sampling.top_k < count) cut = list_cut(kernels, list, sampling.top_k, top);
+    const Winner winner = choose_among(ShortList{kernels, list}, cut, sampling, top, noise);
+    if (winner.token == INT_MAX) return;
+    candidate = {winner.token, winner.score};
+    exclude(winner.token, z, tokens, count);
+  }
+}
+
+}  // namespace draftwerk::cpu
