@@ -17,6 +17,11 @@ constexpr double kHalfWeightSteps = 128.0;
 
 /// A first sample so many times as long as expected is a disturbance until the next one says the same.
 constexpr double kDoubtful = 2.5;
+/// How far the pace follows in a step, and at most; and how slow and fast a spell can be. What goes beyond is not the
+/// machine's pace, but another cost of so many rows.
+constexpr double kPaceShare = 0.3;
+constexpr double kLargestChange = 0.15;
+constexpr double kSlowestPace = 1.5;
 /// How a sample's distance from the estimate moves the average distance, and the most that it counts for.
 constexpr double kScatterPace = 0.05;
 constexpr double kLargestScatter = 0.25;
@@ -77,7 +82,8 @@ void StepCostTable::observe(int rows, double seconds) {
   const int at = node_of(rows);
   Node& node = nodes_[at];
   if (step_ - node.last_step > kStaleSteps) node.samples.clear();
-  const double sample = seconds * assumed_cost(rows_of(at)) / assumed_cost(rows);
+  if (node.samples.count() > 2) follow(seconds / cost(rows));
+  const double sample = seconds / pace_ * assumed_cost(rows_of(at)) / assumed_cost(rows);
   if (node.samples.count() == 0 && !node.doubted && largest_ > 0 && sample > kDoubtful * estimate_[at]) {
     node.doubted = true;
     return;
@@ -91,6 +97,17 @@ void StepCostTable::observe(int rows, double seconds) {
   node.typical = node.samples.value();
   node.last_step = step_;
   rebuild();
+}
+
+/// A count that is well known took so many times as long as expected. What counts is the middle one of the last three
+/// steps: one wild sample is no spell.
+void StepCostTable::follow(double ratio) {
+  ratios_[next_ratio_] = ratio;
+  next_ratio_ = (next_ratio_ + 1) % static_cast<int>(ratios_.size());
+  std::array<double, 3> sorted = ratios_;
+  std::sort(sorted.begin(), sorted.end());
+  pace_ *= 1.0 + std::clamp(kPaceShare * (sorted[1] - 1.0), -kLargestChange, kLargestChange);
+  pace_ = std::clamp(pace_, 1.0 / kSlowestPace, kSlowestPace);
 }
 
 /// Isotonic regression over the measured nodes (pool adjacent violators), then the nodes between and beside them.
@@ -172,13 +189,13 @@ double StepCostTable::cost(int rows) const {
   const auto estimate = [&](int node) { return estimate_[node]; };
   const int nearest = node_of(rows);
   const int at = rows_of(nearest);
-  if (rows <= at && (rows == at || nearest == 0)) return estimate(nearest);
+  if (rows <= at && (rows == at || nearest == 0)) return pace_ * estimate(nearest);
   if (nearest == kNodes - 1 && rows > at) {
-    return estimate(nearest) + tail_slope_ * (assumed_cost(rows) - assumed_cost(at));
+    return pace_ * (estimate(nearest) + tail_slope_ * (assumed_cost(rows) - assumed_cost(at)));
   }
   const int below = rows < at ? nearest - 1 : nearest;
   const double part = static_cast<double>(rows - rows_of(below)) / (rows_of(below + 1) - rows_of(below));
-  return estimate(below) + part * (estimate(below + 1) - estimate(below));
+  return pace_ * (estimate(below) + part * (estimate(below + 1) - estimate(below)));
 }
 
 bool StepCostTable::known(const Node& node) const {

@@ -25,8 +25,10 @@ class RecentMedian {
 
 /// Seconds of a step by its number of rows, learned from steps. Every count up to 64 is measured by itself, larger
 /// ones in eighths of an octave. Estimates never fall with the number of rows; between measured counts they follow an
-/// assumed curve, and beyond the largest one go on about as steeply as was measured. What was not measured for 512
-/// steps is forgotten, so that a machine that was busy is not taken to be so for ever. Takes 20 kB.
+/// assumed curve, and beyond the largest one go on about as steeply as was measured. Machines have slow and fast
+/// spells, longer than it takes to measure one count of rows and shorter than it takes to measure them all: the pace of
+/// the last few steps is a factor of all estimates, and what is remembered of each count is free of it. What was not
+/// measured for 512 steps is forgotten. Takes 20 kB.
 class StepCostTable {
  public:
   StepCostTable();
@@ -58,16 +60,20 @@ class StepCostTable {
     bool doubted = false;  ///< the last sample did not count
   };
 
+  void follow(double ratio);
   [[nodiscard]] bool known(const Node& node) const;
   static int node_of(int rows);
   static int rows_of(int node);
   void rebuild();
 
   std::array<Node, kNodes> nodes_;
+  std::array<double, 3> ratios_ = {1.0, 1.0, 1.0};  ///< of the last steps: seconds to what was expected
+  int next_ratio_ = 0;
+  double pace_ = 1.0;  ///< what follows is free of it
   std::array<double, kNodes> estimate_{};
   std::array<float, kNodes> support_{};  ///< samples that the estimate rests on
   double scatter_ = 0.02;                ///< of samples around the estimate, relative, on average
-  double tail_slope_ = 1.0;              ///< seconds per unit of the assumed curve beyond the last node
+  double tail_slope_ = 1.0;              ///< per unit of the assumed curve beyond the last node
   std::int64_t step_ = 0;
   int largest_ = 0;
 };

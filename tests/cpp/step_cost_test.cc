@@ -87,7 +87,7 @@ TEST(StepCostTable, FindsTheCurveFromAFewOfItsPoints) {
   }
   EXPECT_EQ(table.largest(), 512);
   for (int rows = 1; rows <= 512; ++rows) EXPECT_NEAR(table.cost(rows) / curve(rows), 1.0, 0.06) << rows;
-  for (const int rows : {9, 32, 64, 128, 512}) EXPECT_NEAR(table.cost(rows) / curve(rows), 1.0, 1e-9) << rows;
+  for (const int rows : {9, 32, 64, 128, 512}) EXPECT_NEAR(table.cost(rows) / curve(rows), 1.0, 1e-3) << rows;
 }
 
 TEST(StepCostTable, OneWildSampleHardlyMoves) {
@@ -98,6 +98,18 @@ TEST(StepCostTable, OneWildSampleHardlyMoves) {
   const double before = table.cost(4);
   table.observe(4, 0.7);
   EXPECT_NEAR(table.cost(4), before, 2e-5);
+}
+
+TEST(StepCostTable, ASlowSpellIsOneOfAllCounts) {
+  StepCostTable table;
+  for (int i = 0; i < 5; ++i) {
+    for (const int rows : {1, 4, 8}) table.observe(rows, 0.01 + 0.001 * rows);
+  }
+  for (int i = 0; i < 60; ++i) table.observe(1, 1.4 * 0.011);
+  EXPECT_NEAR(table.cost(1), 1.4 * 0.011, 1e-4);
+  EXPECT_NEAR(table.cost(8), 1.4 * 0.018, 1e-3) << "though it was not measured in the spell";
+  for (int i = 0; i < 60; ++i) table.observe(8, 0.018);
+  EXPECT_NEAR(table.cost(1), 0.011, 1e-3) << "and it is over";
 }
 
 TEST(StepCostTable, ForgetsWhatIsLongPast) {
@@ -144,7 +156,7 @@ TEST(StepCostTable, FollowsALastingChange) {
   StepCostTable table;
   for (int i = 0; i < 100; ++i) table.observe(3, 0.01);
   for (int i = 0; i < 10; ++i) table.observe(3, 0.02);
-  EXPECT_DOUBLE_EQ(table.cost(3), 0.02);
+  EXPECT_NEAR(table.cost(3), 0.02, 2e-4);
 }
 
 }  // namespace
