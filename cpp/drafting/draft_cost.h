@@ -8,8 +8,9 @@ namespace draftwerk {
 /// Seconds of one drafter's round. A drafter works in passes: pass d proposes the draft at depth d of every sequence
 /// that wants one so deep, so k drafts for each of n sequences are k passes of n rows. Of a pass the table of step
 /// costs learns the time by its number of rows; a round counts as passes of its mean number of rows, which is exact
-/// where a pass costs so much and so much more per row. A drafter that does not work in passes, like lookup, shows a
-/// cost that grows with the rows of a pass.
+/// where a pass costs so much and so much more per row. The first pass of a round is another matter than those behind
+/// it: the target's pass has left little of the drafter's weights in the caches. A drafter that does not work in
+/// passes, like lookup, shows a cost that grows with the rows of a pass.
 class DraftCost {
  public:
   /// `drafts` >= `passes` >= 1 drafts in so many passes took `seconds`.
@@ -18,7 +19,9 @@ class DraftCost {
   [[nodiscard]] double seconds(int passes, int drafts) const;
 
  private:
-  StepCostTable pass_costs_;
+  StepCostTable first_;
+  StepCostTable later_;
+  bool apart_ = false;  ///< rounds of a single pass have shown what the first one costs
 };
 
 }  // namespace draftwerk
