@@ -213,6 +213,9 @@ struct Candidate {
   /// What it was chosen by: its logit after step 3 of sampling.h where the choice is greedy, otherwise z + gumbel of
   /// step 9; minus infinity if nothing has a finite logit.
   float value = 0.0F;
+  /// Its share of softmax(z), of the logits after step 3 where the choice is greedy, over all tokens that the head
+  /// scores.
+  float probability = 0.0F;
 };
 
 /// Takes keys and values of one sequence from one position to another.

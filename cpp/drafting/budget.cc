@@ -1,6 +1,7 @@
 #include "drafting/budget.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -39,10 +40,20 @@ constexpr double kCaution = 0.6;
 
 /// What drafting has to gain over none, as a factor, beside what costs are known to.
 constexpr double kWorthDrafting = 1.015;
+/// Drafts that a tree may have beyond those that were planned for it, where it is surer of itself than usual.
+constexpr int kMoreDrafts = 8;
+/// Promises over which what comes of them reaches back.
+constexpr double kPromiseWindow = 512.0;
 /// Drafts less likely to be accepted than this are not thought of.
 constexpr double kLeastReach = 0.002;
 /// Share of a step from which the time of a drafter's pass counts in how deep it drafts.
 constexpr double kDearPass = 0.002;
+
+/// Passes for so many drafts of one sequence: one for each in a chain; in a tree, which is deepened as long as that
+/// pays, about so many.
+int passes_of(int confidence, int drafts) {
+  return confidence == kTreeConfidence ? std::bit_width(static_cast<unsigned>(drafts)) : drafts;
+}
 
 int capacity(const DraftCandidate& candidate, int drafter) {
   return std::max(std::min(candidate.limit, candidate.outlooks[drafter].available), 0);
@@ -61,9 +72,9 @@ int longest_unused(const DraftCandidate& candidate) {
 
 }  // namespace
 
-void DraftBudget::Rounds::add(int drafter, int from_depth, int count) {
+void DraftBudget::Rounds::add(int drafter, int confidence, int from, int count) {
   if (count == 0) return;
-  passes[drafter] = std::max(passes[drafter], from_depth + count);
+  passes[drafter] = std::max(passes[drafter], passes_of(confidence, from + count));
   drafts[drafter] += count;
 }
 
@@ -80,6 +91,7 @@ void DraftBudget::plan(std::span<DraftCandidate> candidates, int prefill_rows, i
   const int sequences = static_cast<int>(candidates.size());
   for (DraftCandidate& candidate : candidates) {
     candidate.granted = 0;
+    candidate.row_prices = {};
     candidate.compared_drafter = -1;
   }
   list_drafts(candidates, max_rows - prefill_rows - sequences);
@@ -95,6 +107,7 @@ void DraftBudget::plan(std::span<DraftCandidate> candidates, int prefill_rows, i
     grant(drafts);
     if (drafts == best) {
       explore(candidates, max_rows);
+      free_trees(candidates, max_rows);
     } else {
       pending_ = {true, sequences + drafts, drafting_[drafts], expected_[drafts]};
       last_trial_ = steps_;
@@ -110,6 +123,7 @@ void DraftBudget::plan_fixed(std::span<DraftCandidate> candidates, int drafts, i
   if (drafters_compete(candidates)) choose_drafters(candidates, 0.0);
   for (DraftCandidate& candidate : candidates) {
     candidate.granted = std::min({drafts, capacity(candidate, candidate.drafter), room});
+    candidate.row_prices = {};
     candidate.compared_drafter = -1;
     room -= candidate.granted;
   }
@@ -122,11 +136,11 @@ void DraftBudget::note_rounds(std::span<DraftCandidate> candidates) {
   for (const DraftCandidate& candidate : candidates) {
     for (int& unused : candidate.acceptance->unused) ++unused;
     if (candidate.granted > 0) {
-      rounds_.add(candidate.drafter, 0, candidate.granted);
+      rounds_.add(candidate.drafter, candidate.outlooks[candidate.drafter].confidence, 0, candidate.granted);
       candidate.acceptance->unused[candidate.drafter] = 0;
     }
     if (candidate.compared_drafter >= 0) {
-      rounds_.add(candidate.compared_drafter, 0, 1);
+      rounds_.add(candidate.compared_drafter, candidate.outlooks[candidate.compared_drafter].confidence, 0, 1);
       candidate.acceptance->unused[candidate.compared_drafter] = 0;
     }
   }
@@ -173,13 +187,13 @@ void DraftBudget::choose_drafters(std::span<DraftCandidate> candidates, double p
       const int most = capacity(candidate, d);
       if (most == 0) continue;
       const double pass = draft_costs_[d].seconds(1, offers_[d]) / offers_[d];
-      const double later = acceptance(*candidate.acceptance, candidate.outlooks[d].confidence, 1);
-      double reach = acceptance(*candidate.acceptance, candidate.outlooks[d].confidence, 0);
+      const int confidence = candidate.outlooks[d].confidence;
+      DraftReach reach = acceptance_.reach(candidate.acceptance->beliefs, confidence);
       double tokens = 1.0;
-      for (int k = 1; k <= most; ++k, reach *= later) {
+      for (int k = 1; k <= most; ++k) {
         if (static_cast<int>(shares_.size()) == k) shares_.push_back(step_costs_.cost(sequences * (1 + k)) / sequences);
-        tokens += reach;
-        const double seconds = shares_[k] + k * pass;
+        tokens += reach.next();
+        const double seconds = shares_[k] + passes_of(confidence, k) * pass;
         const double worth = price > 0.0 ? tokens - price * seconds : tokens / seconds;
         if (worth <= best) continue;
         best = worth;
@@ -202,17 +216,17 @@ void DraftBudget::order_drafts(std::span<const DraftCandidate> candidates, int m
     const int drafter = candidate.drafter;
     const int available = capacity(candidate, drafter);
     if (available == 0) continue;
-    const double later = acceptance(*candidate.acceptance, candidate.outlooks[drafter].confidence, 1);
-    double reach = acceptance(*candidate.acceptance, candidate.outlooks[drafter].confidence, 0);
-    for (int depth = 0; depth < available; ++depth) {
+    const int confidence = candidate.outlooks[drafter].confidence;
+    DraftReach reaches = acceptance_.reach(candidate.acceptance->beliefs, confidence);
+    for (int index = 0; index < available; ++index) {
+      const double reach = reaches.next();
       if (reach < kLeastReach) break;
-      drafts_.push_back({reach - pass_price[drafter], reach, i, drafter, depth});
-      reach *= later;
+      drafts_.push_back({reach - pass_price[drafter], reach, i, drafter, index, passes_of(confidence, index + 1) - 1});
     }
   }
   std::sort(drafts_.begin(), drafts_.end(), [](const Draft& a, const Draft& b) {
     if (a.worth != b.worth) return a.worth > b.worth;
-    return a.depth != b.depth ? a.depth < b.depth : a.candidate < b.candidate;
+    return a.index != b.index ? a.index < b.index : a.candidate < b.candidate;
   });
   if (static_cast<int>(drafts_.size()) > most) drafts_.resize(static_cast<std::size_t>(std::max(most, 0)));
 }
@@ -230,7 +244,7 @@ void DraftBudget::limit_depths(int sequences) {
     const double pass = one - row;
     if (pass < kDearPass * step_costs_.cost(sequences)) continue;
     int deepest = 0;
-    for (const Draft& draft : drafts_) deepest = std::max(deepest, draft.drafter == d ? draft.depth + 1 : 0);
+    for (const Draft& draft : drafts_) deepest = std::max(deepest, draft.drafter == d ? draft.pass + 1 : 0);
     int best = deepest;
     double best_rate = 0.0;
     for (int limit = 1; limit <= deepest; limit += 1 + limit / 8) {
@@ -240,8 +254,8 @@ void DraftBudget::limit_depths(int sequences) {
       int passes = 0;
       for (const Draft& draft : drafts_) {
         if (draft.drafter == d) {
-          if (draft.depth >= limit) continue;
-          passes = std::max(passes, draft.depth + 1);
+          if (draft.pass >= limit) continue;
+          passes = std::max(passes, draft.pass + 1);
           seconds += row;
         }
         ++rows;
@@ -252,7 +266,7 @@ void DraftBudget::limit_depths(int sequences) {
         best = limit;
       }
     }
-    std::erase_if(drafts_, [&](const Draft& draft) { return draft.drafter == d && draft.depth >= best; });
+    std::erase_if(drafts_, [&](const Draft& draft) { return draft.drafter == d && draft.pass >= best; });
   }
 }
 
@@ -261,7 +275,8 @@ void DraftBudget::tabulate(int sequences) {
   drafting_.assign(1, 0.0);
   Rounds rounds;
   for (const Draft& draft : drafts_) {
-    rounds.add(draft.drafter, draft.depth, 1);
+    rounds.passes[draft.drafter] = std::max(rounds.passes[draft.drafter], draft.pass + 1);
+    ++rounds.drafts[draft.drafter];
     expected_.push_back(expected_.back() + draft.reach);
     drafting_.push_back(drafting_seconds(rounds));
   }
@@ -351,7 +366,7 @@ void DraftBudget::explore(std::span<DraftCandidate> candidates, int max_rows) {
   Rounds rounds;
   for (const DraftCandidate& candidate : candidates) {
     rows += candidate.granted;
-    rounds.add(candidate.drafter, 0, candidate.granted);
+    rounds.add(candidate.drafter, candidate.outlooks[candidate.drafter].confidence, 0, candidate.granted);
   }
   for (DraftCandidate& candidate : candidates) {
     SequenceAcceptance& own = *candidate.acceptance;
@@ -367,14 +382,15 @@ void DraftBudget::explore(std::span<DraftCandidate> candidates, int max_rows) {
     if (deeper.drafts > 0 && deeper.loss <= funds) {
       pay(deeper.loss);
       rows += deeper.drafts - candidate.granted;
-      rounds.add(candidate.drafter, candidate.granted, deeper.drafts - candidate.granted);
+      rounds.add(candidate.drafter, candidate.outlooks[candidate.drafter].confidence, candidate.granted,
+                 deeper.drafts - candidate.granted);
       candidate.granted = deeper.drafts;
       continue;
     }
     const int other = longest_unused(candidate);
     if (other < 0) continue;
     Rounds with = rounds;
-    with.add(other, 0, 1);
+    with.add(other, candidate.outlooks[other].confidence, 0, 1);
     const double loss = drafting_seconds(with) - drafting_seconds(rounds);
     // While a probe is saved for, comparisons may have half of what comes in.
     if (loss > (deeper.drafts > 0 ? kExploreShare * share / 2 : funds)) continue;
@@ -392,29 +408,26 @@ DraftBudget::Probe DraftBudget::probe(const DraftCandidate& candidate, int rows,
   if (candidate.granted > 1) return best;
   const AcceptanceBeliefs& beliefs = candidate.acceptance->beliefs;
   const int confidence = candidate.outlooks[candidate.drafter].confidence;
-  const double first = acceptance_.estimate(beliefs, confidence, 0);
-  const double later = acceptance_.estimate(beliefs, confidence, 1);
-  const double later_error = acceptance_.error(beliefs, confidence, 1);
-  const double hoped = std::min(later + kHope * later_error, 1.0);
-  const double feared = std::max(later - kCaution * later_error, 0.0);
-  const double feared_first = std::max(first - kCaution * acceptance_.error(beliefs, confidence, 0), 0.0);
+  DraftReach expected = acceptance_.reach(beliefs, confidence);
+  DraftReach hoped = acceptance_.reach(beliefs, confidence, 0.0, kHope);
+  DraftReach feared = acceptance_.reach(beliefs, confidence, -kCaution, -kCaution);
   const double now = step_costs_.cost(rows) * (1.0 - step_costs_.error(rows)) + drafting_seconds(rounds);
   const int others = rows - candidate.granted;
   const int most = std::min(capacity(candidate, candidate.drafter), max_rows - others);
-  double reach = first;
-  double hoped_reach = first;
-  double feared_reach = feared_first;
-  double hoped_gain = candidate.granted > 0 ? 0.0 : first;
-  double feared_gain = candidate.granted > 0 ? 0.0 : feared_first;
+  double reach = expected.next();
+  double hoped_gain = hoped.next();
+  double feared_gain = feared.next();
+  if (candidate.granted > 0) hoped_gain = feared_gain = 0.0;
   double outcomes = 0.0;  // of later drafts
   double best_outcomes = 0.0;
   for (int k = 2; k <= most; ++k) {
-    outcomes += reach;
-    reach *= later;
-    hoped_gain += hoped_reach *= hoped;
-    feared_gain += feared_reach *= feared;
+    // A place in a tree shows in every step what it is worth, a draft of a chain only where those before it are right.
+    outcomes += confidence == kTreeConfidence ? 1.0 : reach;
+    reach = expected.next();
+    hoped_gain += hoped.next();
+    feared_gain += feared.next();
     Rounds with = rounds;
-    with.add(candidate.drafter, candidate.granted, k - candidate.granted);
+    with.add(candidate.drafter, confidence, candidate.granted, k - candidate.granted);
     const double step = step_costs_.cost(others + k) * (1.0 + step_costs_.error(others + k));
     const double cost = step + drafting_seconds(with) - now;
     if (hoped_gain <= cost * best_rate_) continue;
@@ -426,10 +439,45 @@ DraftBudget::Probe DraftBudget::probe(const DraftCandidate& candidate, int rows,
   return best;
 }
 
+/// How many drafts pay differs from step to step, and a drafter of trees knows how sure it is of each when it has them:
+/// so it gets prices, those of the rows around the planned ones, instead of a number.
+void DraftBudget::free_trees(std::span<DraftCandidate> candidates, int max_rows) {
+  const auto has_tree = [](const DraftCandidate& candidate) {
+    return candidate.granted > 0 && candidate.outlooks[candidate.drafter].confidence == kTreeConfidence;
+  };
+  const int trees = static_cast<int>(std::count_if(candidates.begin(), candidates.end(), has_tree));
+  if (trees == 0) return;
+  int rows = static_cast<int>(candidates.size());
+  for (const DraftCandidate& candidate : candidates) rows += candidate.granted;
+  const int more = std::clamp((max_rows - rows) / trees, 0, kMoreDrafts);
+  std::size_t prices = 0;
+  for (DraftCandidate& candidate : candidates) {
+    if (has_tree(candidate)) prices += static_cast<std::size_t>(candidate.granted + more) + 1;
+  }
+  row_prices_.resize(std::max(prices, row_prices_.size()));
+  double* next = row_prices_.data();
+  const double rate = best_rate_ / promise_scale();
+  for (DraftCandidate& candidate : candidates) {
+    if (!has_tree(candidate)) continue;
+    const int others = rows - candidate.granted;
+    candidate.granted = std::min(candidate.granted + more, capacity(candidate, candidate.drafter));
+    candidate.row_prices = {next, static_cast<std::size_t>(candidate.granted) + 1};
+    for (int k = 0; k <= candidate.granted; ++k) {
+      *next++ = rate * (step_costs_.cost(others + k) - step_costs_.cost(others));
+    }
+  }
+}
+
 // --- observations -----------------------------------------------------------------------------------------------
 
-void DraftBudget::observe_acceptance(SequenceAcceptance& sequence, int confidence, int drafted, int accepted) {
+void DraftBudget::observe_acceptance(SequenceAcceptance& sequence, int confidence, int drafted,
+                                     std::span<const int> accepted) {
   acceptance_.observe(sequence.beliefs, confidence, drafted, accepted);
+}
+
+void DraftBudget::observe_promise(double promised, int accepted) {
+  promised_ += promised - promised_ / kPromiseWindow;
+  kept_ += accepted - kept_ / kPromiseWindow;
 }
 
 void DraftBudget::observe_step(int rows, double seconds) {
@@ -451,17 +499,24 @@ void DraftBudget::observe_step(int rows, double seconds) {
   }
 }
 
-void DraftBudget::observe_drafting(int drafter, int drafts, double seconds) {
+void DraftBudget::observe_drafting(int drafter, int passes, int drafts, double seconds) {
   if (drafts < 1 || !std::isfinite(seconds) || seconds < 0.0) return;
-  draft_costs_[drafter].observe(std::clamp(rounds_.passes[drafter], 1, drafts), drafts, seconds);
+  if (passes == 0) passes = rounds_.passes[drafter];
+  draft_costs_[drafter].observe(std::clamp(passes, 1, drafts), drafts, seconds);
 }
 
 double DraftBudget::step_cost(int rows) const { return step_costs_.cost(rows); }
 
 double DraftBudget::draft_cost(int drafter) const { return draft_costs_[drafter].seconds(1, 1); }
 
-double DraftBudget::acceptance(const SequenceAcceptance& sequence, int confidence, int depth) const {
-  return acceptance_.estimate(sequence.beliefs, confidence, depth);
+double DraftBudget::pass_price(int drafter) const {
+  const int sequences = std::max(offers_[drafter], 1);
+  const double pass = draft_costs_[drafter].seconds(2, 2 * sequences) - draft_costs_[drafter].seconds(1, sequences);
+  return best_rate_ * pass / sequences / promise_scale();
+}
+
+double DraftBudget::acceptance(const SequenceAcceptance& sequence, int confidence, int index) const {
+  return acceptance_.estimate(sequence.beliefs, confidence, index);
 }
 
 }  // namespace draftwerk

@@ -55,6 +55,9 @@ struct DraftCandidate {
   int limit = 0;                                      ///< most drafts allowed for it
   int drafter = 0;                                    ///< out: whose drafts are granted
   int granted = 0;                                    ///< out: 0 .. min(limit, outlooks[drafter].available)
+  /// out: [granted + 1], of a tree, which may have more drafts than are planned for: what so many have to promise to
+  /// pay for their rows (DraftJob). Good until the next plan.
+  std::span<const double> row_prices = {};
   /// out: a drafter, not the one whose drafts are granted, that is to propose one draft too. It takes no row: it is
   /// compared with the first token that comes out of the step, and observe_acceptance() told of one draft of that
   /// drafter's class. -1: none.
@@ -77,21 +80,27 @@ class DraftBudget {
   /// plan() for a fixed number of drafts, as many of them as can be had and `room` rows allow: decides whose alone.
   void plan_fixed(std::span<DraftCandidate> candidates, int drafts, int room);
 
-  /// A sequence drafted `drafted` tokens of class `confidence`, of which the first `accepted` were accepted.
-  void observe_acceptance(SequenceAcceptance& acceptance, int confidence, int drafted, int accepted);
+  /// A sequence drafted `drafted` tokens of class `confidence`, of which `accepted` were accepted: ascending indices,
+  /// in a chain those of the first ones.
+  void observe_acceptance(SequenceAcceptance& acceptance, int confidence, int drafted, std::span<const int> accepted);
+  /// A drafter promised that so many drafts of a tree would be accepted, and so many were.
+  void observe_promise(double promised, int accepted);
   /// A step of `rows` rows, none of them prefill, took `seconds` (the target's pass and verification).
   void observe_step(int rows, double seconds);
   /// Proposing what the last plan wanted of this drafter, `drafts` tokens in all, compared ones included, took
-  /// `seconds`.
-  void observe_drafting(int drafter, int drafts, double seconds);
+  /// `seconds` and so many passes; 0: as many as the longest chain of drafts has.
+  void observe_drafting(int drafter, int passes, int drafts, double seconds);
 
   /// Estimated seconds of a step with `rows` rows; before any observation, in units of a step with one row.
   [[nodiscard]] double step_cost(int rows) const;
   /// Estimated seconds for this drafter to propose one draft for one sequence.
   [[nodiscard]] double draft_cost(int drafter) const;
-  /// Estimated probability that a draft of the sequence is accepted; `depth` 0 is the first one of a step, given for
-  /// the others that those before it were accepted.
-  [[nodiscard]] double acceptance(const SequenceAcceptance& sequence, int confidence, int depth) const;
+  /// What one sequence's part in another pass of this drafter costs in the last plan, in tokens that the time would
+  /// yield.
+  [[nodiscard]] double pass_price(int drafter) const;
+  /// Estimated probability that a draft of the sequence is accepted; `index` 0 is the first one of a step, given for
+  /// the others that those before it were accepted; in a tree given nothing.
+  [[nodiscard]] double acceptance(const SequenceAcceptance& sequence, int confidence, int index) const;
 
  private:
   struct Draft {
@@ -99,14 +108,15 @@ class DraftBudget {
     double reach = 0.0;  ///< probability that it is reached and accepted
     int candidate = 0;
     int drafter = 0;
-    int depth = 0;
+    int index = 0;  ///< in its sequence
+    int pass = 0;   ///< of the drafter, from 0
   };
   /// What the drafters have to do in a step.
   struct Rounds {
     std::array<int, kMaxDrafters> passes{};
     std::array<int, kMaxDrafters> drafts{};
-    /// Drafts at the depths from_depth .. from_depth + count - 1 of one sequence.
-    void add(int drafter, int from_depth, int count);
+    /// Of one sequence, `count` drafts of this class behind the first `from` ones.
+    void add(int drafter, int confidence, int from, int count);
   };
   /// The last plan, if it was a trial.
   struct Trial {
@@ -134,11 +144,15 @@ class DraftBudget {
   [[nodiscard]] int most_tried(int sequences) const;
   [[nodiscard]] int trial(int sequences, int best) const;
   void explore(std::span<DraftCandidate> candidates, int max_rows);
+  void free_trees(std::span<DraftCandidate> candidates, int max_rows);
+  [[nodiscard]] double promise_scale() const { return kept_ / promised_; }
   [[nodiscard]] Probe probe(const DraftCandidate& candidate, int rows, const Rounds& rounds, int max_rows) const;
 
   StepCostTable step_costs_;
   std::array<DraftCost, kMaxDrafters> draft_costs_;
   AcceptanceModel acceptance_;
+  double promised_ = 64.0;  ///< by drafters of trees, old promises fading,
+  double kept_ = 64.0;      ///< and what came of it
   double allowance_ = 0.0;  ///< seconds that trials may lose
   std::int64_t steps_ = 0;
   std::int64_t last_trial_ = 0;
@@ -152,6 +166,7 @@ class DraftBudget {
   std::vector<Draft> drafts_;               ///< in the order in which they are granted
   std::vector<double> expected_;            ///< tokens of a step with the first g of them, g = 0 .. drafts_.size()
   std::vector<double> drafting_;            ///< seconds that these drafts take
+  std::vector<double> row_prices_;          ///< of all trees
 };
 
 }  // namespace draftwerk

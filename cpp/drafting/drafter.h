@@ -23,10 +23,12 @@ class DraftState {
 };
 
 /// Classes of confidence. What the classes 0 .. 7 mean is the affair of a drafter that knows before it drafts how good
-/// its drafts will be, 0 the least; kModelConfidence is for drafts of a model, which it does not know that of. The
-/// draft budget learns how often drafts of each class are accepted.
-inline constexpr int kConfidenceClasses = 9;
+/// its drafts will be, 0 the least; kModelConfidence is for drafts of a model, which it does not know that of. In all
+/// of these each draft follows the one before. kTreeConfidence is for drafts of a model that form a tree, likeliest
+/// first. The draft budget learns how often drafts of each class are accepted.
+inline constexpr int kConfidenceClasses = 10;
 inline constexpr int kModelConfidence = 8;
+inline constexpr int kTreeConfidence = 9;
 
 /// Drafters that one engine may have; each sequence of a step drafts with the one that pays best there.
 inline constexpr int kMaxDrafters = 2;
@@ -54,9 +56,16 @@ struct DraftContext {
 /// One sequence's part of a proposal.
 struct DraftJob {
   DraftContext context;
-  int count = 0;              ///< drafts wanted, >= 0
-  TokenId* drafts = nullptr;  ///< out: room for `count` tokens, the first one guesses position tokens.size()
-  int produced = 0;           ///< out: 0 .. count
+  int count = 0;  ///< drafts wanted, >= 0
+  // Prices, in drafts that are accepted, for those whose drafts form a tree.
+  std::span<const double> row_prices = {};  ///< [count + 1]: to verify so many drafts; empty: nothing
+  double pass_price = 0.0;                  ///< of another pass
+  TokenId* drafts = nullptr;  ///< out: room for `count` tokens; the first one guesses position tokens.size()
+  /// Out, where drafts form a tree: of each the draft, before it in the list, that it follows; -1: the last token.
+  /// Those that follow the same one differ.
+  std::int32_t* parents = nullptr;
+  int produced = 0;       ///< out: 0 .. count
+  double promised = 0.0;  ///< out, with parents: how many of them are expected to be accepted
 };
 
 /// Used from the engine thread alone, but for open(). Throws nothing but std::bad_alloc, and allocates only as
@@ -76,8 +85,9 @@ class Drafter {
   virtual std::unique_ptr<DraftState> open() = 0;
   /// What could be proposed for the sequence, at most `limit` drafts. Cheap.
   virtual DraftOutlook outlook(const DraftContext& context, int limit) = 0;
-  /// Fills drafts and produced of every job. Does not need a preceding outlook().
-  virtual void propose(std::span<DraftJob> jobs) = 0;
+  /// Fills drafts and produced of every job, and parents where its confidence is kTreeConfidence. Does not need a
+  /// preceding outlook(). Returns the passes that it took; 0 if it does not work in passes.
+  virtual int propose(std::span<DraftJob> jobs) = 0;
   /// How many of the last positions, that of the last token included, must keep their K/V in sliding layers for it; 0:
   /// it reads none.
   [[nodiscard]] virtual int look_back() const { return 0; }

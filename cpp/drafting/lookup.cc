@@ -195,7 +195,7 @@ class LookupDrafter final : public Drafter {
     return {.available = limit, .confidence = confidence_class(match.length)};
   }
 
-  void propose(std::span<DraftJob> jobs) override {
+  int propose(std::span<DraftJob> jobs) override {
     for (DraftJob& job : jobs) {
       const Match& match = match_at_end(job.context);
       const std::span<const TokenId> tokens = job.context.tokens;
@@ -205,6 +205,7 @@ class LookupDrafter final : public Drafter {
         job.drafts[i] = source < tokens.size() ? tokens[source] : job.drafts[source - tokens.size()];
       }
     }
+    return 0;
   }
 
  private:

@@ -2,24 +2,29 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <utility>
 #include <vector>
+
+#include "drafting/draft_tree.h"
 
 namespace draftwerk {
 namespace {
 
 class MtpDrafter final : public Drafter {
  public:
-  explicit MtpDrafter(MtpModel& model) : model_(model) {
-    const auto sequences = static_cast<std::size_t>(model.target().max_outputs());
-    jobs_.reserve(sequences);
-    states_.reserve(sequences);
-    tokens_.reserve(sequences);
-    positions_.reserve(sequences);
-    segments_.reserve(sequences);
-    outputs_.reserve(sequences);
-    rows_.reserve(sequences);
-    candidates_.resize(sequences);
-    for (std::size_t i = 0; i < sequences; ++i) outputs_.push_back(static_cast<int>(i));
+  explicit MtpDrafter(MtpModel& model) : model_(model), max_rows_(model.target().max_outputs()) {
+    const auto rows = static_cast<std::size_t>(max_rows_);
+    drafting_.resize(rows);
+    jobs_.reserve(rows);
+    states_.reserve(rows);
+    before_.reserve(rows);
+    tokens_.reserve(rows);
+    positions_.reserve(rows);
+    segments_.reserve(rows);
+    outputs_.reserve(rows);
+    rows_.reserve(rows);
+    candidates_.resize(rows * kDraftBranches);
+    for (int i = 0; i < max_rows_; ++i) outputs_.push_back(i);
   }
 
   [[nodiscard]] const char* name() const override { return "mtp"; }
@@ -28,79 +33,113 @@ class MtpDrafter final : public Drafter {
   [[nodiscard]] int look_back() const override { return model_.reach() + 1; }
 
   DraftOutlook outlook(const DraftContext& context, int limit) override {
-    return {.available = context.target_row < 0 ? 0 : limit, .confidence = kModelConfidence};
+    return {.available = context.target_row < 0 ? 0 : limit, .confidence = kTreeConfidence};
   }
 
-  void propose(std::span<DraftJob> jobs) override {
+  int propose(std::span<DraftJob> jobs) override {
     start(jobs);
-    for (std::size_t depth = 0; !jobs_.empty(); ++depth) {
-      const StepRows rows{tokens_, positions_, segments_, std::span(outputs_).first(jobs_.size())};
+    int passes = 0;
+    for (; !tokens_.empty(); ++passes) {
+      const StepRows step{tokens_, positions_, segments_, std::span(outputs_).first(tokens_.size())};
       const KvArena arena = jobs_.front()->context.arena;
-      if (depth == 0) {
-        model_.first(rows, states_, arena);
+      if (passes == 0) {
+        model_.first(step, states_, arena);
       } else {
-        model_.next(rows, arena);
+        model_.next(step, before_, arena);
       }
-      model_.target().backend().propose(rows_, 1, candidates_);
-      take_drafts(depth);
+      model_.target().backend().propose(rows_, kDraftBranches, candidates_);
+      grow();
     }
+    for (std::size_t j = 0; j < jobs_.size(); ++j) {
+      const DraftTree::Size size = drafting_[j].tree.take(jobs_[j]->drafts, jobs_[j]->parents);
+      jobs_[j]->produced = size.drafts;
+      jobs_[j]->promised = size.promised;
+    }
+    return passes;
   }
 
  private:
-  /// A row for each job, longest first: those that want one draft more are then the first rows of the next pass.
+  /// A job's tree, and its rows in the pass.
+  struct Drafting {
+    DraftTree tree;
+    int first_row = 0;
+    int rows = 0;
+  };
+
+  /// The first pass: a row for each job.
   void start(std::span<DraftJob> jobs) {
     jobs_.clear();
     for (DraftJob& job : jobs) {
       job.produced = 0;
       if (job.count > 0 && job.context.target_row >= 0) jobs_.push_back(&job);
     }
-    // Sorted in place: std::stable_sort would allocate.
-    std::sort(jobs_.begin(), jobs_.end(),
-              [](const DraftJob* a, const DraftJob* b) { return a->count != b->count ? a->count > b->count : a < b; });
+    clear_rows();
     states_.clear();
+    for (std::size_t j = 0; j < jobs_.size(); ++j) {
+      const DraftJob& job = *jobs_[j];
+      Drafting& drafting = drafting_[j];
+      drafting.tree.start(job.count, job.row_prices, job.pass_price);
+      drafting.first_row = static_cast<int>(tokens_.size());
+      drafting.rows = 1;
+      states_.push_back(job.context.target_row);
+      add_row(job.context, job.context.tokens.back(), {});
+    }
+  }
+
+  /// Takes what was found into the trees, and lays out the next pass.
+  void grow() {
+    const int width = std::max(max_rows_ / static_cast<int>(jobs_.size()), 1);
+    for (std::size_t j = 0; j < jobs_.size(); ++j) {
+      Drafting& drafting = drafting_[j];
+      for (int r = 0; r < drafting.rows; ++r) {
+        const auto first = static_cast<std::size_t>(drafting.first_row + r) * kDraftBranches;
+        const std::span<const Candidate> found = std::span(candidates_).subspan(first, kDraftBranches);
+        drafting.tree.add(r, found, choice_probabilities(found, jobs_[j]->context.sampling->temperature <= 0.0F));
+      }
+    }
+    clear_rows();
+    before_.clear();
+    for (std::size_t j = 0; j < jobs_.size(); ++j) {
+      Drafting& drafting = drafting_[j];
+      const int first_before = std::exchange(drafting.first_row, static_cast<int>(tokens_.size()));
+      if (std::exchange(drafting.rows, 0) == 0 || !drafting.tree.advance(width)) continue;
+      drafting.rows = drafting.tree.frontier_size();
+      for (int r = 0; r < drafting.rows; ++r) {
+        before_.push_back(first_before + drafting.tree.before(r));
+        add_row(jobs_[j]->context, drafting.tree.token(r), drafting.tree.path(r));
+      }
+    }
+  }
+
+  void clear_rows() {
     tokens_.clear();
     positions_.clear();
     segments_.clear();
     rows_.clear();
-    for (const DraftJob* job : jobs_) {
-      const DraftContext& context = job->context;
-      const auto length = static_cast<std::int64_t>(context.tokens.size());
-      states_.push_back(context.target_row);
-      tokens_.push_back(context.tokens.back());
-      positions_.push_back(length - 1);
-      segments_.push_back({static_cast<int>(segments_.size()), 1, length - 1, {context.pages[0], context.pages[1]}});
-      rows_.push_back({{}, length, context.sampling, context.history, context.banned, context.banned_tokens});
-    }
   }
 
-  /// Hands out the drafts in candidates_ and lets go of the sequences that want no more.
-  void take_drafts(std::size_t depth) {
-    for (std::size_t r = 0; r < jobs_.size(); ++r) {
-      DraftJob& job = *jobs_[r];
-      tokens_[r] = candidates_[r].token;
-      job.drafts[depth] = tokens_[r];
-      ++job.produced;
-      rows_[r].drafts = {job.drafts, depth + 1};
-    }
-    while (!jobs_.empty() && jobs_.back()->produced == jobs_.back()->count) {
-      jobs_.pop_back();
-      tokens_.pop_back();
-      positions_.pop_back();
-      segments_.pop_back();
-      rows_.pop_back();
-    }
+  void add_row(const DraftContext& context, TokenId token, std::span<const TokenId> drafts) {
+    const auto length = static_cast<std::int64_t>(context.tokens.size());
+    tokens_.push_back(token);
+    positions_.push_back(length - 1);
+    segments_.push_back({static_cast<int>(segments_.size()), 1, length - 1, {context.pages[0], context.pages[1]}, {}});
+    rows_.push_back({drafts, length, context.sampling, context.history, context.banned, context.banned_tokens});
   }
 
   MtpModel& model_;
-  // Of a round, row by row.
+  int max_rows_;
+  // Of a round.
   std::vector<DraftJob*> jobs_;
+  std::vector<Drafting> drafting_;  ///< of each job
+  // Of a pass, row by row.
   std::vector<int> states_;
+  std::vector<int> before_;
   std::vector<TokenId> tokens_;
   std::vector<std::int64_t> positions_;
   std::vector<Segment> segments_;
   std::vector<int> outputs_;
   std::vector<ProposeRow> rows_;
-  std::vector<Candidate> candidates_;
+  std::vector<Candidate> candidates_;  ///< kDraftBranches of each
 };
 
 }  // namespace

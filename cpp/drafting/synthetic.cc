@@ -94,9 +94,9 @@ class SyntheticDrafter final : public Drafter {
     return {.available = offered, .confidence = kModelConfidence};
   }
 
-  void propose(std::span<DraftJob> jobs) override {
+  int propose(std::span<DraftJob> jobs) override {
     for (DraftJob& job : jobs) job.produced = std::min<int>(job.count, static_cast<int>(rest(job.context).size()));
-    if (costing_) run_costing(jobs);
+    const int passes = costing_ ? run_costing(jobs) : 0;
     for (const DraftJob& job : jobs) {
       const std::span<const TokenId> truth = rest(job.context);
       for (int i = 0; i < job.produced; ++i) {
@@ -104,6 +104,7 @@ class SyntheticDrafter final : public Drafter {
         job.drafts[i] = draft(truth[ahead], job.context.tokens.size() + ahead);
       }
     }
+    return passes;
   }
 
  private:
@@ -118,15 +119,16 @@ class SyntheticDrafter final : public Drafter {
     return context;
   }
 
-  /// Has the other drafter propose what `jobs` will, in the same place.
-  void run_costing(std::span<DraftJob> jobs) {
+  /// Has the other drafter propose what `jobs` will, in the same place; returns its passes.
+  int run_costing(std::span<DraftJob> jobs) {
     costing_jobs_.assign(jobs.begin(), jobs.end());
     for (DraftJob& job : costing_jobs_) {
       job.context = for_costing(job.context);
       job.count = job.produced;
     }
-    costing_->propose(costing_jobs_);
+    const int passes = costing_->propose(costing_jobs_);
     for (std::size_t j = 0; j < jobs.size(); ++j) jobs[j].produced = costing_jobs_[j].produced;
+    return passes;
   }
 
   [[nodiscard]] TokenId draft(TokenId truth, std::uint64_t position) const {

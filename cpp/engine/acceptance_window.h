@@ -28,8 +28,8 @@ class AcceptanceWindow {
 
   explicit AcceptanceWindow(std::int64_t block_rounds = kBlockRounds) : block_rounds_(block_rounds) {}
 
-  /// Adds a round of `drafted` >= 1 tokens, of which the first `accepted` were accepted. Allocates only when more are
-  /// drafted than ever before.
+  /// Adds a round that drafted `drafted` >= 1 tokens ahead, of which `accepted` were accepted. Allocates only when one
+  /// drafts further ahead than ever before.
   void observe(int drafted, int accepted);
 
   [[nodiscard]] const RecentDrafts& recent() const { return recent_; }

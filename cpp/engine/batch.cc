@@ -4,7 +4,7 @@
 
 namespace draftwerk {
 
-void StepBatch::assemble(const StepPlan& plan, std::span<const std::span<const TokenId>> drafts) {
+void StepBatch::assemble(const StepPlan& plan, std::span<const ProposedDrafts> drafts) {
   tokens_.clear();
   positions_.clear();
   segments_.clear();
@@ -19,16 +19,23 @@ void StepBatch::assemble(const StepPlan& plan, std::span<const std::span<const T
         std::span(sequence.tokens)
             .subspan(static_cast<std::size_t>(sequence.computed), static_cast<std::size_t>(planned.rows));
     tokens_.insert(tokens_.end(), known.begin(), known.end());
-    tokens_.insert(tokens_.end(), drafts[i].begin(), drafts[i].end());
+    tokens_.insert(tokens_.end(), drafts[i].tokens.begin(), drafts[i].tokens.end());
     const int rows = static_cast<int>(tokens_.size()) - first_row;
+    const std::size_t first_draft = positions_.size() + known.size();
     for (int r = 0; r < rows; ++r) positions_.push_back(sequence.computed + r);
-    segments_.push_back({first_row, rows, sequence.computed, {sequence.kv.table(0), sequence.kv.table(1)}});
+    const std::span<const std::int32_t> parents = drafts[i].parents;
+    for (std::size_t d = 0; d < parents.size(); ++d) {
+      const std::int64_t parent = static_cast<std::int64_t>(first_draft) + parents[d];
+      positions_[first_draft + d] = positions_[static_cast<std::size_t>(parent)] + 1;
+    }
+    segments_.push_back({first_row, rows, sequence.computed, {sequence.kv.table(0), sequence.kv.table(1)}, parents});
     if (!planned.decides) continue;
 
-    const auto draft_count = static_cast<int>(drafts[i].size());
+    const auto draft_count = static_cast<int>(drafts[i].tokens.size());
     VerifyGroup group;
     group.first_output = static_cast<int>(output_rows_.size());
-    group.drafts = drafts[i];
+    group.drafts = drafts[i].tokens;
+    group.parents = parents;
     group.position = sequence.length();
     group.sampling = &sequence.request.sampling;
     group.history = sequence.request.sampling.needs_history() ? &sequence.history : nullptr;

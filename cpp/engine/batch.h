@@ -9,11 +9,19 @@
 
 namespace draftwerk {
 
+/// Drafts of one sequence.
+struct ProposedDrafts {
+  std::span<const TokenId> tokens;
+  /// Of each, as in VerifyGroup; empty for a chain. Drafts that form a tree follow a single known token.
+  std::span<const std::int32_t> parents;
+};
+
 class StepBatch {
  public:
-  /// Lays out `plan`; drafts[i] follow the last known token of plan.sequences[i] (empty where it does not decide).
+  /// Lays out `plan`; drafts[i] follow the last known token of plan.sequences[i] (empty where it does not decide), as a
+  /// tree or a chain.
   /// What the other functions return refers to this object, the plan's sequences and the drafts, until the next call.
-  void assemble(const StepPlan& plan, std::span<const std::span<const TokenId>> drafts);
+  void assemble(const StepPlan& plan, std::span<const ProposedDrafts> drafts);
 
   [[nodiscard]] StepRows rows() const { return {tokens_, positions_, segments_, output_rows_}; }
   [[nodiscard]] std::span<const VerifyGroup> groups() const { return groups_; }

@@ -75,12 +75,19 @@ std::vector<TokenId> sorted_stop_tokens(const Request& request, const std::vecto
 
 // `Statistics` is RequestStatistics, EngineStatistics or DrafterStatistics.
 template <typename Statistics>
-void count_drafts(Statistics& statistics, int drafted, int accepted) {
+void count_drafts(Statistics& statistics, int drafted, int ahead, int accepted) {
   statistics.drafted += drafted;
   statistics.accepted += accepted;
-  count_by_position(statistics.drafted_by_position, drafted);
+  count_by_position(statistics.drafted_by_position, ahead);
   count_by_position(statistics.accepted_by_position, accepted);
   statistics.accepted_by_position.resize(statistics.drafted_by_position.size());
+}
+
+bool is_chain(std::span<const std::int32_t> parents) {
+  for (std::size_t i = 0; i < parents.size(); ++i) {
+    if (parents[i] != static_cast<std::int32_t>(i) - 1) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -304,6 +311,7 @@ void Engine::propose_drafts(const StepPlan& plan) {
   const PhaseTimer timer(totals_.draft_seconds);
   grant_drafts(plan);
   draft_tokens_.resize(plan.sequences.size() * static_cast<std::size_t>(options_.max_draft_length));
+  draft_parents_.resize(draft_tokens_.size());
   for (std::size_t d = 0; d < drafters_.size(); ++d) propose_with(d, plan);
 }
 
@@ -312,7 +320,7 @@ void Engine::propose_with(std::size_t drafter, const StepPlan& plan) {
   const auto stride = static_cast<std::size_t>(options_.max_draft_length);
   jobs_.clear();
   job_sequences_.clear();
-  int wanted = 0;
+  const double price = budget_.pass_price(static_cast<int>(drafter));
   for (std::size_t c = 0; c < candidates_.size(); ++c) {
     const std::size_t planned = candidate_sequences_[c];
     Sequence& sequence = *plan.sequences[planned].sequence;
@@ -320,30 +328,57 @@ void Engine::propose_with(std::size_t drafter, const StepPlan& plan) {
     const int confidence = candidate.outlooks[drafter].confidence;
     if (candidate.compared_drafter == static_cast<int>(drafter)) {
       compared_[planned] = {drafter, 0, confidence};
-      jobs_.push_back({draft_context(sequence, drafter), 1, &compared_[planned].token, 0});
+      jobs_.push_back({.context = draft_context(sequence, drafter),
+                       .count = 1,
+                       .drafts = &compared_[planned].token,
+                       .parents = &draft_parents_[planned * stride]});
     } else if (candidate.granted > 0 && candidate.drafter == static_cast<int>(drafter)) {
       // Drafts are worth parked K/V and cached prefixes, which would have to go a few tokens later, but never a
       // sequence.
       if (!parked_.reserve(sequence.kv, sequence.length() + candidate.granted)) continue;
       origins_[planned] = {drafter, confidence};
-      jobs_.push_back({draft_context(sequence, drafter), candidate.granted, &draft_tokens_[planned * stride], 0});
+      jobs_.push_back({.context = draft_context(sequence, drafter),
+                       .count = candidate.granted,
+                       .row_prices = candidate.row_prices,
+                       .pass_price = price,
+                       .drafts = &draft_tokens_[planned * stride],
+                       .parents = &draft_parents_[planned * stride]});
     } else {
       continue;
     }
     job_sequences_.push_back(planned);
-    wanted += jobs_.back().count;
   }
   if (jobs_.empty()) return;
   const Clock::time_point start = Clock::now();
-  drafters_[drafter]->propose(jobs_);
-  budget_.observe_drafting(static_cast<int>(drafter), wanted, seconds_since(start));
+  const int passes = drafters_[drafter]->propose(jobs_);
+  const double seconds = seconds_since(start);
+  int drafts = 0;
+  for (const DraftJob& job : jobs_) drafts += passes > 0 ? std::max(job.produced, 1) : job.count;
+  budget_.observe_drafting(static_cast<int>(drafter), passes, drafts, seconds);
   for (std::size_t j = 0; j < jobs_.size(); ++j) {
     const std::size_t planned = job_sequences_[j];
     if (jobs_[j].drafts != &compared_[planned].token) {
-      drafts_[planned] = {jobs_[j].drafts, static_cast<std::size_t>(jobs_[j].produced)};
+      take_drafts(jobs_[j], drafts_[planned], origins_[planned]);
     } else if (jobs_[j].produced == 0) {
       compared_[planned] = {};
     }
+  }
+}
+
+// What a job proposed.
+void Engine::take_drafts(const DraftJob& job, ProposedDrafts& drafts, DraftOrigin& origin) {
+  const auto count = static_cast<std::size_t>(job.produced);
+  drafts.tokens = {job.drafts, count};
+  origin.ahead = job.produced;
+  origin.promised = job.promised;
+  const std::span<const std::int32_t> parents{job.parents, count};
+  if (origin.confidence != kTreeConfidence || is_chain(parents)) return;
+  drafts.parents = parents;
+  origin.ahead = 0;
+  for (std::size_t d = 0; d < count; ++d) {
+    int ahead = 1;
+    for (std::int32_t at = parents[d]; at >= 0; at = parents[static_cast<std::size_t>(at)]) ++ahead;
+    origin.ahead = std::max(origin.ahead, ahead);
   }
 }
 
@@ -400,28 +435,38 @@ void Engine::commit(const StepPlan& plan) {
   for (const PlannedSequence& planned : plan.sequences) {
     if (!planned.decides) planned.sequence->computed += planned.rows;
   }
+  moves_.clear();
   for (std::size_t g = 0; g < batch_.groups().size(); ++g) {
     const std::size_t index = batch_.group_sequences()[g];
     Sequence& sequence = *plan.sequences[index].sequence;
-    const auto drafted = static_cast<int>(drafts_[index].size());
-    const auto accepted = static_cast<int>(results_[g].tokens.size()) - 1;
+    const auto drafted = static_cast<int>(drafts_[index].tokens.size());
+    const std::vector<int>& path = results_[g].drafts;
+    const auto accepted = static_cast<int>(path.size());
     if (drafted > 0) {
       const DraftOrigin& origin = origins_[index];
-      budget_.observe_acceptance(sequence.acceptance, origin.confidence, drafted, accepted);
-      count_drafts(sequence.statistics, drafted, accepted);
-      count_drafts(totals_, drafted, accepted);
-      count_drafts(totals_.drafters[origin.drafter], drafted, accepted);
-      acceptance_[origin.drafter].observe(drafted, accepted);
+      budget_.observe_acceptance(sequence.acceptance, origin.confidence, drafted, path);
+      if (origin.promised > 0.0) budget_.observe_promise(origin.promised, accepted);
+      count_drafts(sequence.statistics, drafted, origin.ahead, accepted);
+      count_drafts(totals_, drafted, origin.ahead, accepted);
+      count_drafts(totals_.drafters[origin.drafter], drafted, origin.ahead, accepted);
+      acceptance_[origin.drafter].observe(origin.ahead, accepted);
+    }
+    for (int d = 0; d < accepted; ++d) {
+      if (path[d] == d) continue;
+      const std::int64_t first = sequence.length();
+      moves_.push_back({{sequence.kv.table(0), sequence.kv.table(1)}, first + path[d], first + d});
     }
     if (const ComparedDraft& draft = compared_[index]; draft.confidence >= 0) {
-      const int agreed = draft.token == results_[g].tokens.front() ? 1 : 0;
-      budget_.observe_acceptance(sequence.acceptance, draft.confidence, 1, agreed);
-      acceptance_[draft.drafter].observe(1, agreed);  // a useless drafter is hardly asked otherwise
+      const bool agreed = draft.token == results_[g].tokens.front();
+      const int first[] = {0};
+      budget_.observe_acceptance(sequence.acceptance, draft.confidence, 1, std::span(first).first(agreed ? 1 : 0));
+      acceptance_[draft.drafter].observe(1, agreed ? 1 : 0);  // a useless drafter is hardly asked otherwise
     }
-    sequence.target_row = batch_.groups()[g].first_output + accepted;
+    sequence.target_row = batch_.groups()[g].first_output + (path.empty() ? 0 : path.back() + 1);
     sequence.target_step = totals_.steps;
     accept(sequence, results_[g]);
   }
+  if (!moves_.empty()) model_.move_kv(moves_);
   ended_.clear();
   for (const PlannedSequence& planned : plan.sequences) {
     Sequence& sequence = *planned.sequence;

@@ -164,6 +164,8 @@ class Engine {
   void propose_drafts(const StepPlan& plan);
   void grant_drafts(const StepPlan& plan);
   void propose_with(std::size_t drafter, const StepPlan& plan);
+  struct DraftOrigin;
+  static void take_drafts(const DraftJob& job, ProposedDrafts& drafts, DraftOrigin& origin);
   DraftContext draft_context(const Sequence& sequence, std::size_t drafter) const;
   void commit(const StepPlan& plan);
   void accept(Sequence& sequence, const VerifyResult& result);
@@ -192,10 +194,14 @@ class Engine {
   std::vector<DraftJob> jobs_;                    // those that got drafts of one drafter
   std::vector<std::size_t> job_sequences_;        // their indices in the plan
   std::vector<TokenId> draft_tokens_;             // max_draft_length per planned sequence
-  std::vector<std::span<const TokenId>> drafts_;  // per planned sequence
+  std::vector<std::int32_t> draft_parents_;       // as many
+  std::vector<ProposedDrafts> drafts_;            // per planned sequence
+  std::vector<KvMove> moves_;                     // of accepted drafts to where a chain would have put them
   struct DraftOrigin {
     std::size_t drafter = 0;
     int confidence = 0;
+    int ahead = 0;          // tokens from the last known one to the furthest draft
+    double promised = 0.0;  // how many were expected to be accepted, where the drafter says so
   };
   std::vector<DraftOrigin> origins_;  // per planned sequence, of its drafts
   struct ComparedDraft {

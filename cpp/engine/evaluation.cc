@@ -180,7 +180,7 @@ DraftRound draft(MtpModel& model, std::span<const TokenId> tokens, int count, co
     if (i == 0) {
       model.first(rows, std::span(&row, 1), kv.arena());
     } else {
-      model.next(rows, kv.arena());
+      model.next(rows, std::span(&row, 1), kv.arena());
     }
     target.backend().read_logits(std::span(round.logits).subspan(static_cast<std::size_t>(i) * width, width));
     const ProposeRow choice{round.tokens, position + 1, &sampling, nullptr, {}, 0};
@@ -208,6 +208,7 @@ std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int r
   }
   const SamplingParams greedy;
   std::vector<TokenId> drafts(static_cast<std::size_t>(sequences) * static_cast<std::size_t>(count));
+  std::vector<std::int32_t> parents(drafts.size());
   std::vector<DraftJob> jobs;
   for (int s = 0; s < sequences; ++s) {
     DraftContext job;
@@ -216,7 +217,8 @@ std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int r
     for (int t = 0; t < kPageTables; ++t) job.pages[t] = kv.pages(t);
     job.arena = kv.arena();
     job.sampling = &greedy;
-    jobs.push_back({job, count, &drafts[static_cast<std::size_t>(s) * static_cast<std::size_t>(count)], 0});
+    const std::size_t first = static_cast<std::size_t>(s) * static_cast<std::size_t>(count);
+    jobs.push_back({job, count, {}, 0.0, &drafts[first], &parents[first], 0, 0.0});
   }
   const std::unique_ptr<Drafter> drafter = make_mtp_drafter(model);
   std::vector<double> seconds;

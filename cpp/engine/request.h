@@ -44,7 +44,7 @@ struct RequestStatistics {
   std::int64_t drafted = 0;
   std::int64_t accepted = 0;
   std::int64_t preemptions = 0;
-  std::vector<std::int64_t> drafted_by_position;   ///< [i]: steps that proposed more than i drafts
+  std::vector<std::int64_t> drafted_by_position;   ///< [i]: steps that drafted more than i tokens ahead
   std::vector<std::int64_t> accepted_by_position;  ///< [i]: steps that accepted more than i drafts
   double queue_seconds = 0.0;                      ///< submit to first scheduled
   double time_to_first_token_seconds = 0.0;        ///< submit to first token; 0 if there was none

@@ -30,6 +30,12 @@ void Decoder::forward(Tensor residual, Tensor per_layer) {
   }
 }
 
+void Decoder::move_kv(std::span<const KvMove> moves) {
+  for (const Layer& layer : layers_) {
+    if (!layer.config.shares_kv) backend_.move_kv(layer.kv, moves);
+  }
+}
+
 void Decoder::attention(const Layer& layer, Tensor residual) {
   const LayerConfig& c = layer.config;
   const Tensor query = narrowed(query_, c.query_heads * c.head_dim);

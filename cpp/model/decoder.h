@@ -38,6 +38,8 @@ class Decoder {
   /// residual [rows, hidden] goes through all layers; `per_layer` [rows, layers * per_layer_width] are the layers' own
   /// inputs, if they have any.
   void forward(Tensor residual, Tensor per_layer);
+  /// Moves the keys and values of all layers that own some.
+  void move_kv(std::span<const KvMove> moves);
 
   [[nodiscard]] KvPageShape page_shape() const { return page_shape_; }
   [[nodiscard]] const SharedKv& shared_kv() const { return shared_kv_; }

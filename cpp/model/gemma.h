@@ -26,6 +26,8 @@ class Gemma {
   /// Enqueues one pass over the step's rows; their K/V lands in the pages, the logits of the output rows stay with
   /// the backend for verify(), their final states in states().
   void forward(const StepRows& rows, KvArena arena);
+  /// Enqueues, behind such a pass, the moves of what it left in the pages: in all layers, one move after the other.
+  void move_kv(std::span<const KvMove> moves) { decoder_->move_kv(moves); }
 
   [[nodiscard]] const ModelConfig& config() const { return config_; }
   [[nodiscard]] KvPageShape kv_page_shape() const { return decoder_->page_shape(); }

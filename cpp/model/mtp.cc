@@ -61,6 +61,7 @@ MtpModel::MtpModel(Gemma& target, MtpConfig config, const Weights& weights)
   previous_state_ = columns_of(backend_, input_, config_.target_hidden, config_.target_hidden);
   residual_ = tensor(hidden);
   states_ = tensor(hidden);
+  projected_ = tensor(config_.target_hidden);
   backend_.reserve(target.max_outputs(), target.max_outputs(), std::max(decoder_->widest(), 2 * config_.target_hidden),
                    config_.text.vocabulary);
 }
@@ -96,16 +97,10 @@ void MtpModel::first(const StepRows& rows, std::span<const int> states, KvArena 
   draft();
 }
 
-void MtpModel::next(const StepRows& rows, KvArena arena) {
+void MtpModel::next(const StepRows& rows, std::span<const int> before, KvArena arena) {
   backend_.begin(rows, arena);
-  if (config_.draft_vocabulary == 0) project_state();
+  backend_.gather(projected_, before, previous_state_);
   draft();
-}
-
-/// The h of the next draft.
-void MtpModel::project_state() {
-  const Projection projection[] = {{post_projection_, previous_state_}};
-  backend_.project(states_, nullptr, projection);
 }
 
 void MtpModel::draft() {
@@ -114,9 +109,10 @@ void MtpModel::draft() {
   backend_.project(input_, nullptr, projection);
   decoder_->forward(residual_, {});
   backend_.gather_outputs(residual_, final_norm_, states_);
+  const Projection of_state[] = {{post_projection_, projected_}};
+  backend_.project(states_, nullptr, of_state);
   if (config_.draft_vocabulary > 0) {
-    project_state();
-    backend_.head(previous_state_, sparse_head_);
+    backend_.head(projected_, sparse_head_);
   } else if (head_ == nullptr) {
     backend_.head(states_, sparse_head_);
   } else {

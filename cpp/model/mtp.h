@@ -39,9 +39,9 @@ class MtpModel {
   /// an output row. states[r] is the row of target.states() that chose the token. The drafts' logits stay with the
   /// backend for propose().
   void first(const StepRows& rows, std::span<const int> states, KvArena arena);
-  /// The next draft, for the first rows of the pass before (as many of them as `rows` has), each with the token that
-  /// was drafted and its position unchanged.
-  void next(const StepRows& rows, KvArena arena);
+  /// Drafts that follow those of the pass before: a row for each, with the token that was drafted, the position
+  /// unchanged; before[r] is the row of the pass before that drafted it.
+  void next(const StepRows& rows, std::span<const int> before, KvArena arena);
 
   [[nodiscard]] Gemma& target() const { return target_; }
   /// Positions before the last token's that a row of a sliding layer sees.
@@ -50,7 +50,6 @@ class MtpModel {
  private:
   void draft();
   void find_head(const Weights& weights);
-  void project_state();
   Tensor tensor(int columns);
 
   Gemma& target_;
@@ -69,6 +68,7 @@ class MtpModel {
   Tensor previous_state_;  // its second half
   Tensor residual_;        // [rows, hidden]
   Tensor states_;          // [rows, hidden], normed
+  Tensor projected_;       // [rows, target hidden]: the state before the next draft
 };
 
 }  // namespace draftwerk

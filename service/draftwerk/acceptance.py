@@ -43,7 +43,7 @@ class AcceptanceWarning:
     Attributes:
         drafter: its name, such as "mtp".
         rounds: latest rounds that this is about; each has one first draft.
-        drafted_by_position: [i]: rounds that drafted more than i tokens.
+        drafted_by_position: [i]: rounds that drafted more than i tokens ahead.
         accepted_by_position: [i]: rounds that accepted more than i drafts.
         draft_length: drafts per step, where that is fixed.
         causes: likely ones first.

@@ -33,9 +33,12 @@ class GenerationStats:
     steps: int = 0
     """Passes of the model in which this request received tokens."""
     drafted: int = 0
+    """Drafts that the model verified; several of them may have been for one position."""
     accepted: int = 0
     drafted_by_position: tuple[int, ...] = ()
+    """[i]: steps that drafted more than i tokens ahead."""
     accepted_by_position: tuple[int, ...] = ()
+    """[i]: steps that accepted more than i drafts."""
     queue_time: float = 0.0
     """From submission to the first step that worked on this request."""
     time_to_first_token: float = 0.0

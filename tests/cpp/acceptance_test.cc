@@ -5,6 +5,8 @@
 #include <random>
 #include <vector>
 
+#include "budget_simulation.h"
+
 namespace draftwerk {
 namespace {
 
@@ -15,7 +17,7 @@ void draft(AcceptanceModel& model, AcceptanceBeliefs& sequence, int confidence, 
   for (int step = 0; step < steps; ++step) {
     int accepted = 0;
     while (accepted < drafts && uniform(random) < p) ++accepted;
-    model.observe(sequence, confidence, drafts, accepted);
+    model.observe(sequence, confidence, drafts, first_drafts(accepted));
   }
 }
 
@@ -23,7 +25,7 @@ TEST(AcceptanceModel, LearnsByClassAndDepth) {
   AcceptanceModel model;
   AcceptanceBeliefs sequence{};
   const double untouched = model.estimate(sequence, 2, 0);
-  for (int i = 0; i < 100; ++i) model.observe(sequence, 5, 4, i % 2 == 0 ? 0 : 4);
+  for (int i = 0; i < 100; ++i) model.observe(sequence, 5, 4, first_drafts(i % 2 == 0 ? 0 : 4));
   EXPECT_NEAR(model.estimate(sequence, 5, 0), 0.5, 0.05);
   EXPECT_GT(model.estimate(sequence, 5, 1), 0.97);
   EXPECT_EQ(model.estimate(sequence, 5, 1), model.estimate(sequence, 5, 7));
@@ -33,7 +35,7 @@ TEST(AcceptanceModel, LearnsByClassAndDepth) {
 TEST(AcceptanceModel, ANewSequenceStartsFromWhatTheOthersShowed) {
   AcceptanceModel model;
   AcceptanceBeliefs first{};
-  for (int i = 0; i < 100; ++i) model.observe(first, 5, 4, i % 2 == 0 ? 0 : 4);
+  for (int i = 0; i < 100; ++i) model.observe(first, 5, 4, first_drafts(i % 2 == 0 ? 0 : 4));
   EXPECT_NEAR(model.estimate(AcceptanceBeliefs{}, 5, 0), 0.5, 0.05);
 }
 
@@ -116,9 +118,47 @@ TEST(AcceptanceModel, DraftsAfterARejectedOneTellNothing) {
   AcceptanceModel model;
   AcceptanceBeliefs sequence{};
   const double later = model.estimate(sequence, 4, 1);
-  for (int i = 0; i < 50; ++i) model.observe(sequence, 4, 8, 0);
+  for (int i = 0; i < 50; ++i) model.observe(sequence, 4, 8, first_drafts(0));
   EXPECT_EQ(model.estimate(sequence, 4, 1), later);
   EXPECT_LT(model.estimate(sequence, 4, 0), 0.02);
+}
+
+TEST(AcceptanceModel, CountsThePlacesOfATreeApart) {
+  AcceptanceModel model;
+  AcceptanceBeliefs sequence{};
+  // The second draft follows the first, the third is another first token.
+  const std::vector<int> outcomes[] = {{0, 1}, {0}, {2}, {}};
+  for (int i = 0; i < 400; ++i) model.observe(sequence, kTreeConfidence, 3, outcomes[i % 4]);
+  EXPECT_NEAR(model.estimate(sequence, kTreeConfidence, 0), 0.5, 0.05);
+  EXPECT_NEAR(model.estimate(sequence, kTreeConfidence, 1), 0.25, 0.05);
+  EXPECT_NEAR(model.estimate(sequence, kTreeConfidence, 2), 0.25, 0.05);
+  EXPECT_NEAR(model.estimate(sequence, kTreeConfidence, 3), 0.25 * kTreeTail, 0.05) << "not seen: a little less";
+  EXPECT_EQ(model.estimate(sequence, kModelConfidence, 0), model.estimate(AcceptanceBeliefs{}, kModelConfidence, 0));
+}
+
+TEST(DraftReach, OfAChainIsAProductAndOfATreeNeverRises) {
+  AcceptanceModel model;
+  AcceptanceBeliefs sequence{};
+  for (int i = 0; i < 200; ++i) model.observe(sequence, 5, 4, first_drafts(i % 2 == 0 ? 0 : 4));
+  DraftReach chain = model.reach(sequence, 5);
+  const double first = model.estimate(sequence, 5, 0);
+  const double later = model.estimate(sequence, 5, 1);
+  EXPECT_DOUBLE_EQ(chain.next(), first);
+  EXPECT_DOUBLE_EQ(chain.next(), first * later);
+  EXPECT_DOUBLE_EQ(chain.next(), first * later * later);
+
+  const std::vector<int> second = {1};  // the second place fares better than the first
+  for (int i = 0; i < 200; ++i) model.observe(sequence, kTreeConfidence, 2, second);
+  DraftReach tree = model.reach(sequence, kTreeConfidence);
+  double before = 1.0;
+  for (int place = 0; place < 2 * kTreePlaces; ++place) {
+    const double reach = tree.next();
+    EXPECT_LE(reach, before) << place;
+    EXPECT_GT(reach, 0.0) << place;
+    before = reach;
+  }
+  DraftReach hoped = model.reach(sequence, kTreeConfidence, 2.0, 2.0);
+  EXPECT_GT(hoped.next(), model.estimate(sequence, kTreeConfidence, 0));
 }
 
 }  // namespace

@@ -176,5 +176,68 @@ TEST(BudgetGoodput, APassIsNotPaidForByAFewSequencesAlone) {
   }
 }
 
+// A drafter of trees that is sure of itself in half of the steps: the prices of rows let it draft much in these and
+// little in the others, which no fixed number of drafts does. Nine rows cost a second tile.
+TEST(DraftBudgetGoodput, PricesFitATreeToItsStep) {
+  const auto step_seconds = [](int rows) { return 0.0093 + 0.0002 * rows + (rows > 8 ? 0.0025 : 0.0); };
+  const std::vector<double> sure = {0.9, 0.8,  0.7, 0.6, 0.5,  0.4,  0.3,  0.25,
+                                    0.2, 0.15, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05};
+  const std::vector<double> unsure = {0.2, 0.08, 0.04, 0.01, 0.01, 0.01, 0.0, 0.0,
+                                      0.0, 0.0,  0.0,  0.0,  0.0,  0.0,  0.0, 0.0};
+  constexpr double kPass = 0.0005;
+  std::mt19937 random(3);
+  std::uniform_real_distribution<double> uniform;
+  DraftBudget budget;
+  SequenceAcceptance sequence;
+  Goodput goodput;
+  std::vector<Goodput> fixed(sure.size() + 1);
+  for (int step = 0; step < 1600; ++step) {
+    const std::vector<double>& reaches = uniform(random) < 0.5 ? sure : unsure;
+    DraftCandidate candidate;
+    candidate.acceptance = &sequence;
+    candidate.outlooks[0] = {.available = 16, .confidence = kTreeConfidence};
+    candidate.limit = 16;
+    budget.plan(std::span(&candidate, 1), 0, 64);
+    int drafts = candidate.granted;
+    if (!candidate.row_prices.empty()) {
+      double surplus = 0.0;
+      double best = 0.0;
+      drafts = 0;
+      for (int k = 1; k <= candidate.granted; ++k) {
+        surplus += reaches[static_cast<std::size_t>(k) - 1] - (candidate.row_prices[static_cast<std::size_t>(k)] -
+                                                               candidate.row_prices[static_cast<std::size_t>(k) - 1]);
+        if (surplus <= best) continue;
+        best = surplus;
+        drafts = k;
+      }
+    }
+    double expected = 0.0;
+    std::vector<int> accepted;
+    for (int d = 0; d < drafts; ++d) {
+      expected += reaches[static_cast<std::size_t>(d)];
+      if (uniform(random) < reaches[static_cast<std::size_t>(d)]) accepted.push_back(d);
+    }
+    const double drafting = candidate.granted > 0 ? kPass : 0.0;
+    const double seconds = step_seconds(1 + drafts);
+    if (candidate.granted > 0) budget.observe_drafting(0, 1, std::max(drafts, 1), drafting);
+    if (drafts > 0) {
+      budget.observe_acceptance(sequence, kTreeConfidence, drafts, accepted);
+      budget.observe_promise(expected, static_cast<int>(accepted.size()));
+    }
+    budget.observe_step(1 + drafts, seconds * (1.0 + 0.03 * (uniform(random) - 0.5)));
+    if (step < 400) continue;
+    goodput.add({1.0 + expected, seconds + drafting});
+    double reach = 0.0;
+    for (std::size_t k = 0; k < fixed.size(); ++k) {
+      if (k > 0) reach += reaches[k - 1];
+      fixed[k].add({1.0 + reach, step_seconds(1 + static_cast<int>(k)) + (k > 0 ? kPass : 0.0)});
+    }
+  }
+  double best_fixed = 0.0;
+  for (const Goodput& one : fixed) best_fixed = std::max(best_fixed, one.rate());
+  EXPECT_GT(goodput.rate(), best_fixed);
+  EXPECT_GT(goodput.rate(), 1.5 * fixed[0].rate());
+}
+
 }  // namespace
 }  // namespace draftwerk

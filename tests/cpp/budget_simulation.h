@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <span>
 #include <string>
@@ -14,6 +15,13 @@
 #include "drafting/budget.h"
 
 namespace draftwerk {
+
+/// Indices of the first `count` drafts.
+inline std::vector<int> first_drafts(int count) {
+  std::vector<int> indices(static_cast<std::size_t>(count));
+  std::iota(indices.begin(), indices.end(), 0);
+  return indices;
+}
 
 struct StepCurve {
   std::string name;
@@ -130,7 +138,7 @@ class BudgetSimulation {
       }
       const double round = drafters_[static_cast<std::size_t>(d)].pass_seconds * passes +
                            drafters_[static_cast<std::size_t>(d)].row_seconds * drafts;
-      if (drafts > 0) budget.observe_drafting(d, drafts, round * disturbance());
+      if (drafts > 0) budget.observe_drafting(d, passes, drafts, round * disturbance());
       seconds += round;
     }
     return seconds;
@@ -143,14 +151,14 @@ class BudgetSimulation {
       const Offer& offer = offers[static_cast<std::size_t>(candidate.drafter)];
       int accepted = 0;
       while (accepted < candidate.granted && uniform_(random_) < offer.acceptance) ++accepted;
-      budget.observe_acceptance(*candidate.acceptance, offer.confidence, candidate.granted, accepted);
+      budget.observe_acceptance(*candidate.acceptance, offer.confidence, candidate.granted, first_drafts(accepted));
       double reach = 1.0;
       for (int depth = 0; depth < candidate.granted; ++depth) expected += reach *= offer.acceptance;
     }
     if (candidate.compared_drafter >= 0) {
       const Offer& offer = offers[static_cast<std::size_t>(candidate.compared_drafter)];
       const int agrees = uniform_(random_) < offer.acceptance ? 1 : 0;
-      budget.observe_acceptance(*candidate.acceptance, offer.confidence, 1, agrees);
+      budget.observe_acceptance(*candidate.acceptance, offer.confidence, 1, first_drafts(agrees));
     }
     return expected;
   }

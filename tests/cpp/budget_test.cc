@@ -93,8 +93,8 @@ TEST(DraftBudget, TracksTheCostOfEachDrafter) {
   DraftBudget budget;
   EXPECT_EQ(budget.draft_cost(0), 0.0);
   for (int i = 0; i < 5; ++i) {
-    budget.observe_drafting(0, 1, 0.001);
-    budget.observe_drafting(1, 1, 0.004);
+    budget.observe_drafting(0, 0, 1, 0.001);
+    budget.observe_drafting(1, 0, 1, 0.004);
   }
   EXPECT_DOUBLE_EQ(budget.draft_cost(0), 0.001);
   EXPECT_DOUBLE_EQ(budget.draft_cost(1), 0.004);
@@ -106,7 +106,7 @@ class TrainedBudget : public testing::Test {
   void train(const std::function<double(int)>& seconds) {
     for (int i = 0; i < 100; ++i) {
       for (int rows = 1; rows <= 64; ++rows) budget_.observe_step(rows, seconds(rows));
-      budget_.observe_acceptance(sequence_, 4, 8, 8);
+      budget_.observe_acceptance(sequence_, 4, 8, first_drafts(8));
     }
   }
   /// A step of one sequence.
@@ -123,19 +123,19 @@ class TrainedBudget : public testing::Test {
 TEST_F(TrainedBudget, TakesTheDrafterThatPaysBest) {
   train(sloped(0.02));
   for (int i = 0; i < 30; ++i) {
-    budget_.observe_acceptance(sequence_, kModelConfidence, 8, i % 2);
-    budget_.observe_drafting(1, 1, 0.0004);
+    budget_.observe_acceptance(sequence_, kModelConfidence, 8, first_drafts(i % 2));
+    budget_.observe_drafting(1, 0, 1, 0.0004);
   }
   // Surely accepted and free against every second time and not free.
   EXPECT_EQ(plan({8, 4}, {8, kModelConfidence}).drafter, 0);
   EXPECT_EQ(plan({8, 4}, {8, kModelConfidence}).granted, 8);
   // Where lookup's match is a poor one, the model's drafts are worth their time.
-  for (int i = 0; i < 30; ++i) budget_.observe_acceptance(sequence_, 0, 8, 0);
+  for (int i = 0; i < 30; ++i) budget_.observe_acceptance(sequence_, 0, 8, first_drafts(0));
   const DraftCandidate poor = plan({8, 0}, {8, kModelConfidence});
   EXPECT_EQ(poor.drafter, 1);
   EXPECT_GT(poor.granted, 0);
   // And where they would take as long as a step, they are not.
-  for (int i = 0; i < 30; ++i) budget_.observe_drafting(1, 1, 0.01);
+  for (int i = 0; i < 30; ++i) budget_.observe_drafting(1, 0, 1, 0.01);
   EXPECT_EQ(plan({0, 0}, {8, kModelConfidence}).granted, 0);
   EXPECT_EQ(plan({8, 4}, {8, kModelConfidence}).granted, 8);
 }
@@ -148,8 +148,8 @@ TEST_F(TrainedBudget, ComparesADrafterThatIsNotUsed) {
   EXPECT_EQ(plan({8, 4}, {0, kModelConfidence}).compared_drafter, -1) << "it has nothing to offer";
   // A sequence that gets no drafts compares its drafters in turn.
   for (int i = 0; i < 60; ++i) {
-    budget_.observe_acceptance(sequence_, 0, 8, 0);
-    budget_.observe_acceptance(sequence_, kModelConfidence, 8, 0);
+    budget_.observe_acceptance(sequence_, 0, 8, first_drafts(0));
+    budget_.observe_acceptance(sequence_, kModelConfidence, 8, first_drafts(0));
   }
   const DraftCandidate idle = plan({8, 0}, {8, kModelConfidence});
   EXPECT_EQ(idle.granted, 0);
@@ -160,8 +160,8 @@ TEST_F(TrainedBudget, ComparesADrafterThatIsNotUsed) {
 TEST_F(TrainedBudget, ComparesNoOftenerThanItCanAfford) {
   train(sloped(0.02));
   for (int i = 0; i < 60; ++i) {
-    budget_.observe_acceptance(sequence_, kModelConfidence, 1, 0);
-    budget_.observe_drafting(1, 1, 0.001);
+    budget_.observe_acceptance(sequence_, kModelConfidence, 1, first_drafts(0));
+    budget_.observe_drafting(1, 0, 1, 0.001);
   }
   // Leaves what is there at first aside.
   for (int step = 0; step < 500; ++step) {
@@ -183,15 +183,15 @@ TEST_F(TrainedBudget, ComparesNoOftenerThanItCanAfford) {
 TEST_F(TrainedBudget, ProbesDeeperWhereDraftsPayTogetherOrNotAtAll) {
   // A second row doubles the step and seven more cost nothing: first drafts that are accepted do not pay alone.
   train([](int rows) { return rows == 1 ? 0.01 : 0.02; });
-  for (int i = 0; i < 300; ++i) budget_.observe_acceptance(sequence_, 6, 1, i % 10 < 7 ? 1 : 0);
-  for (int i = 0; i < 4; ++i) budget_.observe_acceptance(sequence_, 6, 2, 1);
+  for (int i = 0; i < 300; ++i) budget_.observe_acceptance(sequence_, 6, 1, first_drafts(i % 10 < 7 ? 1 : 0));
+  for (int i = 0; i < 4; ++i) budget_.observe_acceptance(sequence_, 6, 2, first_drafts(1));
   EXPECT_LT(budget_.acceptance(sequence_, 6, 1), 0.4) << "bad luck with the later ones";
   int probes = 0;
   for (int step = 0; step < 200; ++step) {
     const DraftCandidate candidate = plan({8, 6}, {});
     if (candidate.granted > 1) {
       ++probes;
-      budget_.observe_acceptance(sequence_, 6, candidate.granted, candidate.granted);
+      budget_.observe_acceptance(sequence_, 6, candidate.granted, first_drafts(candidate.granted));
     }
     budget_.observe_step(1 + candidate.granted, candidate.granted > 0 ? 0.02 : 0.01);
   }
@@ -228,7 +228,7 @@ TEST(DraftBudget, KeepsEveryLimit) {
       by_drafter[candidate.drafter] += candidate.granted;
       if (candidate.granted > 0) {
         budget.observe_acceptance(*candidate.acceptance, outlook.confidence, candidate.granted,
-                                  below(candidate.granted + 1));
+                                  first_drafts(below(candidate.granted + 1)));
       }
       if (candidate.compared_drafter == -1) continue;
       ASSERT_GE(candidate.compared_drafter, 0);
@@ -237,10 +237,10 @@ TEST(DraftBudget, KeepsEveryLimit) {
       const DraftOutlook& compared = candidate.outlooks[candidate.compared_drafter];
       ASSERT_GE(std::min(candidate.limit, compared.available), 1);
       by_drafter[candidate.compared_drafter] += 1;
-      budget.observe_acceptance(*candidate.acceptance, compared.confidence, 1, below(2));
+      budget.observe_acceptance(*candidate.acceptance, compared.confidence, 1, first_drafts(below(2)));
     }
     ASSERT_TRUE(drafts == 0 || prefill_rows + count + drafts <= max_rows);
-    for (int d = 0; d < kMaxDrafters; ++d) budget.observe_drafting(d, by_drafter[d], 1e-5 * by_drafter[d]);
+    for (int d = 0; d < kMaxDrafters; ++d) budget.observe_drafting(d, 0, by_drafter[d], 1e-5 * by_drafter[d]);
     if (prefill_rows == 0) budget.observe_step(count + drafts, 0.01);
   }
 }
@@ -277,10 +277,10 @@ TEST_F(TrainedBudget, IgnoresMeasurementsThatCannotBe) {
   const double cost = budget_.step_cost(4);
   for (const double seconds : {0.0, -1.0, std::numeric_limits<double>::infinity(), std::nan("")}) {
     for (int i = 0; i < 20; ++i) budget_.observe_step(4, seconds);
-    budget_.observe_drafting(0, 1, seconds == 0.0 ? -1.0 : seconds);
+    budget_.observe_drafting(0, 0, 1, seconds == 0.0 ? -1.0 : seconds);
   }
   budget_.observe_step(0, 1.0);
-  budget_.observe_drafting(0, 0, 1.0);
+  budget_.observe_drafting(0, 0, 0, 1.0);
   EXPECT_EQ(budget_.step_cost(4), cost);
   EXPECT_EQ(budget_.draft_cost(0), 0.0);
 }

@@ -28,13 +28,14 @@ class StubbornDrafter final : public Drafter {
   DraftOutlook outlook(const DraftContext&, int limit) override {
     return {.available = limit, .confidence = kModelConfidence};
   }
-  void propose(std::span<DraftJob> jobs) override {
+  int propose(std::span<DraftJob> jobs) override {
     ++asked_.rounds;
     for (DraftJob& job : jobs) {
       std::fill_n(job.drafts, job.count, token_);
       job.produced = job.count;
       asked_.drafts += job.count;
     }
+    return 0;
   }
 
  private:

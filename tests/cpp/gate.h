@@ -53,7 +53,7 @@ class Gate {
       gate_.pass();
       return {};
     }
-    void propose(std::span<DraftJob>) override {}
+    int propose(std::span<DraftJob> /*jobs*/) override { return 0; }
 
    private:
     Gate& gate_;

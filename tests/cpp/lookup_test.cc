@@ -176,9 +176,9 @@ TEST(Lookup, ServesSeveralSequencesInOneCall) {
   const auto b = drafter->open();
   const auto c = drafter->open();
   TokenId drafts[6] = {};
-  DraftJob jobs[] = {{context_of(*a, first), 2, drafts, -1},
-                     {context_of(*b, second), 2, drafts + 2, -1},
-                     {context_of(*c, third), 2, drafts + 4, -1}};
+  DraftJob jobs[] = {{.context = context_of(*a, first), .count = 2, .drafts = drafts, .produced = -1},
+                     {.context = context_of(*b, second), .count = 2, .drafts = drafts + 2, .produced = -1},
+                     {.context = context_of(*c, third), .count = 2, .drafts = drafts + 4, .produced = -1}};
   drafter->propose(jobs);
   EXPECT_EQ(jobs[0].produced, 2);
   EXPECT_EQ(jobs[1].produced, 0);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "drafting/random.h"
@@ -9,7 +11,12 @@
 namespace draftwerk {
 namespace {
 
-std::vector<TokenId> draw(int vocabulary, std::span<const TokenId> tokens, int count, std::uint64_t seed) {
+struct Drawn {
+  std::vector<TokenId> tokens;
+  std::vector<std::int32_t> parents;
+};
+
+Drawn draw_tree(int vocabulary, std::span<const TokenId> tokens, int count, std::uint64_t seed) {
   const auto drafter = make_random_drafter(vocabulary);
   SamplingParams sampling;
   sampling.seed = seed;
@@ -17,11 +24,20 @@ std::vector<TokenId> draw(int vocabulary, std::span<const TokenId> tokens, int c
   context.tokens = tokens;
   context.sampling = &sampling;
   EXPECT_EQ(drafter->outlook(context, count).available, count);
-  std::vector<TokenId> drafts(static_cast<std::size_t>(count), -1);
-  DraftJob job{.context = context, .count = count, .drafts = drafts.data(), .produced = -1};
+  Drawn drawn{std::vector<TokenId>(static_cast<std::size_t>(count), -1),
+              std::vector<std::int32_t>(static_cast<std::size_t>(count), -2)};
+  DraftJob job{.context = context,
+               .count = count,
+               .drafts = drawn.tokens.data(),
+               .parents = drawn.parents.data(),
+               .produced = -1};
   drafter->propose(std::span(&job, 1));
   EXPECT_EQ(job.produced, count);
-  return drafts;
+  return drawn;
+}
+
+std::vector<TokenId> draw(int vocabulary, std::span<const TokenId> tokens, int count, std::uint64_t seed) {
+  return draw_tree(vocabulary, tokens, count, seed).tokens;
 }
 
 TEST(RandomDrafter, StaysInsideTheVocabularyAndReachesAllOfIt) {
@@ -56,6 +72,22 @@ TEST(RandomDrafter, IsAFunctionOfSeedAndPosition) {
   EXPECT_NE(draw(1000, tokens, 8, 42), draw(1000, tokens, 8, 43));
   EXPECT_NE(draw(1000, tokens, 8, 42), draw(1000, tokens, 8, 42ULL | 1ULL << 40));
   EXPECT_NE(draw(1000, tokens, 8, 42), draw(1000, std::span(tokens).first(4), 8, 42));
+}
+
+TEST(RandomDrafter, DrawsTreesWhoseSiblingsDiffer) {
+  int branches = 0;
+  for (std::uint64_t seed = 0; seed < 200; ++seed) {
+    const Drawn drawn = draw_tree(3, {}, 12, seed);  // three tokens: many would be equal
+    std::set<std::pair<std::int32_t, TokenId>> seen;
+    for (std::int32_t i = 0; i < 12; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      ASSERT_GE(drawn.parents[at], -1);
+      ASSERT_LT(drawn.parents[at], i);
+      EXPECT_TRUE(seen.emplace(drawn.parents[at], drawn.tokens[at]).second) << "seed " << seed << ", draft " << i;
+      branches += drawn.parents[at] != i - 1 ? 1 : 0;
+    }
+  }
+  EXPECT_GT(branches, 200);
 }
 
 TEST(RandomDrafter, ProposesNothingWhenNothingIsWanted) { EXPECT_TRUE(draw(10, {}, 0, 1).empty()); }

@@ -229,7 +229,7 @@ TEST(StepBatchTest, LaysOutKnownTokensThenDrafts) {
   const StepPlan& plan = scheduler.plan();
   ASSERT_EQ(plan.sequences.size(), 2U);  // 4 rows, then 2 of 5
   const std::vector<TokenId> drafts = {15, 16};
-  const std::span<const TokenId> per_sequence[] = {drafts, {}};
+  const ProposedDrafts per_sequence[] = {{drafts, {}}, {}};
   StepBatch batch;
   batch.assemble(plan, per_sequence);
   const StepRows rows = batch.rows();
@@ -247,6 +247,28 @@ TEST(StepBatchTest, LaysOutKnownTokensThenDrafts) {
   EXPECT_EQ(batch.groups()[0].banned_tokens, 2);
   EXPECT_EQ(batch.group_sequences()[0], 0U);
   for (const RequestId id : {1, 2}) scheduler.remove(id);
+}
+
+TEST(StepBatchTest, PutsADraftBehindTheOneThatItFollows) {
+  KvCache kv(kShape, 1 << 20, false);
+  ParkedKv parked(kv);
+  Scheduler scheduler({4, 64, 16, 6}, kv, parked);
+  scheduler.add(make_sequence(1, 1));
+  const StepPlan& plan = scheduler.plan();
+  ASSERT_EQ(plan.rows, 1);
+  const std::vector<TokenId> drafts = {15, 16, 17, 18};
+  const std::vector<std::int32_t> parents = {-1, -1, 0, 2};
+  const ProposedDrafts per_sequence[] = {{drafts, parents}};
+  StepBatch batch;
+  batch.assemble(plan, per_sequence);
+  const StepRows rows = batch.rows();
+  EXPECT_EQ(std::vector<std::int64_t>(rows.positions.begin(), rows.positions.end()),
+            (std::vector<std::int64_t>{0, 1, 1, 2, 3}));
+  ASSERT_EQ(rows.segments.size(), 1U);
+  EXPECT_EQ(rows.segments[0].parents.data(), parents.data());
+  EXPECT_EQ(batch.groups()[0].parents.data(), parents.data());
+  EXPECT_EQ(rows.output_rows.size(), 5U);
+  scheduler.remove(1);
 }
 
 }  // namespace

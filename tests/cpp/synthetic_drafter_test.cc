@@ -195,13 +195,14 @@ class NotingDrafter final : public Drafter {
   DraftOutlook outlook(const DraftContext& context, int limit) override {
     return {.available = context.target_row < 0 ? 0 : std::min(limit, 5), .confidence = 0};
   }
-  void propose(std::span<DraftJob> jobs) override {
+  int propose(std::span<DraftJob> jobs) override {
     for (DraftJob& job : jobs) {
       EXPECT_NE(dynamic_cast<State*>(job.context.state), nullptr);
       notes_.push_back({job.context.state, job.context.tokens.size(), job.count, job.context.target_row});
       job.produced = std::min(job.count, 5);
       std::fill_n(job.drafts, job.produced, 0);
     }
+    return 0;
   }
   [[nodiscard]] int look_back() const override { return 77; }
 
@@ -226,9 +227,12 @@ TEST(SyntheticDrafter, RunsAnotherDrafterForItsCost) {
 
   const Tokens elsewhere = {2, 2};
   TokenId drafts[24] = {};
-  DraftJob jobs[] = {{context, 8, drafts, -1},
-                     {context_of(lost.get(), elsewhere), 8, drafts + 8, -1},
-                     {context_of(second.get(), std::span(recording).first(7)), 8, drafts + 16, -1}};
+  DraftJob jobs[] = {{.context = context, .count = 8, .drafts = drafts, .produced = -1},
+                     {.context = context_of(lost.get(), elsewhere), .count = 8, .drafts = drafts + 8, .produced = -1},
+                     {.context = context_of(second.get(), std::span(recording).first(7)),
+                      .count = 8,
+                      .drafts = drafts + 16,
+                      .produced = -1}};
   drafter->propose(jobs);
   EXPECT_EQ(jobs[0].produced, 5) << "as many as the other one made";
   EXPECT_EQ(jobs[1].produced, 0);

@@ -99,7 +99,7 @@ class DraftStatistics(_message.Message):
     """Those that the model agreed with."""
     @_builtins.property
     def drafted_by_position(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """[i]: steps that drafted more than i tokens."""
+        """[i]: steps that drafted more than i tokens ahead. Drafts may be a tree, with several for one position."""
 
     @_builtins.property
     def accepted_by_position(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

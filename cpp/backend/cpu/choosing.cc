@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <climits>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -32,6 +33,19 @@ Cut list_cut(const SamplerKernels& kernels, const LogitList& list, int k, float 
     (count < wanted ? last : beyond) = middle;
   }
   return {found.value, static_cast<std::int32_t>(beyond)};
+}
+
+void set_probabilities(const SamplerKernels& kernels, const ProposeRow& row, double normalizer,
+                       std::span<Candidate> candidates) {
+  const NoiseKey noise = noise_of(row);
+  for (Candidate& candidate : candidates) {
+    if (candidate.token < 0 || !(candidate.value > kMinusInfinity)) continue;
+    float z = candidate.value;
+    if (row.sampling->temperature > 0.0F) {
+      z -= kernels.gumbel(noise_word(noise.seed, noise.position, candidate.token));
+    }
+    candidate.probability = static_cast<float>(std::exp(std::min(static_cast<double>(z) - normalizer, 0.0)));
+  }
 }
 
 void choose_greedy(const SamplerKernels& kernels, float* l, const std::int32_t* tokens, int count,

@@ -31,6 +31,15 @@ inline NoiseKey noise_of(const ProposeRow& row) {
   return {row.sampling->seed, row.position + static_cast<std::int64_t>(row.drafts.size())};
 }
 
+/// Log of the sum of exp(z) of `mass` units of weight beside the largest z (sampling.h).
+inline double log_normalizer(float top, std::uint64_t mass) {
+  return static_cast<double>(top) + std::log(std::ldexp(static_cast<double>(mass), -kWeightFractionBits));
+}
+
+/// Sets what the candidates' values say of their probabilities, given the log of the sum of exp(z) over all tokens.
+void set_probabilities(const SamplerKernels& kernels, const ProposeRow& row, double normalizer,
+                       std::span<Candidate> candidates);
+
 /// Steps 1 to 3. The tokens before a row are its history and the drafts before it, which have proved right if the row
 /// counts at all; they are counted on top of the history, which several rows read at once.
 /// find(token) is where the token's logit lies, null if it has none; changing(token, logit) is told before one changes.

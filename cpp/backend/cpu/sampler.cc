@@ -81,10 +81,6 @@ std::span<const TokenId> drafts_before(const VerifyGroup& group, int row, std::v
   return std::span<const TokenId>(path).subspan(first);
 }
 
-double log_normalizer(float top, std::uint64_t mass) {
-  return static_cast<double>(top) + std::log(std::ldexp(static_cast<double>(mass), -kWeightFractionBits));
-}
-
 /// `logit` NaN counts as minus infinity, as does every token of a row without a finite logit.
 float log_probability(float logit, double normalizer) {
   const double difference = static_cast<double>(scaled(logit, 1.0F)) - normalizer;
@@ -205,8 +201,11 @@ void Sampler::propose(const LogitRows& logits, std::span<const ProposeRow> rows,
   const auto choose_rows = [&](std::int64_t begin, std::int64_t end, int worker) {
     for (std::int64_t i = begin; i < end; ++i) {
       const auto at = static_cast<std::size_t>(i);
+      const std::span<Candidate> found = candidates.subspan(at * each, each);
+      double normalizer = 0.0;
       find_candidates(logits.values + i * logits.stride, logits.chunk_max + i * logits.chunk_stride, rows[at], false,
-                      scratch_[static_cast<std::size_t>(worker)], candidates.subspan(at * each, each));
+                      scratch_[static_cast<std::size_t>(worker)], found, &normalizer);
+      set_probabilities(kernels_, rows[at], normalizer, found);
     }
   };
   pool.parallel_for(static_cast<std::int64_t>(rows.size()), heavy ? 1 : kGreedyGrain, choose_rows);
@@ -229,7 +228,7 @@ void Sampler::choose(const LogitRows& logits, const VerifyGroup& group, int row,
                          group.banned,
                          group.banned_tokens};
   Candidate best;
-  find_candidates(values, chunk_max, place, wants_logprobs, scratch, std::span(&best, 1));
+  find_candidates(values, chunk_max, place, wants_logprobs, scratch, std::span(&best, 1), nullptr);
   choice.token = best.token;
   if (wants_logprobs) {
     float logit = values[choice.token];
@@ -242,13 +241,18 @@ void Sampler::choose(const LogitRows& logits, const VerifyGroup& group, int row,
   }
 }
 
-/// One row, by the list in sampling.h, as often as there are candidates. The last one's logit stays as it is.
+/// One row, by the list in sampling.h, as often as there are candidates. The last one's logit stays as it is. The log
+/// of the sum of exp(z) over all tokens goes to `normalizer` unless that is null.
 void Sampler::find_candidates(float* values, float* chunk_max, const ProposeRow& row, bool keep_original,
-                              Scratch& scratch, std::span<Candidate> candidates) const {
+                              Scratch& scratch, std::span<Candidate> candidates, double* normalizer) const {
   const SamplingParams& sampling = *row.sampling;
   adjust(values, chunk_max, row, keep_original, scratch);
   const bool greedy = sampling.temperature <= 0.0F;
   const LogitRow logits{values, chunk_max, vocabulary_, greedy ? 1.0F : 1.0F / sampling.temperature};
+  if (normalizer != nullptr) {
+    const float top = scaled(row_maximum(logits), logits.scale);
+    *normalizer = log_normalizer(top, kernels_.row_mass(logits, kKeepAll, top));
+  }
   const std::int64_t enough = sampling.top_k + static_cast<std::int64_t>(candidates.size()) - 1;
   if (!greedy && sampling.top_k > 0 && enough < vocabulary_ && enough <= kListCapacity) {
     const int count = collect_top(logits, static_cast<int>(enough), scratch);

@@ -61,7 +61,7 @@ class Sampler {
   void record(const VerifyGroup& group, VerifyResult& result) const;
   void choose(const LogitRows& logits, const VerifyGroup& group, int row, Scratch& scratch, Choice& choice) const;
   void find_candidates(float* values, float* chunk_max, const ProposeRow& row, bool keep_original, Scratch& scratch,
-                       std::span<Candidate> candidates) const;
+                       std::span<Candidate> candidates, double* normalizer) const;
   void record_logprobs(const LogitRow& row, int count, Scratch& scratch, Choice& choice) const;
   void adjust(float* values, float* chunk_max, const ProposeRow& row, bool keep_original, Scratch& scratch) const;
   void exclude(TokenId token, float* values, float* chunk_max) const;

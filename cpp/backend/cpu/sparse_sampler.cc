@@ -15,13 +15,18 @@ void choose(const SamplerKernels& kernels, const SparseLogitRows& logits, std::i
 
   float* z = logits.values_of(output);
   const std::int32_t* tokens = logits.tokens_of(output);
-  if (sampling.temperature <= 0.0F) {
-    choose_greedy(kernels, z, tokens, logits.count, candidates);
-  } else {
+  if (sampling.temperature > 0.0F) {
     const float scale = 1.0F / sampling.temperature;
     for (int i = 0; i < logits.count; ++i) z[i] = scaled(z[i], scale);
-    choose_sampled(kernels, z, tokens, logits.count, sampling, noise_of(row), candidates);
   }
+  const float top = kernels.maximum(z, logits.count);
+  const double normalizer = log_normalizer(top, kernels.list_mass({z, tokens, logits.count}, kKeepAll, top));
+  if (sampling.temperature > 0.0F) {
+    choose_sampled(kernels, z, tokens, logits.count, sampling, noise_of(row), candidates);
+  } else {
+    choose_greedy(kernels, z, tokens, logits.count, candidates);
+  }
+  set_probabilities(kernels, row, normalizer, candidates);
   // As of a whole row.
   if (candidates[0].token < 0) candidates[0].token = 0;
 }

@@ -321,7 +321,7 @@ def _print_report(report: dict[str, Any], json_file: Path | None) -> None:
     for name, drafts in report["drafters"].items():
         shares = drafts["acceptance_by_position"]
         console.print(
-            f"drafter {name}: {sum(drafts['drafted_by_position'])} drafts, accepted by position "
+            f"drafter {name}: drafted in {sum(drafts['drafted_by_position'][:1])} steps, accepted by position "
             + (" ".join(f"{share:.0%}" for share in shares[:_POSITIONS]) or "-")
             + (" ..." if len(shares) > _POSITIONS else ""),
             highlight=False,

@@ -191,12 +191,11 @@ def test_a_benchmark_ends_with_it(where: str, model: Path, prompts: Path, reques
     both = [
         sum(values) for values in zip(*(d["drafted_by_position"] for d in report["drafters"].values()), strict=True)
     ]
-    assert sum(both) == report["drafted"]
+    assert 0 < sum(both) <= report["drafted"], "a tree has several drafts for one position"
     shares = [a / d for a, d in zip(mtp["accepted_by_position"], mtp["drafted_by_position"], strict=True)]
     assert mtp["acceptance_by_position"] == pytest.approx(shares)
-    assert (
-        f"drafter mtp: {sum(mtp['drafted_by_position'])} drafts, accepted by position {shares[0]:.0%} " in result.stdout
-    )
+    steps = mtp["drafted_by_position"][0]
+    assert f"drafter mtp: drafted in {steps} steps, accepted by position {shares[0]:.0%} " in result.stdout
     assert "drafter lookup: " in result.stdout
     assert result.stderr.count("Likely causes") == 1
     assert f"warning: {mtp['warning']}\n" in result.stderr
