@@ -30,9 +30,9 @@ namespace draftwerk {
 struct EngineOptions {
   std::size_t kv_memory_bytes = std::size_t{256} << 20;
   int max_sequences = 64;
-  int prefill_chunk = 512;   ///< most prefill rows in one step; cut to the model's max_rows
-  int draft_length = -1;     ///< drafts per sequence and step; -1: decided by the draft budget
-  int max_draft_length = 8;  ///< most drafts per sequence and step, for draft_length and for requests too; <= 64
+  int prefill_chunk = 512;    ///< most prefill rows in one step; cut to the model's max_rows
+  int draft_length = -1;      ///< drafts per sequence and step; -1: decided by the draft budget
+  int max_draft_length = 16;  ///< most drafts per sequence and step, for draft_length and for requests too; <= 64
   bool prefix_cache = true;
   /// Prompt tokens of requests that may wait for their first token; with none waiting, a larger prompt is taken too.
   std::int64_t max_queued_tokens = std::int64_t{1} << 20;

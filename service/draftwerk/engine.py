@@ -99,7 +99,7 @@ class Engine:
         kv_memory: int | str | None = None,
         weights: str = "auto",
         draft_length: int | None = None,
-        max_draft_length: int = 8,
+        max_draft_length: int = 16,
         max_sequences: int = 64,
         max_step_rows: int = 512,
         prefill_chunk: int | None = None,

@@ -376,7 +376,7 @@ TEST(EngineTest, ErrorsNameFieldValueAndRange) {
   EXPECT_EQ(field_of([](Request& r) { r.sampling.top_p = 0.0F; }), "top_p");
   EXPECT_EQ(field_of([](Request& r) { r.stop_token_ids = {300}; }), "stop_token_ids[0]");
   EXPECT_EQ(field_of([](Request& r) { r.stop_strings = {"x"}; }), "stop");
-  EXPECT_EQ(field_of([](Request& r) { r.max_draft_length = 9; }), "max_draft_length");
+  EXPECT_EQ(field_of([](Request& r) { r.max_draft_length = 17; }), "max_draft_length");
   EXPECT_EQ(field_of([](Request& r) { r.salt = std::string(300, 'x'); }), "salt");
 }
 
@@ -434,7 +434,7 @@ TEST(EngineTest, OptionsThatMakeNoSenseAreRefused) {
   refused([](EngineOptions& o) { o.max_sequences = 0; });
   refused([](EngineOptions& o) { o.max_sequences = 1000; });
   refused([](EngineOptions& o) { o.max_context = 1025; });
-  refused([](EngineOptions& o) { o.draft_length = 9; });
+  refused([](EngineOptions& o) { o.draft_length = 17; });
   refused([](EngineOptions& o) { o.prefill_chunk = 0; });
   refused([](EngineOptions& o) { o.kv_memory_bytes = 10; });
 }

@@ -369,7 +369,7 @@ def test_engine_options(checkpoint: FakeCheckpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"drafter": "best"}, {"draft_length": 9}, {"kv_memory": "much"}, {"kv_memory": 0}, {"weights": "int3"}]
+    "options", [{"drafter": "best"}, {"draft_length": 17}, {"kv_memory": "much"}, {"kv_memory": 0}, {"weights": "int3"}]
 )
 def test_engine_options_out_of_range(checkpoint: FakeCheckpoint, options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):

@@ -106,7 +106,7 @@ def chat(
             model,
             drafter=drafter,
             draft_length=draft_length,
-            max_draft_length=max(8, draft_length or 0),
+            max_draft_length=max(16, draft_length or 0),
             weights=weights,
             threads=threads,
             kv_memory=kv_memory,

@@ -157,7 +157,7 @@ def open_engine(
             drafter=drafter,
             lookup=not no_lookup,
             draft_length=draft_length,
-            max_draft_length=max(8, draft_length or 0),
+            max_draft_length=max(16, draft_length or 0),
             threads=threads,
             kv_memory=kv_memory,
             weights=weights,

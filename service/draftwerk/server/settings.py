@@ -128,7 +128,7 @@ class Settings(BaseModel):
     draft_length: Optional[int] = _setting(
         None, "Budgets", "N", "Drafts per step. Default: decided by measured costs.", ge=0
     )
-    max_draft_length: int = _setting(8, "Budgets", "N", "Most drafts per step and generation.", ge=0, le=64)
+    max_draft_length: int = _setting(16, "Budgets", "N", "Most drafts per step and generation.", ge=0, le=64)
 
     log_format: Literal["auto", "console", "json"] = _setting(
         "auto", "Logs", "FORMAT", "console, json, or auto: console where stderr is a terminal."

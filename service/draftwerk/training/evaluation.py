@@ -247,7 +247,7 @@ class Evaluator:
             threads=self._options.threads,
             weights=self._options.weights,
             draft_length=draft_length,
-            max_draft_length=max(8, self._options.draft_length),
+            max_draft_length=max(16, self._options.draft_length),
             max_sequences=_STREAMS,
             prefill_chunk=_PREFILL_CHUNK,
             prefix_cache=False,

@@ -101,9 +101,9 @@ def test_a_bad_model_path(tmp_path: Path) -> None:
 
 def test_an_engine_that_cannot_be_made(tiny_model_path: Path) -> None:
     flags = ["--listen", "127.0.0.1:0", "--metrics-listen", ""]
-    code, line = failed_serve("--model", str(tiny_model_path), "--draft-length", "9", *flags)
+    code, line = failed_serve("--model", str(tiny_model_path), "--draft-length", "17", *flags)
     assert code == 2
-    assert line == "error: draft_length = 9: must be 0 to max_draft_length = 8"
+    assert line == "error: draft_length = 17: must be 0 to max_draft_length = 16"
 
 
 # --- TLS -------------------------------------------------------------------------------------------------------------
