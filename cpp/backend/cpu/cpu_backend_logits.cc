@@ -7,6 +7,13 @@
 #include "backend/cpu/sampler_kernels.h"
 
 namespace draftwerk::cpu {
+namespace {
+
+constexpr std::int64_t kLogitChunkBytes = kLogitChunk * sizeof(float);
+// A quarter of an L2 of 512 KiB.
+constexpr std::int64_t kLogitBytesTogether = 128 * 1024;
+
+}  // namespace
 
 void CpuBackend::head(Tensor states, const Weight& weight, float softcap) {
   const PackedMatrix& matrix = packed(weight);
@@ -18,16 +25,21 @@ void CpuBackend::head(Tensor states, const Weight& weight, float softcap) {
   const Activations x = prepare(states, nullptr, outputs, quantized, !quantized);
   constexpr std::int64_t kPanels = kLogitChunk / kPanel;
   const std::int64_t panels = panel_count(matrix.rows);
-  // A piece is a chunk of logits: its maxima are taken while it is in cache.
+  // Chunks that one product covers: so many that its start (nothing is prefetched before the first panel) does not
+  // count, so few that their logits are still in cache when the maxima are taken.
+  const std::int64_t together = std::clamp<std::int64_t>(kLogitBytesTogether / (outputs * kLogitChunkBytes), 1, 16);
   pool_.parallel_for(logit_chunks_, 2, [&](std::int64_t begin, std::int64_t end, int) {
-    for (std::int64_t chunk = begin; chunk < end; ++chunk) {
-      matmul_.matmul(matrix, chunk * kPanels, std::min((chunk + 1) * kPanels, panels), x, outputs, logits_.data(),
+    for (std::int64_t chunk = begin; chunk < end;) {
+      const std::int64_t past = std::min(chunk + together, end);
+      matmul_.matmul(matrix, chunk * kPanels, std::min(past * kPanels, panels), x, outputs, logits_.data(),
                      logit_stride_);
-      const std::int64_t first = chunk * kLogitChunk;
-      const int count = static_cast<int>(std::min<std::int64_t>(kLogitChunk, vocabulary_ - first));
-      for (int r = 0; r < outputs; ++r) {
-        logit_maxima_[r * logit_chunks_ + chunk] =
-            layer_.softcap_max(logits_.data() + r * logit_stride_ + first, count, softcap);
+      for (; chunk < past; ++chunk) {
+        const std::int64_t first = chunk * kLogitChunk;
+        const int count = static_cast<int>(std::min<std::int64_t>(kLogitChunk, vocabulary_ - first));
+        for (int r = 0; r < outputs; ++r) {
+          logit_maxima_[r * logit_chunks_ + chunk] =
+              layer_.softcap_max(logits_.data() + r * logit_stride_ + first, count, softcap);
+        }
       }
     }
   });
