@@ -187,6 +187,7 @@ TileKernel tile_kernel(int rows, std::integer_sequence<int, R...>) {
 template <WeightType type>
 void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
                      int rows, float* y, std::int64_t y_stride) {
+  const std::int64_t panels = panel_count(w.rows);
   std::int64_t chunk = kActivationBytes / w.columns / kTile * kTile;
   if (chunk < 4 * kTile) chunk = 4 * kTile;
   constexpr bool quantized = type != WeightType::f32 && type != WeightType::f16 && type != WeightType::bf16;
@@ -202,7 +203,8 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
     if constexpr (quantized) fill_starts<type>(x, first, end, w.columns / kBlock, starts);
     for (std::int64_t p = first_panel; p < last_panel; ++p) {
       for (std::int64_t row = first; row < end; row += kTile) {
-        const std::size_t ahead = row == first && p + 1 < last_panel ? w.panel_bytes : 0;
+        // Past the last panel too: a thread's next piece usually begins there.
+        const std::size_t ahead = row == first && p + 1 < panels ? w.panel_bytes : 0;
         const int tile = static_cast<int>(end - row < kTile ? end - row : kTile);
         tile_kernel<type>(tile, std::make_integer_sequence<int, kTile>())(
             w, p, ahead, x, row, starts + (row - first) * row_starts, y, y_stride);

@@ -40,11 +40,58 @@ inline void pause() {
 #endif
 }
 
+/// Part of a job's range, in multiples of its grain.
+struct Grains {
+  std::int64_t begin = 0;
+  std::int64_t end = 0;
+};
+
+/// What is left of a thread's share. The thread takes pieces off its front, others off its back.
+class alignas(64) Share {
+ public:
+  void set(Grains range) { left_.store(packed(range), std::memory_order_relaxed); }
+
+  /// Three quarters of it: pieces that continue each other need not be short, but those at the end, which others may
+  /// take.
+  Grains take_front() {
+    return take([](Grains left) {
+      return Grains{left.begin + std::max<std::int64_t>(3 * (left.end - left.begin) / 4, 1), left.end};
+    });
+  }
+
+  /// Half of it.
+  Grains take_back() {
+    return take([](Grains left) {
+      return Grains{left.begin, left.end - std::max<std::int64_t>((left.end - left.begin) / 2, 1)};
+    });
+  }
+
+ private:
+  // Both ends change as one word.
+  static std::uint64_t packed(Grains range) {
+    return static_cast<std::uint64_t>(range.begin) << 32 | static_cast<std::uint64_t>(range.end);
+  }
+
+  /// Takes what shrink(left) leaves out; nothing, begin == end, if nothing is left.
+  template <typename Shrink>
+  Grains take(const Shrink& shrink) {
+    std::uint64_t word = left_.load(std::memory_order_relaxed);
+    while (true) {
+      const Grains left = {static_cast<std::int64_t>(word >> 32), static_cast<std::int64_t>(word & 0xFFFFFFFFU)};
+      if (left.begin >= left.end) return {};
+      const Grains rest = shrink(left);
+      if (!left_.compare_exchange_weak(word, packed(rest), std::memory_order_relaxed)) continue;
+      return rest.begin > left.begin ? Grains{left.begin, rest.begin} : Grains{rest.end, left.end};
+    }
+  }
+
+  std::atomic<std::uint64_t> left_{0};
+};
+
 }  // namespace
 
 struct WorkerPool::State {
   alignas(64) std::atomic<std::uint32_t> control{0};
-  alignas(64) std::atomic<std::int64_t> next{0};
   alignas(64) std::atomic<int> parked{0};
   std::atomic<bool> caller_sleeps{false};
   std::atomic<bool> stop{false};
@@ -53,18 +100,24 @@ struct WorkerPool::State {
   void* context = nullptr;
   std::int64_t items = 0;
   std::int64_t grain = 1;
+  std::vector<Share> shares;
   std::vector<std::thread> workers;
 
+  void do_piece(Grains piece, int worker) const {
+    invoke(context, piece.begin * grain, std::min(piece.end * grain, items), worker);
+  }
+
   void take_pieces(int worker) {
-    // A piece is three quarters of a thread's share of what is left. The first panels of a piece come from memory
-    // unprefetched, so few pieces are better, until the last ones.
-    const auto quarters = 4 * static_cast<std::int64_t>(workers.size() + 1);
-    std::int64_t begin = next.load(std::memory_order_relaxed);
-    while (begin < items) {
-      const std::int64_t end = std::min(begin + std::max(grain, 3 * (items - begin) / quarters), items);
-      if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      invoke(context, begin, end, worker);
-      begin = next.load(std::memory_order_relaxed);
+    const auto first = static_cast<std::size_t>(worker);
+    for (Grains piece = shares[first].take_front(); piece.begin < piece.end; piece = shares[first].take_front()) {
+      do_piece(piece, worker);
+    }
+    // Shares only shrink: whoever has seen each of them empty is done.
+    for (std::size_t other = first + 1; other < first + shares.size(); ++other) {
+      Share& share = shares[other % shares.size()];
+      for (Grains piece = share.take_back(); piece.begin < piece.end; piece = share.take_back()) {
+        do_piece(piece, worker);
+      }
     }
   }
 
@@ -132,6 +185,7 @@ WorkerPool::WorkerPool(int threads) : state_(std::make_unique<State>()) {
     throw std::invalid_argument("worker pool: " + std::to_string(threads) + " threads; at least 1 is needed");
   }
   State* state = state_.get();
+  state->shares = std::vector<Share>(static_cast<std::size_t>(threads));
   for (int worker = 1; worker < threads; ++worker) {
     state->workers.emplace_back([state, worker] { state->work(worker); });
   }
@@ -159,7 +213,11 @@ void WorkerPool::run(std::int64_t items, std::int64_t grain, Invoke invoke, void
   state.context = context;
   state.items = items;
   state.grain = grain;
-  state.next.store(0, std::memory_order_relaxed);
+  const std::int64_t grains = (items + grain - 1) / grain;
+  const auto threads = static_cast<std::int64_t>(state.shares.size());
+  for (std::int64_t i = 0; i < threads; ++i) {
+    state.shares[static_cast<std::size_t>(i)].set({grains * i / threads, grains * (i + 1) / threads});
+  }
   state.publish(kOpen);
   state.take_pieces(0);
   // The last piece is handed out: nobody else need join.

@@ -21,11 +21,11 @@ class WorkerPool {
 
   [[nodiscard]] int size() const;
 
-  /// Calls body(begin, end, worker) until [0, items) is covered in pieces of at least `grain` (but for the last one),
-  /// handed out in order to whoever is free, and returns when all of it is done. Pieces shrink as the range runs out,
-  /// by guided self-scheduling (Polychronopoulos and Kuck, 1987): long ones stream memory well, short ones at the end
-  /// let the threads finish together. The body must not throw, and what it computes must not depend on how the range
-  /// is cut. With one piece (items <= grain) it runs on the caller alone.
+  /// Calls body(begin, end, worker) until [0, items), fewer than 2^32, is covered in pieces of at least `grain` (but
+  /// for the last one), and returns when all of it is done. Each thread has an equal share, of which it takes shrinking
+  /// pieces in ascending order, so that it streams memory from one into the next; who has none left takes from the end
+  /// of another's (work stealing: Blumofe and Leiserson, 1999). The body must not throw, and what it computes must not
+  /// depend on how the range is cut. With one piece (items <= grain) it runs on the caller alone.
   template <typename Body>
   void parallel_for(std::int64_t items, std::int64_t grain, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
