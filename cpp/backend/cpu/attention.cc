@@ -146,10 +146,19 @@ void Attention::attend_by_chunk(const AttentionCall& call, const StepRows& step,
   }
   split_begin_[static_cast<std::size_t>(tiles)] = items;
   const std::int64_t wave = kPartialsPerThread * pool_.size();
+  // Where all tiles have the same chunks (one sequence), a chunk's tiles go one after the other, so that its keys and
+  // values are read from memory by one thread.
+  const std::int64_t chunks = split_tiles_.front().chunks;
+  bool by_chunk = items <= wave && items == tiles * chunks;
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    by_chunk = by_chunk && split_tiles_[static_cast<std::size_t>(t)].first_chunk == split_tiles_.front().first_chunk &&
+               split_tiles_[static_cast<std::size_t>(t)].chunks == chunks;
+  }
   for (std::int64_t first = 0; first < items; first += wave) {
     const std::int64_t last = std::min(first + wave, items);
     pool_.parallel_for(last - first, 1, [&](std::int64_t begin, std::int64_t end, int) {
-      for (std::int64_t item = first + begin; item < first + end; ++item) {
+      for (std::int64_t ordinal = first + begin; ordinal < first + end; ++ordinal) {
+        const std::int64_t item = by_chunk ? ordinal % tiles * chunks + ordinal / tiles : ordinal;
         const auto after = std::upper_bound(split_begin_.begin(), split_begin_.begin() + tiles, item);
         const std::ptrdiff_t t = after - split_begin_.begin() - 1;
         const TilePlace& place = split_tiles_[static_cast<std::size_t>(t)];
