@@ -76,6 +76,41 @@ TEST(WorkerPool, WorkersTakePart) {
   EXPECT_EQ(inside, 2);
 }
 
+TEST(WorkerPool, WhoIsDoneTakesTheSharesOfOthers) {
+  WorkerPool pool(2);
+  // The first piece of one share waits for all else, most of its own share's rest included.
+  std::atomic<std::int64_t> done{0};
+  std::atomic<int> callers_of_rest{0};
+  pool.parallel_for(64, 1, [&](std::int64_t begin, std::int64_t end, int) {
+    if (begin == 0) {
+      while (done < 64 - (end - begin)) std::this_thread::yield();
+    } else if (begin < 32) {
+      ++callers_of_rest;
+    }
+    done += end - begin;
+  });
+  EXPECT_EQ(done, 64);
+  EXPECT_GT(callers_of_rest, 0);
+}
+
+TEST(WorkerPool, PiecesOfAThreadContinueEachOther) {
+  WorkerPool pool(2);
+  // Each thread waits in its first piece for the other, so neither takes the other's share before it has begun.
+  std::atomic<int> begun{0};
+  std::atomic<bool> sound{true};
+  std::int64_t next[2] = {0, 32};
+  pool.parallel_for(64, 1, [&](std::int64_t begin, std::int64_t end, int worker) {
+    if (begin == 0 || begin == 32) {
+      ++begun;
+      while (begun < 2) std::this_thread::yield();
+    }
+    const bool own = (begin < 32) == (worker == 0);
+    if (own && begin != next[worker]) sound = false;
+    if (own) next[worker] = end;
+  });
+  EXPECT_TRUE(sound);
+}
+
 TEST(WorkerPool, WakesParkedWorkers) {
   WorkerPool pool(3);
   for (int round = 0; round < 20; ++round) {
