@@ -42,8 +42,10 @@ constexpr double kCaution = 0.6;
 constexpr double kWorthDrafting = 1.015;
 /// Drafts that a tree may have beyond those that were planned for it, where it is surer of itself than usual.
 constexpr int kMoreDrafts = 8;
-/// Promises over which what comes of them reaches back.
+/// Promises over which what comes of them reaches back, and the least part of them that is believed to be kept: a
+/// drafter that has nothing verified any more could never show that it got better.
 constexpr double kPromiseWindow = 512.0;
+constexpr double kLeastKept = 0.25;
 /// Drafts less likely to be accepted than this are not thought of.
 constexpr double kLeastReach = 0.002;
 /// Share of a step from which the time of a drafter's pass counts in how deep it drafts.
@@ -91,6 +93,7 @@ void DraftBudget::plan(std::span<DraftCandidate> candidates, int prefill_rows, i
   const int sequences = static_cast<int>(candidates.size());
   for (DraftCandidate& candidate : candidates) {
     candidate.granted = 0;
+    candidate.planned = 0;
     candidate.row_prices = {};
     candidate.compared_drafter = -1;
   }
@@ -123,6 +126,7 @@ void DraftBudget::plan_fixed(std::span<DraftCandidate> candidates, int drafts, i
   if (drafters_compete(candidates)) choose_drafters(candidates, 0.0);
   for (DraftCandidate& candidate : candidates) {
     candidate.granted = std::min({drafts, capacity(candidate, candidate.drafter), room});
+    candidate.planned = 0;
     candidate.row_prices = {};
     candidate.compared_drafter = -1;
     room -= candidate.granted;
@@ -460,6 +464,7 @@ void DraftBudget::free_trees(std::span<DraftCandidate> candidates, int max_rows)
   for (DraftCandidate& candidate : candidates) {
     if (!has_tree(candidate)) continue;
     const int others = rows - candidate.granted;
+    candidate.planned = candidate.granted;
     candidate.granted = std::min(candidate.granted + more, capacity(candidate, candidate.drafter));
     candidate.row_prices = {next, static_cast<std::size_t>(candidate.granted) + 1};
     for (int k = 0; k <= candidate.granted; ++k) {
@@ -474,6 +479,8 @@ void DraftBudget::observe_acceptance(SequenceAcceptance& sequence, int confidenc
                                      std::span<const int> accepted) {
   acceptance_.observe(sequence.beliefs, confidence, drafted, accepted);
 }
+
+double DraftBudget::promise_scale() const { return std::max(kept_ / promised_, kLeastKept); }
 
 void DraftBudget::observe_promise(double promised, int accepted) {
   promised_ += promised - promised_ / kPromiseWindow;

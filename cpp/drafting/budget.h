@@ -14,6 +14,8 @@
 //      g of them" whose cost is known the one with the highest goodput is best. A drafter whose passes take long is
 //      kept from going deeper than pays for all sequences together. Drafting has to beat not drafting by more than
 //      costs are known to.
+//      How many drafts of a tree pay differs from step to step: its drafter gets the prices of rows and of its passes
+//      and decides when it knows how sure it is.
 //   3. What is not known is found out at a bounded price:
 //      - A trial is a step of another number of rows than the best: one that was not measured yet and may pay, or the
 //        sequences' own alone, to measure that anew. A few thousandths of all time are set aside for trials.
@@ -55,8 +57,10 @@ struct DraftCandidate {
   int limit = 0;                                      ///< most drafts allowed for it
   int drafter = 0;                                    ///< out: whose drafts are granted
   int granted = 0;                                    ///< out: 0 .. min(limit, outlooks[drafter].available)
-  /// out: [granted + 1], of a tree, which may have more drafts than are planned for: what so many have to promise to
-  /// pay for their rows (DraftJob). Good until the next plan.
+  /// out: of a tree, how many drafts the plan counts on; what granted allows beyond that is up to the drafter.
+  int planned = 0;
+  /// out: [granted + 1], of a tree: what so many drafts have to promise to pay for their rows (DraftJob). Good until
+  /// the next plan.
   std::span<const double> row_prices = {};
   /// out: a drafter, not the one whose drafts are granted, that is to propose one draft too. It takes no row: it is
   /// compared with the first token that comes out of the step, and observe_acceptance() told of one draft of that
@@ -81,7 +85,8 @@ class DraftBudget {
   void plan_fixed(std::span<DraftCandidate> candidates, int drafts, int room);
 
   /// A sequence drafted `drafted` tokens of class `confidence`, of which `accepted` were accepted: ascending indices,
-  /// in a chain those of the first ones.
+  /// in a chain those of the first ones. Drafts of a tree that were planned and did not pay count as rejected ones:
+  /// that is what granting them was worth.
   void observe_acceptance(SequenceAcceptance& acceptance, int confidence, int drafted, std::span<const int> accepted);
   /// A drafter promised that so many drafts of a tree would be accepted, and so many were.
   void observe_promise(double promised, int accepted);
@@ -145,7 +150,7 @@ class DraftBudget {
   [[nodiscard]] int trial(int sequences, int best) const;
   void explore(std::span<DraftCandidate> candidates, int max_rows);
   void free_trees(std::span<DraftCandidate> candidates, int max_rows);
-  [[nodiscard]] double promise_scale() const { return kept_ / promised_; }
+  [[nodiscard]] double promise_scale() const;
   [[nodiscard]] Probe probe(const DraftCandidate& candidate, int rows, const Rounds& rounds, int max_rows) const;
 
   StepCostTable step_costs_;

@@ -306,6 +306,7 @@ void Engine::step() {
 // Fills drafts_ with what the drafters propose for the sequences that decode, and reserves the pages of its drafts.
 void Engine::propose_drafts(const StepPlan& plan) {
   drafts_.assign(plan.sequences.size(), {});
+  origins_.assign(plan.sequences.size(), {});
   compared_.assign(plan.sequences.size(), {});
   if (drafters_.empty()) return;
   const PhaseTimer timer(totals_.draft_seconds);
@@ -336,7 +337,7 @@ void Engine::propose_with(std::size_t drafter, const StepPlan& plan) {
       // Drafts are worth parked K/V and cached prefixes, which would have to go a few tokens later, but never a
       // sequence.
       if (!parked_.reserve(sequence.kv, sequence.length() + candidate.granted)) continue;
-      origins_[planned] = {drafter, confidence};
+      origins_[planned] = {.drafter = drafter, .confidence = confidence, .planned = candidate.planned};
       jobs_.push_back({.context = draft_context(sequence, drafter),
                        .count = candidate.granted,
                        .row_prices = candidate.row_prices,
@@ -386,7 +387,6 @@ void Engine::take_drafts(const DraftJob& job, ProposedDrafts& drafts, DraftOrigi
 void Engine::grant_drafts(const StepPlan& plan) {
   candidates_.clear();
   candidate_sequences_.clear();
-  origins_.assign(plan.sequences.size(), {});
   const int room =
       std::min(scheduler_.limits().max_step_rows - plan.rows, scheduler_.limits().max_outputs - plan.outputs);
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
@@ -442,10 +442,12 @@ void Engine::commit(const StepPlan& plan) {
     const auto drafted = static_cast<int>(drafts_[index].tokens.size());
     const std::vector<int>& path = results_[g].drafts;
     const auto accepted = static_cast<int>(path.size());
+    const DraftOrigin& origin = origins_[index];
+    if (const int counted = std::max(drafted, origin.planned); counted > 0) {
+      budget_.observe_acceptance(sequence.acceptance, origin.confidence, counted, path);
+    }
+    if (origin.promised > 0.0) budget_.observe_promise(origin.promised, accepted);
     if (drafted > 0) {
-      const DraftOrigin& origin = origins_[index];
-      budget_.observe_acceptance(sequence.acceptance, origin.confidence, drafted, path);
-      if (origin.promised > 0.0) budget_.observe_promise(origin.promised, accepted);
       count_drafts(sequence.statistics, drafted, origin.ahead, accepted);
       count_drafts(totals_, drafted, origin.ahead, accepted);
       count_drafts(totals_.drafters[origin.drafter], drafted, origin.ahead, accepted);

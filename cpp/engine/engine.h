@@ -201,6 +201,7 @@ class Engine {
     std::size_t drafter = 0;
     int confidence = 0;
     int ahead = 0;          // tokens from the last known one to the furthest draft
+    int planned = 0;        // DraftCandidate::planned
     double promised = 0.0;  // how many were expected to be accepted, where the drafter says so
   };
   std::vector<DraftOrigin> origins_;  // per planned sequence, of its drafts

@@ -285,5 +285,25 @@ TEST_F(TrainedBudget, IgnoresMeasurementsThatCannotBe) {
   EXPECT_EQ(budget_.draft_cost(0), 0.0);
 }
 
+TEST(DraftBudget, GivesUpADrafterThatFindsNothingWorthARow) {
+  DraftBudget budget;
+  SequenceAcceptance sequence;
+  int rounds = 0;
+  for (int step = 0; step < 400; ++step) {
+    DraftCandidate candidate{&sequence, {{{8, kTreeConfidence}}}, 8};
+    budget.plan(std::span(&candidate, 1), 0, 64);
+    // It is so unsure that nothing pays for its row, but its pass takes its time all the same. What has no price is
+    // verified, and rejected.
+    const int drafted = candidate.row_prices.empty() ? candidate.granted : 0;
+    if (candidate.granted > 0) {
+      budget.observe_drafting(0, 1, 1, 0.001);
+      budget.observe_acceptance(sequence, kTreeConfidence, std::max(drafted, candidate.planned), {});
+      if (step >= 200) ++rounds;
+    }
+    budget.observe_step(1 + drafted, 0.01 + 0.0003 * drafted);
+  }
+  EXPECT_LT(rounds, 10);
+}
+
 }  // namespace
 }  // namespace draftwerk
