@@ -47,6 +47,8 @@ _SETTLED = {
     "seed": "seed",
     "layers": "layers",
     "draft_vocab_size": "draft_vocabulary",
+    "clusters": "clusters",
+    "chosen_clusters": "chosen_clusters",
     "learning_rate": "learning_rate",
 }
 _LEARNING_RATE = 5e-4
@@ -91,7 +93,19 @@ def train_drafter(
     layers: Annotated[int, typer.Option("--layers", help="Layers of the drafter.", metavar="N")] = 2,
     draft_vocabulary: Annotated[
         int, typer.Option("--draft-vocabulary", help="Tokens that can be drafted.", metavar="N")
-    ] = 16_384,
+    ] = 65_536,
+    clusters: Annotated[
+        Optional[int],
+        typer.Option(
+            "--clusters",
+            help="Clusters of these tokens; a draft looks at some of them, instead of at every token. 0: none. "
+            "Default: of 32 tokens each, if there are more than 16,384.",
+            metavar="N",
+        ),
+    ] = None,
+    chosen_clusters: Annotated[
+        int, typer.Option("--chosen-clusters", help="Clusters that a draft looks at.", metavar="N")
+    ] = 64,
     learning_rate: Annotated[
         Optional[float],
         typer.Option(
@@ -124,7 +138,8 @@ def train_drafter(
             if (hours is None) == (tokens is None):
                 raise usage_error("give either --hours H or --tokens N (draftwerk train-drafter --help)")
             if from_drafter is not None:
-                options.refuse_beside(context, "--from", "that drafter has its own", "layers", "draft_vocabulary")
+                own = ("layers", "draft_vocabulary", "clusters", "chosen_clusters")
+                options.refuse_beside(context, "--from", "that drafter has its own", *own)
                 from_drafter = str(Path(from_drafter).resolve()) if Path(from_drafter).exists() else from_drafter
             if learning_rate is None:
                 learning_rate = _LEARNING_RATE if from_drafter is None else _FINE_TUNING_RATE
@@ -138,6 +153,8 @@ def train_drafter(
                 seed=seed,
                 layers=layers,
                 draft_vocab_size=draft_vocabulary,
+                clusters=clusters,
+                chosen_clusters=chosen_clusters,
                 learning_rate=learning_rate,
             )
         with options.loading_progress(told.model) as progress:

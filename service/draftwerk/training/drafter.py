@@ -17,6 +17,8 @@ from draftwerk.loading.config import FULL, SLIDING, TextConfig
 from draftwerk.training.rows import Rows
 from draftwerk.training.shape import DrafterShape
 
+CENTROIDS = "masked_embedding.centroids.weight"
+
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines [R, 1, head size / 2] of the rows' positions."""
 
@@ -103,14 +105,25 @@ class Stack(nn.Module):
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
 
+class MaskedEmbedding(nn.Module):
+    """Centroids of the clusters of a reduced head: they score [R, clusters] of what the tokens are scored by."""
+
+    def __init__(self, width: int, clusters: int) -> None:
+        super().__init__()
+        self.centroids = nn.Linear(width, clusters, bias=False)
+
+
 class DrafterModule(nn.Module):
     """A drafter of a shape. Its head stays as it is: the target's embedding, or what it came with.
 
+    The centroids of a reduced head are parameters: they are all of it that is the drafter's own.
+
     Attributes:
         shape: its sizes.
-        draft_token_ids: int64, the tokens that it can draft; all of the vocabulary where it has a head of its own.
-        head: a head of its own (``lm_head.weight`` [vocabulary, hidden]), centroids and what belongs to them, by
-            canonical name; empty where some rows of the target's embedding are all that there is.
+        draft_token_ids: int64, the tokens that it can draft, those of a cluster together; all of the vocabulary where
+            it has a head of its own.
+        head: a head of its own (``lm_head.weight`` [vocabulary, hidden]), its centroids and what belongs to them, by
+            canonical name; empty where it is some rows of the target's embedding.
 
     Args:
         shape: its sizes.
@@ -129,6 +142,8 @@ class DrafterModule(nn.Module):
         self.pre_projection = nn.Linear(2 * backbone, config.hidden_size, bias=False)
         self.model = Stack(config)
         self.post_projection = nn.Linear(config.hidden_size, backbone, bias=False)
+        if shape.draft_vocab_size and shape.num_centroids:
+            self.masked_embedding = MaskedEmbedding(backbone, shape.num_centroids)
         for kind in dict.fromkeys(config.layer_types):
             self.register_buffer(f"_frequencies_{kind}", _frequencies(config, kind), persistent=False)
 

@@ -21,21 +21,20 @@ from torch import Tensor
 from draftwerk.loading import AssistantCheckpoint, Checkpoint, CheckpointError, check_fits
 from draftwerk.loading.vocabulary_checks import DRAFT_TOKEN_IDS, HEAD, TOKEN_ORDERING
 from draftwerk.training.atomic_file import atomic_file
-from draftwerk.training.drafter import DrafterModule
+from draftwerk.training.drafter import CENTROIDS, DrafterModule
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.shape import DrafterShape
 from draftwerk.training.target import rope_parameters
 from draftwerk.training.torch_tensors import torch_tensor
 
-_CENTROIDS = "masked_embedding.centroids.weight"
 _STORED_NAMES = {HEAD: "model.embed_tokens.weight"}  # which transformers ties the head to
 
 
 def read_drafter(checkpoint: AssistantCheckpoint, target: Checkpoint) -> DrafterModule:
-    """A drafter to go on from. Its layers and projections are trained, in float32; its head stays as it is.
+    """A drafter to go on from. Its layers and projections are trained, in float32, and the centroids of a reduced head.
 
-    A head with centroids scores the tokens of a few clusters only. Training compares all tokens: which clusters a state
-    would choose is not looked at.
+    A head of its own stays as it is, and centroids with it: training compares all of its tokens, whichever clusters a
+    state would choose.
 
     Args:
         checkpoint: an opened drafter, quantised or not.
@@ -52,7 +51,7 @@ def read_drafter(checkpoint: AssistantCheckpoint, target: Checkpoint) -> Drafter
     weights: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
     for view in checkpoint.tensors():
-        if view.name in (HEAD, _CENTROIDS):
+        if view.name == HEAD or (view.name == CENTROIDS and not config.draft_vocab_size):
             head[view.name] = torch_tensor(view)
             continue
         weights[view.name] = torch_tensor(view, torch.float32)
@@ -79,7 +78,7 @@ def write_drafter(
     started_from: str | None = None,
     draft_length: int | None = None,
 ) -> None:
-    """Writes a drafter: what is trained in bfloat16, the head that it came with as it came.
+    """Writes a drafter: what is trained in bfloat16, a head of its own as it came.
 
     Args:
         drafter: what is written.

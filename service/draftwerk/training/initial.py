@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftwerk.training.drafter import DrafterModule
+from draftwerk.training.drafter import CENTROIDS, DrafterModule
 from draftwerk.training.target import FrozenTarget
 
 _RIDGE = 1e-3  # of the mean square of the inputs
@@ -16,7 +16,7 @@ def start_from_target(drafter: DrafterModule, target: FrozenTarget, seed: int) -
     """Sets every weight: from the target's last layers where it has one of the same shape, else at random.
 
     Gemma 3's conventions are absorbed: its norms come as their whole factor, and its attention scale goes into the norm
-    of the queries.
+    of the queries. Centroids become the means of their tokens' rows.
     """
     generator = torch.Generator().manual_seed(seed)
     text, config = drafter.shape.text, target.config
@@ -27,6 +27,9 @@ def start_from_target(drafter: DrafterModule, target: FrozenTarget, seed: int) -
         if source is not None and source.shape == weight.shape:
             scale = config.query_pre_attn_scalar**-0.5 if name.endswith("q_norm.weight") else 1.0
             weight.copy_(source * scale)
+        elif name == CENTROIDS:
+            rows = target.embedding[drafter.draft_token_ids].float()
+            weight.copy_(rows.view(weight.shape[0], -1, rows.shape[1]).mean(1))
         elif weight.dim() == 2:
             weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
         elif name.endswith("q_norm.weight"):

@@ -20,12 +20,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from draftwerk.engine import Engine
 from draftwerk.loading import AssistantCheckpoint, Checkpoint, check_fits, is_hub_name, open_assistant
+from draftwerk.training.clusters import balanced_clusters
 from draftwerk.training.drafter import DrafterModule
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.export import read_drafter, write_drafter
+from draftwerk.training.head_sizes import MOST_COMPARED, HeadSizes
 from draftwerk.training.initial import fit_pre_projection, start_from_target
 from draftwerk.training.options import TrainingOptions
 from draftwerk.training.prompts import PromptsFile, read_prompts, set_aside
@@ -36,9 +39,9 @@ from draftwerk.training.shards import Shard, read_shard
 from draftwerk.training.target import FrozenTarget
 from draftwerk.training.text import TextProgress, TextWriter
 from draftwerk.training.text_batches import REPLAYED, TextBatches
-from draftwerk.training.token_counts import expected_counts
+from draftwerk.training.text_figures import text_figures
 from draftwerk.training.trainer import StepFigures, Trainer
-from draftwerk.training.vocabulary import choose_draft_vocabulary
+from draftwerk.training.vocabulary import DraftVocabulary, choose_draft_vocabulary, most_frequent
 
 _TOKENS_PER_SAVE = 65_536  # trained between two states: some minutes on a processor, seconds on a GPU
 _REHEARSED_STEPS = 3  # timed when a run is to last a number of hours
@@ -136,8 +139,15 @@ class Run:
         self._training_options(Plan(1, 1))  # what is out of range is told now, not when the first text is there
         self._checkpoint = checkpoint
         if options.start_from is None:
+            vocabulary = checkpoint.config.vocab_size
+            sizes = (options.draft_vocab_size, options.clusters, options.chosen_clusters)
+            head = HeadSizes.of(*sizes, vocabulary=vocabulary)
             self._shape = DrafterShape.for_target(
-                checkpoint.config, draft_vocab_size=options.draft_vocab_size, layers=options.layers
+                checkpoint.config,
+                draft_vocab_size=head.tokens,
+                layers=options.layers,
+                num_centroids=head.clusters,
+                centroid_intermediate_top_k=head.chosen,
             )
         else:
             check_fits(self._start(options.start_from), checkpoint)
@@ -202,9 +212,11 @@ class Run:
         first = self._shard(writer, 0)
         self._observer.phase("loading the target")
         target = FrozenTarget(self._checkpoint, device=self._device)
-        drafter = self._new_drafter(target, first)
-        plan = self._plan(target, drafter, batches, first)
-        trainer = Trainer(target, drafter, self._training_options(plan), self._directory.states)
+        vocabulary = self._vocabulary(target, first)
+        drafter = self._new_drafter(target, vocabulary, first)
+        compared = None if vocabulary is None else torch.from_numpy(vocabulary.compared)
+        plan = self._plan(target, drafter, compared, batches, first)
+        trainer = Trainer(target, drafter, self._training_options(plan), self._directory.states, compared)
         trainer.resume(batches)
         self._forget_after(trainer.step)
         try:
@@ -243,7 +255,7 @@ class Run:
 
     # --- the drafter --------------------------------------------------------------------------------------------
 
-    def _new_drafter(self, target: FrozenTarget, first: Shard) -> DrafterModule:
+    def _new_drafter(self, target: FrozenTarget, vocabulary: DraftVocabulary | None, first: Shard) -> DrafterModule:
         """The drafter as it is before the first step: a function of the first text and the seed, or of another one."""
         if self._options.start_from is not None:
             start = self._start(self._options.start_from)
@@ -252,7 +264,8 @@ class Run:
                 self._write(drafter, dict(drafter.named_parameters()), self._directory.initial)
             # As it was written, so that it is the same however often the run is gone on with.
             return read_drafter(self._start(self._options.start_from), self._checkpoint).to(target.device)
-        drafter = DrafterModule(self._shape, torch.from_numpy(self._vocabulary(target, first))).to(target.device)
+        assert vocabulary is not None
+        drafter = DrafterModule(self._shape, torch.from_numpy(vocabulary.token_ids)).to(target.device)
         start_from_target(drafter, target, self._options.seed)
         text = _rectangle([text.token_ids for text in first.texts()])
         if text is not None and self._shape.text.hidden_size == target.config.hidden_size:
@@ -265,16 +278,31 @@ class Run:
         """The drafter to go on from: the run's own copy of it once there is one."""
         return open_assistant(self._directory.initial if self._directory.initial.exists() else drafter)
 
-    def _vocabulary(self, target: FrozenTarget, first: Shard) -> npt.NDArray[np.int32]:
-        saved = self._directory.draft_token_ids()
+    def _vocabulary(self, target: FrozenTarget, first: Shard) -> DraftVocabulary | None:
+        """What is drafted, and compared; None where the drafter has a head of its own over the whole vocabulary."""
+        given = None
+        if self._options.start_from is not None:
+            start = self._start(self._options.start_from)
+            if not start.config.draft_vocab_size:
+                return None
+            given = start.head_token_ids
+            assert given is not None
+            if len(given) <= MOST_COMPARED:
+                return DraftVocabulary(given, given)
+        saved = self._directory.vocabulary()
         if saved is not None:
             return saved
         self._observer.phase("choosing the tokens that can be drafted")
-        counts = expected_counts(target, [text.token_ids for text in first.texts()])
-        always = self._checkpoint.eos_token_ids
-        chosen = choose_draft_vocabulary(target.config, counts, self._options.draft_vocab_size, always)
-        self._directory.save_draft_token_ids(chosen)
-        return chosen
+        figures = text_figures(target, [text.token_ids for text in first.texts()])
+        if given is None:
+            always = self._checkpoint.eos_token_ids
+            given = choose_draft_vocabulary(target.config, figures.counts, self._shape.draft_vocab_size, always)
+            if self._shape.num_centroids:
+                rows = target.embedding[torch.from_numpy(given)].float() @ figures.directions
+                given = given[balanced_clusters(rows, self._shape.num_centroids).cpu().numpy()]
+        vocabulary = DraftVocabulary(given, most_frequent(given, figures.counts, MOST_COMPARED))
+        self._directory.save_vocabulary(vocabulary)
+        return vocabulary
 
     def _keep(self, trainer: Trainer, batches: TextBatches) -> None:
         """Makes sure that state and drafter are those of the last step."""
@@ -293,7 +321,14 @@ class Run:
 
     # --- how long -----------------------------------------------------------------------------------------------
 
-    def _plan(self, target: FrozenTarget, drafter: DrafterModule, batches: TextBatches, first: Shard) -> Plan:
+    def _plan(
+        self,
+        target: FrozenTarget,
+        drafter: DrafterModule,
+        compared: Tensor | None,
+        batches: TextBatches,
+        first: Shard,
+    ) -> Plan:
         """The plan that was made before, or a new one."""
         values = self._directory.read()
         if "plan" in values:
@@ -303,7 +338,7 @@ class Run:
         else:
             assert self._options.hours is not None
             self._observer.phase("measuring how fast training goes")
-            seconds, tokens = self._rehearse(target, drafter, batches)
+            seconds, tokens = self._rehearse(target, drafter, compared, batches)
             # A token of text serves 1 + REPLAYED times.
             seconds += tokens / (1 + REPLAYED) * self._writing / max(1, first.generated_tokens)
             left = self._options.hours * 3600.0 - self._seconds
@@ -312,12 +347,14 @@ class Run:
         self._directory.write({**values, "plan": asdict(plan)})
         return plan
 
-    def _rehearse(self, target: FrozenTarget, drafter: DrafterModule, batches: TextBatches) -> tuple[float, float]:
+    def _rehearse(
+        self, target: FrozenTarget, drafter: DrafterModule, compared: Tensor | None, batches: TextBatches
+    ) -> tuple[float, float]:
         """Seconds and tokens of a step, measured on a drafter that is thrown away."""
         states = Path(tempfile.mkdtemp(prefix=".rehearsal.", dir=self._directory.path))
         try:
             options = self._training_options(Plan(_REHEARSED_STEPS + 1, 1 << 20))
-            trainer = Trainer(target, copy.deepcopy(drafter), options, states)
+            trainer = Trainer(target, copy.deepcopy(drafter), options, states, compared)
             taken = [(figures.tokens / figures.tokens_per_second, figures.tokens) for figures in trainer.steps(batches)]
         finally:
             shutil.rmtree(states, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The directory of a training run: what is where, and that it is whole whenever the run is stopped.
 
 run.json          what the run was told, and what it settled at its beginning
-draft_token_ids.npy    the tokens that can be drafted
+vocabulary.npz    the tokens that can be drafted
 text/             what the target wrote
 states/           states to go on from
 log.jsonl         a line for every optimizer step and every shard of text
@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from draftwerk.training.atomic_file import atomic_file
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.shards import count_shards
+from draftwerk.training.vocabulary import DraftVocabulary
 
 _RUN = "run.json"
-_DRAFT_TOKEN_IDS = "draft_token_ids.npy"
+_VOCABULARY = "vocabulary.npz"
 _FORMAT = 1
 
 
@@ -118,23 +120,24 @@ class RunDirectory:
         with atomic_file(self._log) as file:
             file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
 
-    def draft_token_ids(self) -> npt.NDArray[np.int32] | None:
-        """What save_draft_token_ids() saved; None if it has not yet.
+    def vocabulary(self) -> DraftVocabulary | None:
+        """What save_vocabulary() saved; None if it has not yet.
 
         Raises:
             TrainingError: the file is damaged.
         """
-        path = self.path / _DRAFT_TOKEN_IDS
+        path = self.path / _VOCABULARY
         if not path.exists():
             return None
         try:
-            return np.asarray(np.load(path, allow_pickle=False), dtype=np.int32)
-        except (ValueError, EOFError) as error:
+            with np.load(path, allow_pickle=False) as arrays:
+                return DraftVocabulary(**{name: np.asarray(arrays[name], np.int32) for name in arrays.files})
+        except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise TrainingError(f"{path} is damaged ({error}): begin in another directory") from None
 
-    def save_draft_token_ids(self, token_ids: npt.NDArray[np.int32]) -> None:
-        with atomic_file(self.path / _DRAFT_TOKEN_IDS) as file:
-            np.save(file, token_ids)
+    def save_vocabulary(self, vocabulary: DraftVocabulary) -> None:
+        with atomic_file(self.path / _VOCABULARY) as file:
+            np.savez(file, **asdict(vocabulary))
 
     def publish(self, write: Callable[[Path], None]) -> None:
         """Replaces the drafter, so that there is a whole one at every moment once there is a first.

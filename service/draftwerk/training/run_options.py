@@ -28,7 +28,9 @@ class RunOptions:
         tokens: of text that are trained on, repetitions included. Either this or `hours`.
         seed: of everything that is chosen by chance.
         layers: decoder layers of the drafter; one that is gone on from has its own.
-        draft_vocab_size: tokens that it can draft; likewise.
+        draft_vocab_size: tokens that it can draft; likewise, as for the next two.
+        clusters: of them, which are scored first; 0: every token is scored; None: as HeadSizes.of() has it.
+        chosen_clusters: of them whose tokens are scored.
         draft_depth: drafts of a chain that are trained.
         learning_rate: at its peak.
         length: longest sequence of a batch, in tokens.
@@ -44,7 +46,9 @@ class RunOptions:
     tokens: int | None = None
     seed: int = 0
     layers: int = 2
-    draft_vocab_size: int = 16_384
+    draft_vocab_size: int = 65_536
+    clusters: int | None = None
+    chosen_clusters: int = 64
     draft_depth: int = 6
     learning_rate: float = 5e-4
     length: int = 1024

@@ -44,6 +44,8 @@ class DrafterShape:
         layers: int = _DEFAULT_LAYERS,
         hidden: int | None = None,
         intermediate: int | None = None,
+        num_centroids: int = 0,
+        centroid_intermediate_top_k: int = 0,
     ) -> DrafterShape:
         """The shape of a drafter to train from scratch.
 
@@ -56,6 +58,8 @@ class DrafterShape:
             layers: decoder layers.
             hidden: width of its layers; by default the target's, at most 1,024.
             intermediate: width of its MLPs; by default that of the target's last layer, in proportion to ``hidden``.
+            num_centroids: clusters of those tokens, all of the same size; 0: none.
+            centroid_intermediate_top_k: clusters whose tokens get logits.
 
         Raises:
             TrainingError: a size is out of range.
@@ -110,6 +114,8 @@ class DrafterShape:
             backbone_hidden_size=target.hidden_size,
             draft_vocab_size=draft_vocab_size,
             head_softcap=target.final_logit_softcapping,
+            num_centroids=num_centroids,
+            centroid_intermediate_top_k=centroid_intermediate_top_k,
         )
 
     @classmethod

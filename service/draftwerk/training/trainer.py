@@ -5,6 +5,9 @@ would: the first draft from the target's state there, each further one from the 
 draft before. A further draft is only reached if those before it were accepted, so a row goes on with the probability
 with which its draft is (min(1, draft / target) of the text's own token): later drafts count as often as they happen,
 and cost as much.
+
+Distributions are compared over the likeliest of the tokens that can be drafted. Centroids need all of these tokens, but
+far fewer rows, and get a loss of their own.
 """
 
 from __future__ import annotations
@@ -23,13 +26,16 @@ from torch import Tensor
 
 from draftwerk.loading.vocabulary_checks import HEAD
 from draftwerk.training.batches import Batch, BatchSource
-from draftwerk.training.drafter import DrafterModule
+from draftwerk.training.cluster_loss import ClusteredHead, ClusterLoss
+from draftwerk.training.drafter import CENTROIDS, DrafterModule
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.loss import TargetDistribution, step_loss
 from draftwerk.training.options import TrainingOptions
 from draftwerk.training.rows import Rows
 from draftwerk.training.state import load_state, save_state
 from draftwerk.training.target import FrozenTarget
+
+_POSITIONS_PER_TAUGHT = 8  # every so many positions of a batch centroids learn from one
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,11 @@ class StepFigures:
         reached: draft position to the share of chains that got there.
         agreement: draft position to the share of rows there in which draft and target have the same likeliest token.
         overlap: draft position to what temperature 1 would accept there at best, given that it is reached.
-        gradient_norm: before clipping.
+        gradient_norm: before clipping, without that of centroids.
         learning_rate: that it took.
         tokens_per_second: of text, everything included.
+        cluster_recall: how probable the target finds it, of what can be drafted, that its token is in the clusters
+            that centroids choose; None without centroids.
     """
 
     step: int
@@ -57,6 +65,7 @@ class StepFigures:
     gradient_norm: float
     learning_rate: float
     tokens_per_second: float
+    cluster_recall: float | None = None
 
 
 class Trainer:
@@ -72,6 +81,7 @@ class Trainer:
         drafter: on the target's device.
         options: of the run.
         directory: where its states lie.
+        compared: token ids [n], those of a reduced head that distributions are compared over; by default all of them.
     """
 
     def __init__(
@@ -80,22 +90,30 @@ class Trainer:
         drafter: DrafterModule,
         options: TrainingOptions,
         directory: Path,
+        compared: Tensor | None = None,
     ) -> None:
         self._target = target
         self.drafter = drafter
         self._options = options
         self._directory = directory
-        chosen = drafter.draft_token_ids
+        chosen = drafter.draft_token_ids if compared is None else compared.to(target.device)
         self._index = torch.full((target.config.vocab_size,), -1, dtype=torch.long, device=target.device)
         self._index[chosen] = torch.arange(chosen.shape[0], device=target.device)
         own = drafter.head.get(HEAD)
         self._target_head = target.embedding[chosen] if own is None else target.embedding
         self._head = self._target_head if own is None else own.to(target.device, target.dtype)
         self._weights = dict(drafter.named_parameters())
-        matrices = [weight for weight in self._weights.values() if weight.dim() > 1]
-        vectors = [weight for weight in self._weights.values() if weight.dim() == 1]
+        self._clustered: ClusteredHead | None = None
+        if CENTROIDS in self._weights:
+            rows = target.embedding[drafter.draft_token_ids]
+            chosen_clusters = drafter.shape.centroid_intermediate_top_k
+            self._clustered = ClusteredHead(rows, self._weights[CENTROIDS], chosen_clusters)
+        # Centroids have a loss of their own: they neither decay nor count for the clipping of the others.
+        self._clipped = [weight for name, weight in self._weights.items() if name != CENTROIDS]
+        decaying = [weight for weight in self._clipped if weight.dim() > 1]
+        others = [weight for name, weight in self._weights.items() if weight.dim() == 1 or name == CENTROIDS]
         self._optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            [{"params": decaying, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=options.learning_rate,
             betas=(0.9, 0.95),
             fused=True,
@@ -187,11 +205,11 @@ class Trainer:
         """Adds the gradient of a batch."""
         generator = torch.Generator().manual_seed(_seed(self._options.seed, self.step, part))
         with self._autocast():
-            loss = self._chains(batch, generator, chain)
+            loss = self._chains(batch, part, generator, chain)
         torch.autograd.backward(loss / self._options.accumulate)
 
-    def _chains(self, batch: Batch, generator: torch.Generator, chain: _Sums) -> Tensor:
-        """The divergence of the chains from every position of a batch, averaged over them."""
+    def _chains(self, batch: Batch, part: int, generator: torch.Generator, chain: _Sums) -> Tensor:
+        """The divergence of the chains from every position of a batch, averaged over them, and the loss of clusters."""
         device = self._target.device
         token_ids, lengths = batch.token_ids.to(device), batch.lengths.to(device)
         width = token_ids.shape[1]
@@ -206,6 +224,7 @@ class Trainer:
         starts = len(rows)
         at = rows.sequence * width + rows.position
         previous = features.states.flatten(0, 1)[at - 1]
+        clusters = self._cluster_loss(features.states.flatten(0, 1), at, part)
         loss = torch.zeros((), device=device)
         for depth in range(self._options.draft_depth):
             embedded = self._target.embed(flat_ids[at])
@@ -214,6 +233,8 @@ class Trainer:
             result = step_loss(scored, self._head, self.drafter.shape.head_softcap, target, at, following[at])
             loss = loss + result.divergence.sum()
             chain.add(depth, result.overlap, result.agrees)
+            if clusters is not None:
+                clusters.add(projected, at)
             draws = torch.rand(len(rows), generator=generator).to(device)
             goes_on = torch.nonzero(draws < result.kept)[:, 0]
             if depth + 1 == self._options.draft_depth or not len(goes_on):
@@ -221,11 +242,22 @@ class Trainer:
             rows, at, previous = rows.those(goes_on), at[goes_on] + 1, projected[goes_on]
         loss = loss / starts
         chain.end(float(loss.detach()), batch.tokens)
+        if clusters is not None:
+            chain.add_clusters(clusters)
+            loss = loss + clusters.mean()
         return loss
+
+    def _cluster_loss(self, states: Tensor, at: Tensor, part: int) -> ClusterLoss | None:
+        """Of some of the positions ``at``, others in every batch; None without centroids."""
+        if self._clustered is None:
+            return None
+        batch = self.step * self._options.accumulate + part
+        positions = at[batch % _POSITIONS_PER_TAUGHT :: _POSITIONS_PER_TAUGHT]
+        return ClusterLoss(self._target, self._clustered, states, positions)
 
     def _apply(self, rate: float) -> float:
         """Takes the optimizer's step; returns the norm of the gradient."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self._weights.values(), self._options.clip))
+        norm = float(torch.nn.utils.clip_grad_norm_(self._clipped, self._options.clip))
         if not norm < float("inf"):
             raise TrainingError(
                 f"step {self.step + 1}: the gradient is not finite; go on from the last state with a smaller "
@@ -254,11 +286,17 @@ class _Sums:
         self._agrees = [0.0] * depth
         self._losses: list[float] = []
         self._tokens = 0
+        self._clustered_rows = 0
+        self._recall = 0.0
 
     def add(self, depth: int, overlap: Tensor, agrees: Tensor) -> None:
         self._rows[depth] += overlap.shape[0]
         self._overlap[depth] += float(overlap.sum())
         self._agrees[depth] += float(agrees.sum())
+
+    def add_clusters(self, clusters: ClusterLoss) -> None:
+        self._clustered_rows += clusters.rows
+        self._recall += clusters.recall
 
     def end(self, loss: float, tokens: int) -> None:
         self._losses.append(loss)
@@ -278,6 +316,7 @@ class _Sums:
             gradient_norm=norm,
             learning_rate=rate,
             tokens_per_second=self._tokens / seconds,
+            cluster_recall=self._recall / self._clustered_rows if self._clustered_rows else None,
         )
 
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from draftwerk.loading.config import TextConfig
 from draftwerk.training.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class DraftVocabulary:
+    """What a drafter drafts, and what its training looks at.
+
+    Attributes:
+        token_ids: [N] int32, the tokens that can be drafted, in the order of the head: those of a cluster together.
+        compared: [n] int32, those of them that distributions are compared over: the most frequent ones.
+    """
+
+    token_ids: npt.NDArray[np.int32]
+    compared: npt.NDArray[np.int32]
 
 
 def choose_draft_vocabulary(
@@ -39,3 +53,17 @@ def choose_draft_vocabulary(
     order = np.argsort(-counts.astype(np.int64), kind="stable")
     others = order[~np.isin(order, needed)][: size - needed.size]
     return np.sort(np.concatenate([needed, others])).astype(np.int32)
+
+
+def most_frequent(
+    token_ids: npt.NDArray[np.int32], counts: npt.NDArray[np.integer], size: int
+) -> npt.NDArray[np.int32]:
+    """The most frequent ones of some tokens, ascending; all of them if they are not more than so many.
+
+    Args:
+        token_ids: [N], distinct.
+        counts: [vocabulary], as above.
+        size: how many.
+    """
+    in_order = np.sort(token_ids)
+    return np.sort(in_order[np.argsort(-counts[in_order], kind="stable")[:size]])

@@ -22,6 +22,7 @@ from draftwerk.weights import load_assistant, load_model
 
 TOLERANCE = 1e-4  # of the largest value, in float32
 STEPS = 3
+CLUSTERS = {"num_centroids": 20, "centroid_intermediate_top_k": 7}
 STARTS = (1, 2, 17, WINDOW, WINDOW + 1, WINDOW + 2, WINDOW + 3, 40, 299, 305)
 
 
@@ -126,11 +127,12 @@ def test_gemma3_is_absorbed_in_the_format(tmp_path: Path, changes: dict[str, Any
     assert_same_chains(drafter, assistant, target)
 
 
+@pytest.mark.parametrize("sizes", [{}, CLUSTERS], ids=["all tokens", "clusters"])
 @pytest.mark.parametrize("family", MODELS)
-def test_the_engine_drafts_what_the_module_drafts(tmp_path: Path, family: str) -> None:
+def test_the_engine_drafts_what_the_module_drafts(tmp_path: Path, family: str, sizes: dict[str, int]) -> None:
     """A drafter that was written, with rows of the target's embedding as its head."""
     target = tiny_training.frozen(MODELS[family](seed=4), tmp_path / "target")
-    written = tiny_training.tiny_drafter(target)
+    written = tiny_training.tiny_drafter(target, **sizes)
     torch.nn.init.normal_(written.pre_projection.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     write_drafter(written, dict(written.named_parameters()), tmp_path / "drafter", target_name="tiny")
     checkpoint, assistant = open_checkpoint(tmp_path / "target"), open_assistant(tmp_path / "drafter")
@@ -148,8 +150,14 @@ def test_the_engine_drafts_what_the_module_drafts(tmp_path: Path, family: str) -
             embedded = target.embed(torch.tensor([token]))
             with torch.no_grad():
                 _, previous = drafter(embedded, previous, rows, features.keys, features.values)
+            scored = target.logits(previous, head)[0]
+            if sizes:
+                scores = drafter.masked_embedding.centroids(previous)[0].detach()
+                chosen = scores.topk(sizes["centroid_intermediate_top_k"]).indices
+                left_out = torch.ones(scores.shape[0], dtype=torch.bool).index_fill(0, chosen, False)
+                scored.view(scores.shape[0], -1)[left_out] = -torch.inf
             expected = torch.full((VOCABULARY,), -torch.inf)
-            expected[drafter.draft_token_ids] = target.logits(previous, head)[0]
+            expected[drafter.draft_token_ids] = scored
             torch.testing.assert_close(torch.from_numpy(logits[step]), expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert len(drafted) > 5
 
@@ -168,6 +176,14 @@ def test_it_starts_from_the_targets_last_layers(tmp_path: Path) -> None:
         torch.testing.assert_close(drafter.get_parameter(f"model.layers.{here}.self_attn.q_norm.weight"), norm / 10)
     assert torch.equal(drafter.get_parameter("model.norm.weight"), target.parameter("model.norm.weight"))
     assert torch.equal(drafter.get_parameter("post_projection.weight"), torch.eye(64))
+
+
+def test_centroids_start_as_the_means_of_their_tokens(tmp_path: Path) -> None:
+    target = tiny_training.frozen(MODELS["gemma3"](seed=5), tmp_path)
+    drafter = tiny_training.tiny_drafter(target, **CLUSTERS)
+    centroids = drafter.get_parameter("masked_embedding.centroids.weight")
+    assert centroids.shape == (20, 64)
+    torch.testing.assert_close(centroids[3], target.embedding[drafter.draft_token_ids[15:20]].mean(0))
 
 
 def test_the_first_projection_is_the_one_that_fits_best(tmp_path: Path) -> None:

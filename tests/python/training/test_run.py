@@ -82,10 +82,33 @@ def test_a_run_writes_text_and_trains_on_it_as_it_comes(whole: tuple[Path, Notes
 def test_what_it_leaves_is_a_drafter(whole: tuple[Path, Notes]) -> None:
     directory, _ = whole
     config = json.loads((directory / "drafter" / "config.json").read_text())
-    assert config["draft_vocab_size"] == OPTIONS.draft_vocab_size
+    assert config["draft_vocab_size"] == 64  # whole clusters
+    assert (config["num_centroids"], config["centroid_intermediate_top_k"]) == (16, 4)
     tensors = safetensors.torch.load_file(directory / "drafter" / "model.safetensors")
-    assert len(set(tensors["draft_token_ids"].tolist())) == OPTIONS.draft_vocab_size
+    assert len(set(tensors["draft_token_ids"].tolist())) == 64
+    assert tensors["masked_embedding.centroids.weight"].shape == (16, 64)
     assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+
+
+def test_distributions_are_compared_over_the_most_frequent_tokens(
+    target: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a run, and in one that goes on from its drafter, which drafts the same tokens in the same order."""
+    monkeypatch.setattr("draftwerk.training.run.MOST_COMPARED", 24)
+    assert run(target, tmp_path / "run", tokens=600)
+    assert run(target, tmp_path / "next", tokens=600, start_from=str(tmp_path / "run" / "drafter"))
+    told = [RunDirectory(tmp_path / name).vocabulary() for name in ("run", "next")]
+    assert told[0] is not None
+    assert told[1] is not None
+    assert set(told[0].compared.tolist()) < set(told[0].token_ids.tolist())
+    assert len(told[0].compared) == 24
+    assert told[1].compared.tolist() == told[0].compared.tolist()
+    assert told[1].token_ids.tolist() == told[0].token_ids.tolist()
+    drafters = [tmp_path / name / "drafter" / "model.safetensors" for name in ("run", "next")]
+    tensors = [safetensors.torch.load_file(drafter) for drafter in drafters]
+    assert torch.equal(tensors[0]["draft_token_ids"], tensors[1]["draft_token_ids"])
+    centroids = [its["masked_embedding.centroids.weight"] for its in tensors]
+    assert not torch.equal(*centroids)
 
 
 def test_a_run_is_a_function_of_what_it_is_told(target: Checkpoint, whole: tuple[Path, Notes], tmp_path: Path) -> None:
@@ -217,6 +240,8 @@ def test_what_a_killed_run_left_of_a_drafter_is_replaced(tmp_path: Path) -> None
         ({"tokens": None, "hours": 0.0}, "hours = 0.0: must be more than 0"),
         ({"tokens": None, "hours": float("nan")}, "hours = nan: must be more than 0"),
         ({"draft_vocab_size": 1000}, "draft_vocab_size = 1000: must be 1 to 260"),
+        ({"clusters": 68}, "clusters = 68: must be 0 to 67"),
+        ({"chosen_clusters": 0}, "chosen_clusters = 0: must be 1 to"),
         ({"layers": 0}, "layers = 0: must be 1 to"),
         ({"draft_depth": 99}, "draft_depth = 99: must be 1 to 32"),
         ({"length": 2}, "length = 2: must be"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_training
 import torch
-from tiny_training import HEADS, MODELS, random_ids
+from tiny_training import HEADS, MODELS, VOCABULARY, random_ids
 
 from draftwerk.loading import open_assistant
 from draftwerk.training.batches import Batches
@@ -111,6 +111,31 @@ def test_training_beats_its_initialisation(target: FrozenTarget, tmp_path: Path)
     assert np.mean([step.agreement[0] for step in last]) > first.agreement[0] + 0.1
     assert np.mean([step.overlap[0] for step in last]) > first.overlap[0] + 0.1
     assert np.mean([step.reached[1] for step in last]) > first.reached[1] + 0.05
+
+
+def test_centroids_learn_to_find_the_clusters(target: FrozenTarget, tmp_path: Path) -> None:
+    text = Batches([row.astype(np.int32) for row in random_ids(64, 40)], length=40, tokens_per_batch=320, seed=0)
+    options = TrainingOptions(steps=60, draft_depth=3, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=0)
+    drafter = tiny_training.tiny_drafter(target, num_centroids=20, centroid_intermediate_top_k=4)
+    figures = run(Trainer(target, drafter, options, tmp_path), text)
+    recall = [step.cluster_recall or 0.0 for step in figures]
+    assert np.mean(recall[-5:]) > np.mean(recall[:5]) + 0.1
+    plain = run(Trainer(target, tiny_training.tiny_drafter(target), options, tmp_path / "plain"), text)
+    # Centroids adapt to the drafter, and not the other way round.
+    assert [step.loss for step in figures] == [step.loss for step in plain]
+
+
+def test_few_tokens_can_be_compared(target: FrozenTarget, batches: Batches, tmp_path: Path) -> None:
+    """Training on some of the tokens is that of a drafter which has no others."""
+    drafters = [tiny_training.tiny_drafter(target), tiny_training.tiny_drafter(target, draft_vocab_size=40)]
+    some = drafters[1].draft_token_ids
+    others = [token for token in range(VOCABULARY) if token not in some.tolist()]
+    drafters[0].draft_token_ids.copy_(torch.tensor([*others[:60], *some.tolist()]))
+    losses = [
+        [step.loss for step in run(Trainer(target, drafter, OPTIONS, tmp_path / f"{index}", some), batches)]
+        for index, drafter in enumerate(drafters)
+    ]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("head", HEADS)

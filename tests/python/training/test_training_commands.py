@@ -92,17 +92,18 @@ def test_what_it_is_told_is_what_is_run(opened: Checkpoint, trains: Any, tmp_pat
     out = tmp_path / "out"
     result = run_command(
         *f"train-drafter -m tiny --out {out} --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64".split(),
-        *"--learning-rate 0.001 --device cpu -t 2".split(),
+        *"--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --device cpu -t 2".split(),
     )
     assert result.exit_code == 0, result.stderr
     (directory, told, checkpoint, rest), conclusion = calls
-    assert told == RunOptions("tiny", tokens=500, seed=7, layers=1, draft_vocab_size=64, learning_rate=0.001)
+    sizes = {"layers": 1, "draft_vocab_size": 64, "clusters": 8, "chosen_clusters": 2}
+    assert told == RunOptions("tiny", tokens=500, seed=7, learning_rate=0.001, **sizes)
     assert told == read_options(directory)
     assert checkpoint is opened
     assert (rest["device"], rest["threads"]) == ("cpu", 2)
     assert conclusion["command"] == (
         f"draftwerk train-drafter --out {out} --model tiny --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64 "
-        "--learning-rate 0.001"
+        "--clusters 8 --chosen-clusters 2 --learning-rate 0.001"
     )
     assert f"the drafter is {out / 'drafter'}" in result.stderr
     assert result.stdout == ""
@@ -159,8 +160,9 @@ def test_what_training_raises_is_one_line(trains: Any, tmp_path: Path) -> None:
         ("--tokens 0", "tokens = 0: must be 1 to"),
         ("--hours -1", "hours = -1.0: must be more than 0"),
         ("--tokens 5 --chat", "chat is for prompts of one's own"),
-        ("--tokens 5 --layers 0", "layers = 0: must be 1 to 64"),
+        ("--tokens 5 --draft-vocabulary 64 --layers 0", "layers = 0: must be 1 to 64"),
         ("--tokens 5 --draft-vocabulary 9999", "draft_vocab_size = 9999: must be 1 to 260"),
+        ("--tokens 5 --draft-vocabulary 64 --clusters 65", "clusters = 65: must be 0 to 64"),
         ("--tokens 5 --learning-rate 2", "learning_rate = 2.0: must be"),
         ("--tokens 5 --draft-vocabulary 64 --device tpu", "device = tpu: must be auto, cpu or cuda"),
         ("--tokens 5 --prompts /nowhere", "/nowhere: No such file or directory"),

@@ -32,7 +32,7 @@ def frozen(model: Any, directory: Path, **options: Any) -> FrozenTarget:
 
 
 def tiny_drafter(target: FrozenTarget, *, draft_vocab_size: int = 100, seed: int = 0, **sizes: int) -> DrafterModule:
-    """A drafter that starts from its target and drafts every third token or so."""
+    """A drafter that starts from its target and drafts every third token or so; clusters are of tokens by chance."""
     shape = DrafterShape.for_target(target.config, draft_vocab_size=draft_vocab_size, **sizes)
     chosen = np.random.default_rng(seed).permutation(target.config.vocab_size)[:draft_vocab_size]
     drafter = DrafterModule(shape, torch.from_numpy(np.sort(chosen)))
