@@ -29,7 +29,7 @@ from draftwerk.training.drafter import DrafterModule
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.export import read_drafter, write_drafter
 from draftwerk.training.head_sizes import MOST_COMPARED, HeadSizes
-from draftwerk.training.initial import fit_pre_projection, start_from_target
+from draftwerk.training.initial import fit_pre_projection, start_centroids, start_from_target
 from draftwerk.training.options import TrainingOptions
 from draftwerk.training.prompts import PromptsFile, read_prompts, set_aside
 from draftwerk.training.run_directory import RunDirectory
@@ -41,7 +41,7 @@ from draftwerk.training.text import TextProgress, TextWriter
 from draftwerk.training.text_batches import REPLAYED, TextBatches
 from draftwerk.training.text_figures import text_figures
 from draftwerk.training.trainer import StepFigures, Trainer
-from draftwerk.training.vocabulary import DraftVocabulary, choose_draft_vocabulary, most_frequent
+from draftwerk.training.vocabulary import DraftVocabulary, choose_draft_vocabulary
 
 _TOKENS_PER_SAVE = 65_536  # trained between two states: some minutes on a processor, seconds on a GPU
 _REHEARSED_STEPS = 3  # timed when a run is to last a number of hours
@@ -214,7 +214,7 @@ class Run:
         target = FrozenTarget(self._checkpoint, device=self._device)
         vocabulary = self._vocabulary(target, first)
         drafter = self._new_drafter(target, vocabulary, first)
-        compared = None if vocabulary is None else torch.from_numpy(vocabulary.compared)
+        compared = None if vocabulary is None else torch.from_numpy(vocabulary.most_frequent(MOST_COMPARED))
         plan = self._plan(target, drafter, compared, batches, first)
         trainer = Trainer(target, drafter, self._training_options(plan), self._directory.states, compared)
         trainer.resume(batches)
@@ -267,6 +267,7 @@ class Run:
         assert vocabulary is not None
         drafter = DrafterModule(self._shape, torch.from_numpy(vocabulary.token_ids)).to(target.device)
         start_from_target(drafter, target, self._options.seed)
+        start_centroids(drafter, target, torch.from_numpy(vocabulary.counts))
         text = _rectangle([text.token_ids for text in first.texts()])
         if text is not None and self._shape.text.hidden_size == target.config.hidden_size:
             fit_pre_projection(drafter, target, torch.from_numpy(text).to(target.device))
@@ -279,16 +280,13 @@ class Run:
         return open_assistant(self._directory.initial if self._directory.initial.exists() else drafter)
 
     def _vocabulary(self, target: FrozenTarget, first: Shard) -> DraftVocabulary | None:
-        """What is drafted, and compared; None where the drafter has a head of its own over the whole vocabulary."""
+        """What can be drafted; None where a drafter to go on from says that, and all of it is compared."""
         given = None
         if self._options.start_from is not None:
             start = self._start(self._options.start_from)
-            if not start.config.draft_vocab_size:
-                return None
             given = start.head_token_ids
-            assert given is not None
-            if len(given) <= MOST_COMPARED:
-                return DraftVocabulary(given, given)
+            if given is None or start.config.draft_vocab_size <= MOST_COMPARED:
+                return None
         saved = self._directory.vocabulary()
         if saved is not None:
             return saved
@@ -300,7 +298,7 @@ class Run:
             if self._shape.num_centroids:
                 rows = target.embedding[torch.from_numpy(given)].float() @ figures.directions
                 given = given[balanced_clusters(rows, self._shape.num_centroids).cpu().numpy()]
-        vocabulary = DraftVocabulary(given, most_frequent(given, figures.counts, MOST_COMPARED))
+        vocabulary = DraftVocabulary(given, figures.counts[given])
         self._directory.save_vocabulary(vocabulary)
         return vocabulary
 

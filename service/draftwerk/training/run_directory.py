@@ -131,7 +131,7 @@ class RunDirectory:
             return None
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return DraftVocabulary(**{name: np.asarray(arrays[name], np.int32) for name in arrays.files})
+                return DraftVocabulary(**{name: arrays[name] for name in arrays.files})
         except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise TrainingError(f"{path} is damaged ({error}): begin in another directory") from None
 

@@ -14,15 +14,20 @@ from draftwerk.training.errors import TrainingError
 
 @dataclass(frozen=True)
 class DraftVocabulary:
-    """What a drafter drafts, and what its training looks at.
+    """What a drafter drafts.
 
     Attributes:
-        token_ids: [N] int32, the tokens that can be drafted, in the order of the head: those of a cluster together.
-        compared: [n] int32, those of them that distributions are compared over: the most frequent ones.
+        token_ids: [N] int32, the tokens in the order of the head: those of a cluster together.
+        counts: [N] int64, how often each is to be expected, in units that mean nothing in themselves.
     """
 
     token_ids: npt.NDArray[np.int32]
-    compared: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int64]
+
+    def most_frequent(self, size: int) -> npt.NDArray[np.int32]:
+        """So many of the tokens, ascending, those with the smaller id first where they are equally frequent."""
+        order = np.lexsort((self.token_ids, -self.counts))
+        return np.sort(self.token_ids[order[:size]])
 
 
 def choose_draft_vocabulary(
@@ -53,17 +58,3 @@ def choose_draft_vocabulary(
     order = np.argsort(-counts.astype(np.int64), kind="stable")
     others = order[~np.isin(order, needed)][: size - needed.size]
     return np.sort(np.concatenate([needed, others])).astype(np.int32)
-
-
-def most_frequent(
-    token_ids: npt.NDArray[np.int32], counts: npt.NDArray[np.integer], size: int
-) -> npt.NDArray[np.int32]:
-    """The most frequent ones of some tokens, ascending; all of them if they are not more than so many.
-
-    Args:
-        token_ids: [N], distinct.
-        counts: [vocabulary], as above.
-        size: how many.
-    """
-    in_order = np.sort(token_ids)
-    return np.sort(in_order[np.argsort(-counts[in_order], kind="stable")[:size]])

@@ -15,7 +15,7 @@ import tiny_gemma4
 from draftwerk.loading import open_assistant, open_checkpoint
 from draftwerk.training.drafter import DrafterModule
 from draftwerk.training.export import configuration, read_drafter, write_drafter
-from draftwerk.training.initial import fit_pre_projection
+from draftwerk.training.initial import fit_pre_projection, start_centroids
 from draftwerk.training.rows import Rows
 from draftwerk.training.target import Features, FrozenTarget
 from draftwerk.weights import load_assistant, load_model
@@ -178,12 +178,16 @@ def test_it_starts_from_the_targets_last_layers(tmp_path: Path) -> None:
     assert torch.equal(drafter.get_parameter("post_projection.weight"), torch.eye(64))
 
 
-def test_centroids_start_as_the_means_of_their_tokens(tmp_path: Path) -> None:
+def test_centroids_start_as_weighted_means_of_their_tokens(tmp_path: Path) -> None:
     target = tiny_training.frozen(MODELS["gemma3"](seed=5), tmp_path)
     drafter = tiny_training.tiny_drafter(target, **CLUSTERS)
+    counts = torch.ones(100, dtype=torch.long)
+    counts[15:20] = torch.tensor([4, 0, 9, 16, 25])
+    start_centroids(drafter, target, counts)
     centroids = drafter.get_parameter("masked_embedding.centroids.weight")
-    assert centroids.shape == (20, 64)
-    torch.testing.assert_close(centroids[3], target.embedding[drafter.draft_token_ids[15:20]].mean(0))
+    rows = target.embedding[drafter.draft_token_ids].view(20, 5, 64)
+    torch.testing.assert_close(centroids[2], rows[2].mean(0))
+    torch.testing.assert_close(centroids[3], torch.tensor([2.0, 1.0, 3.0, 4.0, 5.0]) @ rows[3] / 15.0)
 
 
 def test_the_first_projection_is_the_one_that_fits_best(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from draftwerk.loading.hugging_face_config import config_from_hugging_face
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.options import TrainingOptions
 from draftwerk.training.shape import DrafterShape
-from draftwerk.training.vocabulary import choose_draft_vocabulary
+from draftwerk.training.vocabulary import DraftVocabulary, choose_draft_vocabulary
 
 
 def target_config(**changes: Any) -> TextConfig:
@@ -108,6 +108,12 @@ def test_the_draft_vocabulary_is_the_most_frequent_tokens() -> None:
     # The smaller ids where tokens are equally frequent.
     assert choose_draft_vocabulary(target_config(), counts, 4, [1]).tolist() == [1, 7, 20, 300]
     assert choose_draft_vocabulary(target_config(), counts, 352, []).tolist() == list(range(352))
+
+
+def test_the_most_frequent_tokens_of_a_draft_vocabulary() -> None:
+    vocabulary = DraftVocabulary(np.array([9, 3, 7, 5, 2], np.int32), np.array([4, 4, 0, 8, 4]))
+    assert vocabulary.most_frequent(3).tolist() == [2, 3, 5]
+    assert vocabulary.most_frequent(9).tolist() == [2, 3, 5, 7, 9]
 
 
 @pytest.mark.parametrize(
