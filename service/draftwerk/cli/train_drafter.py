@@ -93,13 +93,13 @@ def train_drafter(
     layers: Annotated[int, typer.Option("--layers", help="Layers of the drafter.", metavar="N")] = 2,
     draft_vocabulary: Annotated[
         int, typer.Option("--draft-vocabulary", help="Tokens that can be drafted.", metavar="N")
-    ] = 65_536,
+    ] = 16_384,
     clusters: Annotated[
         Optional[int],
         typer.Option(
             "--clusters",
             help="Clusters of these tokens; a draft looks at some of them, instead of at every token. 0: none. "
-            "Default: of 32 tokens each, if there are more than 16,384.",
+            "Default: of 32 tokens each, if there are 8,192 or more.",
             metavar="N",
         ),
     ] = None,

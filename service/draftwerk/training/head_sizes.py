@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from draftwerk.training.errors import TrainingError
 
 _CLUSTER_SIZE = 32
+_LEAST_CLUSTERED = 8_192  # fewer tokens are scored one by one in little time
 MOST_COMPARED = 16_384
-"""Tokens that distributions are compared over in training, and without clusters the most that a head has by default."""
+"""Tokens that distributions are compared over in training."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class HeadSizes:
 
         Args:
             tokens: at most so many; those that make no whole cluster are left out.
-            clusters: so many; ``None``: of 32 tokens each if there are more than MOST_COMPARED, else none.
+            clusters: so many; ``None``: of 32 tokens each if there are 8,192 or more, else none.
             chosen: so many of them, or all if there are fewer.
             vocabulary: the target's.
 
@@ -39,7 +40,7 @@ class HeadSizes:
             TrainingError: a size is out of range.
         """
         if clusters is None:
-            clusters = tokens // _CLUSTER_SIZE if tokens > MOST_COMPARED else 0
+            clusters = tokens // _CLUSTER_SIZE if tokens >= _LEAST_CLUSTERED else 0
         for name, value, least, most in (
             ("draft_vocab_size", tokens, 1, vocabulary),
             ("clusters", clusters, 0, tokens),

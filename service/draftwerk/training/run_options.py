@@ -46,7 +46,7 @@ class RunOptions:
     tokens: int | None = None
     seed: int = 0
     layers: int = 2
-    draft_vocab_size: int = 65_536
+    draft_vocab_size: int = 16_384
     clusters: int | None = None
     chosen_clusters: int = 64
     draft_depth: int = 6

@@ -37,7 +37,7 @@ def trained(target: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Pat
     where = tmp_path_factory.mktemp("runs")
     prompts = where / "prompts.txt"
     prompts.write_text("\n".join(f"Prompt {i}" for i in range(40)), encoding="utf-8")
-    assert run(target, where / "run", prompts=str(prompts))
+    assert run(target, where / "run", prompts=str(prompts), clusters=0)
     assert finish(target, where / "run")
     return where / "run"
 
