@@ -6,8 +6,8 @@ draft before. A further draft is only reached if those before it were accepted, 
 with which its draft is (min(1, draft / target) of the text's own token): later drafts count as often as they happen,
 and cost as much.
 
-Distributions are compared over the likeliest of the tokens that can be drafted. Centroids need all of these tokens, but
-far fewer rows, and get a loss of their own.
+Distributions are compared over the likeliest of the tokens that can be drafted (:mod:`.compared_tokens`). Centroids
+need all of these tokens, but far fewer rows, and get a loss of their own.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from draftwerk.loading.vocabulary_checks import HEAD
 from draftwerk.training.batches import Batch, BatchSource
 from draftwerk.training.cluster_loss import ClusteredHead, ClusterLoss
+from draftwerk.training.compared_tokens import TokenChoice
 from draftwerk.training.drafter import CENTROIDS, DrafterModule
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.loss import TargetDistribution, step_loss
@@ -81,7 +82,8 @@ class Trainer:
         drafter: on the target's device.
         options: of the run.
         directory: where its states lie.
-        compared: token ids [n], those of a reduced head that distributions are compared over; by default all of them.
+        compared: token ids [n], those of a reduced head that every batch compares distributions over, beside tokens of
+            its own; by default all tokens that can be drafted.
     """
 
     def __init__(
@@ -96,12 +98,11 @@ class Trainer:
         self.drafter = drafter
         self._options = options
         self._directory = directory
-        chosen = drafter.draft_token_ids if compared is None else compared.to(target.device)
-        self._index = torch.full((target.config.vocab_size,), -1, dtype=torch.long, device=target.device)
-        self._index[chosen] = torch.arange(chosen.shape[0], device=target.device)
         own = drafter.head.get(HEAD)
-        self._target_head = target.embedding[chosen] if own is None else target.embedding
-        self._head = self._target_head if own is None else own.to(target.device, target.dtype)
+        self._own_head = None if own is None else own.to(target.device, target.dtype)
+        frequent = None if compared is None else compared.to(target.device)
+        self._gathered: tuple[Tensor, Tensor] | None = None
+        self._choice = TokenChoice(drafter.draft_token_ids, frequent, target.config.vocab_size)
         self._weights = dict(drafter.named_parameters())
         self._clustered: ClusteredHead | None = None
         if CENTROIDS in self._weights:
@@ -214,9 +215,12 @@ class Trainer:
         token_ids, lengths = batch.token_ids.to(device), batch.lengths.to(device)
         width = token_ids.shape[1]
         features = self._target.features(token_ids)
-        target = TargetDistribution.of(self._target.logits(features.states.flatten(0, 1), self._target_head))
+        compared = self._choice.of_batch(token_ids, generator)
+        target_head = self._target.embedding if self._own_head is not None else self._head_of(compared.token_ids)
+        head = target_head if self._own_head is None else self._own_head
+        target = TargetDistribution.of(self._target.logits(features.states.flatten(0, 1), target_head))
         # [B * T]: the index of the token behind each position, -1 behind the last.
-        following = self._index[token_ids.roll(-1, 1)]
+        following = compared.index[token_ids.roll(-1, 1)]
         following[torch.arange(token_ids.shape[0], device=device), lengths - 1] = -1
         following, flat_ids = following.flatten(), token_ids.flatten()
 
@@ -230,7 +234,7 @@ class Trainer:
             embedded = self._target.embed(flat_ids[at])
             states, projected = self.drafter(embedded, previous, rows, features.keys, features.values)
             scored = projected if self.drafter.shape.draft_vocab_size else states
-            result = step_loss(scored, self._head, self.drafter.shape.head_softcap, target, at, following[at])
+            result = step_loss(scored, head, self.drafter.shape.head_softcap, target, at, following[at])
             loss = loss + result.divergence.sum()
             chain.add(depth, result.overlap, result.agrees)
             if clusters is not None:
@@ -246,6 +250,12 @@ class Trainer:
             chain.add_clusters(clusters)
             loss = loss + clusters.mean()
         return loss
+
+    def _head_of(self, token_ids: Tensor) -> Tensor:
+        """Rows [n, hidden] of the target's embedding; the same ones as the time before are not gathered again."""
+        if self._gathered is None or self._gathered[0] is not token_ids:
+            self._gathered = token_ids, self._target.embedding[token_ids]
+        return self._gathered[1]
 
     def _cluster_loss(self, states: Tensor, at: Tensor, part: int) -> ClusterLoss | None:
         """Of some of the positions ``at``, others in every batch; None without centroids."""
