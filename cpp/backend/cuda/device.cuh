@@ -1,0 +1,127 @@
+// What kernels are written with: number formats, reductions over a warp, and the instructions of tensor cores. Everything
+// else is CUDA's own. The same source runs on the host, where tests/cuda/emulation stands in for <cuda_runtime.h>.
+//
+// A kernel takes one struct by value, so that a launch can be recorded and compared as bytes (launch.h). Shared memory
+// is a __shared__ array where its size is known (48 KiB at most), or dynamic_shared().
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(DRAFTWERK_CUDA_EMULATION)
+#include "tensor_cores.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace draftwerk::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr std::uint32_t kAllLanes = 0xFFFFFFFFU;
+
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
+
+#if defined(DRAFTWERK_CUDA_EMULATION)
+
+inline std::byte* dynamic_shared() { return emulation::dynamic_shared(); }
+
+using emulation::bf16_to_float;
+using emulation::cp_async_16;
+using emulation::cp_async_commit;
+using emulation::cp_async_wait;
+using emulation::f16_to_float;
+using emulation::float_to_bf16;
+using emulation::float_to_f16;
+using emulation::ldmatrix_x4;
+using emulation::ldmatrix_x4_transposed;
+using emulation::mma_bf16;
+using emulation::mma_f16;
+using emulation::mma_s8;
+
+#else
+
+__device__ __forceinline__ std::byte* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return reinterpret_cast<std::byte*>(memory);
+}
+
+__device__ __forceinline__ float bf16_to_float(std::uint16_t x) { return __uint_as_float(std::uint32_t{x} << 16); }
+__device__ __forceinline__ std::uint16_t float_to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ __forceinline__ float f16_to_float(std::uint16_t x) { return __half2float(__ushort_as_half(x)); }
+__device__ __forceinline__ std::uint16_t float_to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+/// d += a b: a [16, 16] row-major, b [16, 8] column-major, d [16, 8] float32, spread over the lanes of a warp as PTX's
+/// mma.m16n8k16 has them.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+/// The same of float16.
+__device__ __forceinline__ void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+/// d += a b: a [16, 32] and b [32, 8] of int8, d int32, as mma.m16n8k32 has them.
+__device__ __forceinline__ void mma_s8(int (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/// Four 8x8 matrices of 16-bit values from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const void* shared_row) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+/// The same, each matrix transposed.
+__device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* shared_row) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+/// Copies 16 bytes from global to shared memory, both aligned to 16, past the first-level cache; zeros instead where
+/// `there` is false, in which case `global` is not read.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool there = true) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(there ? 16 : 0)
+               : "memory");
+}
+/// Closes a group of the copies of this thread so far.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Waits until at most kPending groups of this thread are under way; what others copied needs __syncthreads() besides.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#endif
+
+/// Sum over the lanes of a warp, in every lane, in an order that does not depend on anything.
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int bits = kWarp / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(kAllLanes, x, bits);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+  for (int bits = kWarp / 2; bits > 0; bits /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, bits));
+  return x;
+}
+
+}  // namespace draftwerk::cuda

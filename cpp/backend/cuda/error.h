@@ -1,0 +1,31 @@
+// Errors of the device as exceptions that say what was being done.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace draftwerk::cuda {
+
+/// A call of the CUDA runtime that failed. After some (an illegal access, for instance) nothing works any more.
+class CudaError : public std::runtime_error {
+ public:
+  CudaError(cudaError_t code, const char* what)
+      : std::runtime_error(std::string("CUDA error while ") + what + ": " + cudaGetErrorString(code) + " (" +
+                           cudaGetErrorName(code) + ")"),
+        code_(code) {}
+  [[nodiscard]] cudaError_t code() const { return code_; }
+
+ private:
+  cudaError_t code_;
+};
+
+/// Throws unless a call went well.
+inline void check(cudaError_t code, const char* what) {
+  if (code == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // an error that is reported here is not the next call's
+  throw CudaError(code, what);
+}
+
+}  // namespace draftwerk::cuda

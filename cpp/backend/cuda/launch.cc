@@ -1,0 +1,86 @@
+#include "backend/cuda/launch.h"
+
+#include <cstdint>
+
+#include "backend/cuda/error.h"
+
+namespace draftwerk::cuda {
+
+struct LaunchList::Entry {
+  const void* kernel;
+  unsigned grid[3];
+  unsigned block[3];
+  std::uint64_t shared_bytes;
+  std::uint64_t argument_bytes;  ///< rounded up so that the next entry is aligned
+};
+
+namespace {
+
+// Arguments hold pointers and vectors of four words at most.
+constexpr std::size_t kAlignment = 16;
+
+constexpr std::size_t rounded_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+}  // namespace
+
+void LaunchList::append(const void* kernel, const LaunchShape& shape, const void* arguments, std::size_t bytes) {
+  const Entry entry{kernel,
+                    {shape.grid.x, shape.grid.y, shape.grid.z},
+                    {shape.block.x, shape.block.y, shape.block.z},
+                    shape.shared_bytes,
+                    rounded_up(bytes)};
+  const std::size_t at = bytes_.size();
+  bytes_.resize(at + rounded_up(sizeof entry) + entry.argument_bytes);
+  std::memcpy(bytes_.data() + at, &entry, sizeof entry);
+  std::memcpy(bytes_.data() + at + rounded_up(sizeof entry), arguments, bytes);
+  ++count_;
+}
+
+void LaunchList::clear() {
+  bytes_.clear();
+  count_ = 0;
+}
+
+template <typename Visit>
+void LaunchList::for_each(Visit&& visit) const {
+  for (std::size_t at = 0; at < bytes_.size();) {
+    Entry entry;
+    std::memcpy(&entry, bytes_.data() + at, sizeof entry);
+    at += rounded_up(sizeof entry);
+    // The runtime only reads it, through a pointer that is not const.
+    visit(entry, const_cast<std::byte*>(bytes_.data() + at));
+    at += entry.argument_bytes;
+  }
+}
+
+void LaunchList::run(cudaStream_t stream) const {
+  for_each([stream](const Entry& entry, void* argument) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(entry.grid[0], entry.grid[1], entry.grid[2]);
+    config.blockDim = dim3(entry.block[0], entry.block[1], entry.block[2]);
+    config.dynamicSmemBytes = entry.shared_bytes;
+    config.stream = stream;
+    void* arguments[] = {argument};
+    check(cudaLaunchKernelExC(&config, entry.kernel, arguments), "launching a kernel");
+  });
+}
+
+GraphExec LaunchList::instantiate() const {
+  Graph graph = Graph::create();
+  cudaGraphNode_t last = nullptr;
+  for_each([&](const Entry& entry, void* argument) {
+    void* arguments[] = {argument};
+    cudaKernelNodeParams node{};
+    node.func = const_cast<void*>(entry.kernel);
+    node.gridDim = dim3(entry.grid[0], entry.grid[1], entry.grid[2]);
+    node.blockDim = dim3(entry.block[0], entry.block[1], entry.block[2]);
+    node.sharedMemBytes = static_cast<unsigned>(entry.shared_bytes);
+    node.kernelParams = arguments;
+    cudaGraphNode_t added = nullptr;
+    check(cudaGraphAddKernelNode(&added, graph.get(), &last, last == nullptr ? 0 : 1, &node), "adding to a graph");
+    last = added;
+  });
+  return GraphExec::of(graph);
+}
+
+}  // namespace draftwerk::cuda

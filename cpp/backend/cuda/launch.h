@@ -1,0 +1,67 @@
+// Launches of kernels: recorded while the model runs through a step, then run on the device as one graph.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstring>
+#include <span>
+#include <type_traits>
+#include <vector>
+
+#include "backend/cuda/handles.h"
+
+namespace draftwerk::cuda {
+
+/// A copy between pinned and device memory, in front of a step's launches or behind them.
+struct Copy {
+  void* to = nullptr;
+  const void* from = nullptr;
+  std::size_t bytes = 0;
+};
+
+/// How many threads run a kernel, and their dynamic shared memory.
+struct LaunchShape {
+  dim3 grid;
+  dim3 block;
+  std::size_t shared_bytes = 0;
+};
+
+/// Kernels to run one after the other. A step is recorded into one, so that the model need not know of graphs: a step
+/// of the same kernels, shapes and arguments as an earlier one is the same bytes.
+class LaunchList {
+ public:
+  /// Appends kernel(arguments). The struct should have no padding: its bytes would be compared too.
+  template <typename Arguments>
+  void add(void (*kernel)(Arguments), const LaunchShape& shape, const std::type_identity_t<Arguments>& arguments) {
+    static_assert(std::is_trivially_copyable_v<Arguments> && alignof(Arguments) <= 16);
+#if defined(DRAFTWERK_CUDA_EMULATION)
+    const void* address = emulation::kernel_address(kernel);
+#else
+    const void* address = reinterpret_cast<const void*>(kernel);
+#endif
+    append(address, shape, &arguments, sizeof arguments);
+  }
+
+  void clear();
+  [[nodiscard]] bool empty() const { return count_ == 0; }
+  [[nodiscard]] std::size_t size() const { return count_; }
+  /// Everything in it.
+  [[nodiscard]] std::span<const std::byte> bytes() const { return bytes_; }
+
+  /// Launches each on its own.
+  void run(cudaStream_t stream) const;
+  /// A graph of them, each after the one before.
+  [[nodiscard]] GraphExec instantiate() const;
+
+ private:
+  struct Entry;
+  void append(const void* kernel, const LaunchShape& shape, const void* arguments, std::size_t bytes);
+  template <typename Visit>
+  void for_each(Visit&& visit) const;
+
+  std::vector<std::byte> bytes_;  ///< entries, each followed by its argument
+  std::size_t count_ = 0;
+};
+
+}  // namespace draftwerk::cuda

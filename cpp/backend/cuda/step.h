@@ -1,0 +1,41 @@
+// What kernels know of a step: arrays on the device, filled by one copy when it begins. They lie at the same addresses in
+// every step, and rows are padded to one of a few counts, so that steps of equal shape are the same launches.
+#pragma once
+
+#include <cstdint>
+
+#include "backend/backend.h"
+
+namespace draftwerk::cuda {
+
+/// Most drafts of a tree between its first row and any other.
+inline constexpr int kMaxPath = 32;
+
+/// Rows of one sequence, as Segment has them.
+struct StepSegment {
+  std::int32_t first_row;
+  std::int32_t rows;
+  std::int32_t first_position;
+  std::int32_t pages[kPageTables];  ///< where its page tables begin in StepView::pages
+  std::int32_t tree;                ///< whether StepView::paths has its rows
+};
+
+/// A step. Positions fit 32 bits.
+struct StepView {
+  const std::int32_t* tokens;       ///< [rows]
+  const std::int32_t* positions;    ///< [rows]
+  const std::int32_t* row_segment;  ///< [rows]; -1: the row is there for padding. It stores nothing in the KV cache and
+                                    ///< what it computes is for nobody, but must be computed without harm
+  const std::int32_t* output_rows;  ///< [outputs], ascending; padding repeats row 0
+  const StepSegment* segments;      ///< [segments]
+  const PageId* pages;              ///< page tables of all segments
+  const std::uint8_t* paths;        ///< [rows, kMaxPath]; of rows of trees: for i from 0 to (position of the row -
+                                    ///< first_position of its segment), the row of its segment that it descends from
+                                    ///< (or is) at position first_position + i: that one's K/V slot is first_position +
+                                    ///< that row
+  std::byte* arena;                 ///< the KV cache
+  std::int32_t rows;                ///< with padding
+  std::int32_t outputs;             ///< with padding
+};
+
+}  // namespace draftwerk::cuda

@@ -1,0 +1,243 @@
+#include "block.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+namespace emulation {
+
+uint3 thread_index{};
+uint3 block_index{};
+dim3 block_size;
+dim3 grid_size;
+
+namespace {
+
+enum class State : std::uint8_t { ready, at_block_barrier, at_warp_barrier, ended };
+
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+};
+using Copies = std::vector<Copy>;
+
+struct Thread {
+  Fiber fiber;
+  Copies open_copies;
+  std::deque<Copies> closed_copies;
+  uint3 index{};
+  State state = State::ready;
+  std::uint32_t warp_mask = 0;  ///< that it waits for
+};
+
+struct Warp {
+  std::uint32_t shown[kWarpSize][kShownWords];
+};
+
+class Device {
+ public:
+  void set_order(Order order, unsigned seed) {
+    const std::lock_guard lock(mutex_);
+    order_ = order;
+    random_.seed(seed);
+  }
+
+  void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body) {
+    const std::lock_guard lock(mutex_);
+    const unsigned count = block.x * block.y * block.z;
+    if (count == 0 || count > kMaxThreads) {
+      throw std::logic_error("a block of " + std::to_string(count) + " threads; 1 to 1024 are possible");
+    }
+    while (threads_.size() < count) threads_.push_back(std::make_unique<Thread>());
+    count_ = count;
+    warps_.resize((count + kWarpSize - 1) / kWarpSize);
+    block_size = block;
+    grid_size = grid;
+    body_ = &body;
+    const std::vector<unsigned> blocks = in_order(grid.x * grid.y * grid.z);
+    thread_order_ = in_order(count);
+    for (const unsigned b : blocks) {
+      block_index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
+      shared_.assign(shared_bytes + kSharedAlignment, std::byte{0xFF});
+      run_block();
+    }
+  }
+
+  std::byte* shared() {
+    const auto address = reinterpret_cast<std::uintptr_t>(shared_.data());
+    return shared_.data() + (kSharedAlignment - address % kSharedAlignment) % kSharedAlignment;
+  }
+
+  int sync_block(bool predicate) {
+    Thread& thread = *threads_[running_];
+    true_ += predicate;
+    thread.state = State::at_block_barrier;
+    ++at_barrier_;
+    wait(thread);
+    return counted_;
+  }
+
+  void sync_warp(std::uint32_t mask) {
+    Thread& thread = *threads_[running_];
+    if ((mask >> lane() & 1U) == 0) fail("a lane waits for a mask of lanes that it is not in");
+    thread.state = State::at_warp_barrier;
+    thread.warp_mask = mask;
+    const unsigned first = running_ / kWarpSize * kWarpSize;
+    for (std::uint32_t left = mask; left != 0; left &= left - 1) {
+      const unsigned other = first + static_cast<unsigned>(std::countr_zero(left));
+      if (other >= count_ || threads_[other]->state != State::at_warp_barrier ||
+          threads_[other]->warp_mask != mask) {
+        return wait(thread);
+      }
+    }
+    for (std::uint32_t left = mask; left != 0; left &= left - 1) {
+      threads_[first + static_cast<unsigned>(std::countr_zero(left))]->state = State::ready;
+    }
+    wait(thread);  // the lane that came last has no right to go first
+  }
+
+  void copy_later(const Copy& copy) { threads_[running_]->open_copies.push_back(copy); }
+  void close_copies() {
+    Thread& thread = *threads_[running_];
+    thread.closed_copies.push_back(std::move(thread.open_copies));
+    thread.open_copies.clear();
+  }
+  void finish_copies(std::size_t pending) {
+    std::deque<Copies>& closed = threads_[running_]->closed_copies;
+    for (; closed.size() > pending; closed.pop_front()) {
+      for (const Copy& copy : closed.front()) {
+        if (copy.from == nullptr) {
+          std::memset(copy.to, 0, copy.bytes);
+        } else {
+          std::memcpy(copy.to, copy.from, copy.bytes);
+        }
+      }
+    }
+  }
+
+  [[nodiscard]] unsigned lane() const { return running_ % kWarpSize; }
+  std::uint32_t* shown(unsigned lane) { return warps_[running_ / kWarpSize].shown[lane]; }
+
+ private:
+  static constexpr std::size_t kSharedAlignment = 1024;
+
+  void run_block() {
+    for (unsigned t = 0; t < count_; ++t) {
+      Thread& thread = *threads_[t];
+      thread.index = {t % block_size.x, t / block_size.x % block_size.y, t / block_size.x / block_size.y};
+      thread.state = State::ready;
+      thread.open_copies.clear();
+      thread.closed_copies.clear();
+      thread.fiber.start([](void* body) { (*static_cast<const std::function<void()>*>(body))(); },
+                         const_cast<std::function<void()>*>(body_));
+    }
+    at_barrier_ = true_ = 0;
+    unsigned left = count_;
+    while (left > 0) {
+      bool any = false;
+      for (const unsigned t : thread_order_) {
+        Thread& thread = *threads_[t];
+        if (thread.state != State::ready) continue;
+        any = true;
+        running_ = t;
+        thread_index = thread.index;
+        thread.fiber.resume();
+        if (thread.fiber.finished()) {
+          thread.state = State::ended;
+          --left;
+        }
+      }
+      if (left > 0 && at_barrier_ == left) {
+        counted_ = true_;
+        at_barrier_ = true_ = 0;
+        for (unsigned t = 0; t < count_; ++t) {
+          if (threads_[t]->state == State::at_block_barrier) threads_[t]->state = State::ready;
+        }
+      } else if (!any) {
+        throw std::logic_error(deadlock());
+      }
+    }
+  }
+
+  void wait(Thread& thread) {
+    thread.fiber.yield();
+    thread.state = State::ready;
+  }
+
+  std::string deadlock() {
+    std::string text = "block " + std::to_string(block_index.x) + ", " + std::to_string(block_index.y) + " hangs:";
+    for (unsigned t = 0; t < count_ && text.size() < 2000; ++t) {
+      const Thread& thread = *threads_[t];
+      if (thread.state == State::at_block_barrier) text += " " + std::to_string(t) + " at __syncthreads,";
+      if (thread.state == State::at_warp_barrier) {
+        text += " " + std::to_string(t) + " at a warp's barrier of mask " + std::to_string(thread.warp_mask) + ",";
+      }
+    }
+    return text + " all others have ended";
+  }
+
+  std::vector<unsigned> in_order(unsigned count) {
+    std::vector<unsigned> order(count);
+    std::iota(order.begin(), order.end(), 0U);
+    if (order_ == Order::backward) std::reverse(order.begin(), order.end());
+    if (order_ == Order::shuffled) std::shuffle(order.begin(), order.end(), random_);
+    return order;
+  }
+
+  std::mutex mutex_;
+  Order order_ = Order::forward;
+  std::mt19937 random_;
+  std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<Warp> warps_;
+  std::vector<std::byte> shared_;
+  std::vector<unsigned> thread_order_;
+  const std::function<void()>* body_ = nullptr;
+  unsigned count_ = 0;    ///< threads of a block
+  unsigned running_ = 0;  ///< thread
+  unsigned at_barrier_ = 0;
+  int true_ = 0;     ///< predicates of those at the barrier
+  int counted_ = 0;  ///< of those that were at the last one
+};
+
+Device& device() {
+  static Device one;
+  return one;
+}
+
+}  // namespace
+
+void set_order(Order order, unsigned seed) { device().set_order(order, seed); }
+
+void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body) {
+  device().run(grid, block, shared_bytes, body);
+}
+
+void fail(const char* why) {
+  std::fprintf(stderr, "kernel, block %u, %u, %u, thread %u, %u, %u: %s\n", block_index.x, block_index.y, block_index.z,
+               thread_index.x, thread_index.y, thread_index.z, why);
+  std::abort();
+}
+
+std::byte* dynamic_shared() { return device().shared(); }
+int sync_block(bool predicate) { return device().sync_block(predicate); }
+void sync_warp(std::uint32_t mask) { device().sync_warp(mask); }
+void copy_later(void* to, const void* from, std::size_t bytes) { device().copy_later({to, from, bytes}); }
+void close_copies() { device().close_copies(); }
+void finish_copies(int pending) { device().finish_copies(static_cast<std::size_t>(pending)); }
+unsigned lane() { return device().lane(); }
+std::uint32_t* shown(unsigned lane) { return device().shown(lane); }
+
+}  // namespace emulation
