@@ -43,6 +43,17 @@ class Stream : public Owned<cudaStream_t, cudaStreamDestroy> {
   void wait() const { check(cudaStreamSynchronize(get()), "computing a step"); }
 };
 
+/// A point in a stream to wait for.
+class Event : public Owned<cudaEvent_t, cudaEventDestroy> {
+ public:
+  using Owned::Owned;
+  static Event create() {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+    return Event(event);
+  }
+};
+
 class Graph : public Owned<cudaGraph_t, cudaGraphDestroy> {
  public:
   using Owned::Owned;
