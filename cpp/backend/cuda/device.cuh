@@ -41,6 +41,7 @@ using emulation::ldmatrix_x4_transposed;
 using emulation::mma_bf16;
 using emulation::mma_f16;
 using emulation::mma_s8;
+using emulation::subtract_bf16x2;
 
 #else
 
@@ -78,6 +79,14 @@ __device__ __forceinline__ void mma_s8(int (&d)[4], const std::uint32_t (&a)[4],
       "{%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/// a - b of two bfloat16 each, rounded to nearest even.
+__device__ __forceinline__ std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
+  constexpr std::uint32_t kMinusOnes = 0xBF80BF80U;
+  std::uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(kMinusOnes), "r"(a));
+  return d;
 }
 
 /// Four 8x8 matrices of 16-bit values from shared memory; lane i gives the address of row i % 8 of matrix i / 8.

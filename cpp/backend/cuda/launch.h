@@ -27,6 +27,24 @@ struct LaunchShape {
   std::size_t shared_bytes = 0;
 };
 
+/// A kernel of one argument as the runtime knows it.
+template <typename Arguments>
+const void* kernel_address(void (*kernel)(Arguments)) {
+#if defined(DRAFTWERK_CUDA_EMULATION)
+  return emulation::kernel_address(kernel);
+#else
+  return reinterpret_cast<const void*>(kernel);
+#endif
+}
+
+/// Lets a kernel be launched with up to `bytes` of dynamic shared memory; more than 48 KiB have to be asked for.
+template <typename Arguments>
+void allow_shared(void (*kernel)(Arguments), std::size_t bytes) {
+  check(cudaFuncSetAttribute(kernel_address(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)),
+        "asking for shared memory");
+}
+
 /// Kernels to run one after the other. A step is recorded into one, so that the model need not know of graphs: a step
 /// of the same kernels, shapes and arguments as an earlier one is the same bytes.
 class LaunchList {
@@ -35,12 +53,7 @@ class LaunchList {
   template <typename Arguments>
   void add(void (*kernel)(Arguments), const LaunchShape& shape, const std::type_identity_t<Arguments>& arguments) {
     static_assert(std::is_trivially_copyable_v<Arguments> && alignof(Arguments) <= 16);
-#if defined(DRAFTWERK_CUDA_EMULATION)
-    const void* address = emulation::kernel_address(kernel);
-#else
-    const void* address = reinterpret_cast<const void*>(kernel);
-#endif
-    append(address, shape, &arguments, sizeof arguments);
+    append(kernel_address(kernel), shape, &arguments, sizeof arguments);
   }
 
   void clear();

@@ -1,0 +1,414 @@
+#include "backend/cuda/matmul.h"
+
+#include <algorithm>
+#include <cstddef>
+
+#include "backend/cuda/activation.cuh"
+#include "backend/cuda/device.cuh"
+#include "backend/cuda/error.h"
+#include "backend/cuda/weight_fragments.cuh"
+
+namespace draftwerk::cuda {
+namespace {
+
+constexpr int kRows = 8;  // of activations in a B operand
+constexpr int kThreads = kSliceWarps * kWarp;
+
+/// How a block of the kernel cuts its work.
+template <WeightFormat kFormat, int kTiles>
+struct Block {
+  static constexpr int kColumns = Chunk<kFormat>::kColumns;
+  static constexpr int kFragments = Chunk<kFormat>::kFragments;
+  // Panels that share what is read of the operands, which come from the second-level cache: at 8 rows an eighth of the
+  // bytes of bf16 weights, a quarter of those of the others.
+  static constexpr int kPanels = kFormat == WeightFormat::int4 && kTiles <= 2 ? 8 : 4;
+  static constexpr int kOutputs = kPanels * kPanelRows;
+  static constexpr int kOperandBlocks = kColumns / kBlockColumns;
+  static constexpr int kOperandOffset = kPanels * Chunk<kFormat>::kBytes;
+  static constexpr int kStageBytes = kOperandOffset + kTiles * kOperandBlocks * kFragmentBytes;  // of a warp
+  // Two blocks an SM where sums and fragments need more registers than three leave. A block gets what an SM of Hopper
+  // has for each, or all that the smallest devices have.
+  static constexpr int kBlocks = kFormat != WeightFormat::bf16 && kPanels * kTiles >= 16 ? 2 : 3;
+  static constexpr int kSharedKiB = kBlocks == 2 ? 99 : 75;
+  static constexpr int kFit = kSharedKiB * 1024 / (kSliceWarps * kStageBytes);
+  static constexpr int kStages = kFit < 2 ? 2 : kFit > 4 ? 4 : kFit;
+  static constexpr int kSumStride = kOutputs + 4;  // so that the fragments of a warp fall into different banks
+  static constexpr std::size_t kRingBytes = std::size_t{kSliceWarps} * kStages * kStageBytes;
+  static constexpr std::size_t kSumBytes = std::size_t{kSliceWarps} * kTiles * kRows * kSumStride * sizeof(float);
+  static constexpr std::size_t kShared = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
+};
+
+/// A warp's products of a chunk in shared memory with its operands.
+template <WeightFormat kFormat, int kTiles>
+__device__ __forceinline__ void multiply_chunk(const std::byte* stage,
+                                               float (&sums)[Block<kFormat, kTiles>::kPanels][kTiles][4]) {
+  using B = Block<kFormat, kTiles>;
+  const std::byte* own = stage + lane() * 16;
+#pragma unroll
+  for (int block = 0; block < B::kOperandBlocks; ++block) {
+    std::uint32_t x[kTiles][2][2];
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const auto words =
+          *reinterpret_cast<const uint4*>(own + B::kOperandOffset + (t * B::kOperandBlocks + block) * kFragmentBytes);
+      x[t][0][0] = words.x;
+      x[t][0][1] = words.y;
+      x[t][1][0] = words.z;
+      x[t][1][1] = words.w;
+    }
+#pragma unroll
+    for (int panel = 0; panel < B::kPanels; ++panel) {
+      const std::byte* chunk = own + panel * Chunk<kFormat>::kBytes;
+      if constexpr (kFormat == WeightFormat::bf16) {
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          const auto words = *reinterpret_cast<const uint4*>(chunk + step * kFragmentBytes);
+          const std::uint32_t a[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t) mma_bf16(sums[panel][t], a, x[t][step]);
+        }
+      } else {
+        std::uint32_t a[2][4];
+        if constexpr (kFormat == WeightFormat::int8) {
+          const auto words = *reinterpret_cast<const uint4*>(chunk + block * kFragmentBytes);
+          unpack_int8(words.x, words.y, a[0]);
+          unpack_int8(words.z, words.w, a[1]);
+        } else {
+          const auto words = *reinterpret_cast<const uint2*>(chunk + block * 8);
+          unpack_int4(words.x, a[0]);
+          unpack_int4(words.y, a[1]);
+        }
+        const auto scales = *reinterpret_cast<const std::uint32_t*>(
+            stage + panel * Chunk<kFormat>::kBytes + B::kFragments * kFragmentBytes + lane() / 4 * 8 + block * 4);
+        const float upper = f16_to_float(static_cast<std::uint16_t>(scales & 0xFFFFU));
+        const float lower = f16_to_float(static_cast<std::uint16_t>(scales >> 16));
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          float of_block[4] = {};
+          mma_bf16(of_block, a[0], x[t][0]);
+          mma_bf16(of_block, a[1], x[t][1]);
+          float (&sum)[4] = sums[panel][t];
+          sum[0] = __fmaf_rn(upper, of_block[0], sum[0]);
+          sum[1] = __fmaf_rn(upper, of_block[1], sum[1]);
+          sum[2] = __fmaf_rn(lower, of_block[2], sum[2]);
+          sum[3] = __fmaf_rn(lower, of_block[3], sum[3]);
+        }
+      }
+    }
+  }
+}
+
+/// Writes a finished product; `row` and `output` are inside.
+__device__ __forceinline__ void finish(const ProductPart& part, float softcap, int row, int output, float product,
+                                       float paired) {
+  float result = product;
+  if (part.epilogue == Epilogue::geglu) {
+    result = __fmul_rn(gelu_tanh(product), paired);
+  } else if (part.epilogue == Epilogue::gelu) {
+    result = __fmul_rn(gelu_tanh(product), part.factor[static_cast<std::int64_t>(row) * part.factor_stride + output]);
+  } else if (part.epilogue == Epilogue::softcap) {
+    result = softcapped(product, softcap);
+  }
+  part.output[static_cast<std::int64_t>(row) * part.output_stride + output] = result;
+}
+
+// Few rows: a block multiplies kTiles * 8 rows with 64 or 128 outputs over one split of the columns, a slice each of
+// its four warps. A lane copies the 16 bytes that it will want of each fragment into a ring of its own, chunks ahead of
+// their use, so that nobody waits for anybody and 20 KB of weights per stage are under way in each of three blocks an
+// SM. Bound by the bytes of the weights: [21504, 5376] in bf16 (231 MB) takes 54 us at 4.3 TB/s, in int4 15 us.
+template <WeightFormat kFormat, int kTiles>
+__global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) multiply_few(const Products a) {
+  using B = Block<kFormat, kTiles>;
+  constexpr int kChunkBytes = Chunk<kFormat>::kBytes;
+  int index = a.part_count - 1;
+  while (index > 0 && a.parts[index].first_unit > static_cast<int>(blockIdx.x)) --index;
+  const ProductPart& part = a.parts[index];
+  const int unit = static_cast<int>(blockIdx.x) - part.first_unit;
+  const int split = unit % part.splits;
+  const int first_row = static_cast<int>(blockIdx.y) * kTiles * kRows;
+  const int rows = min(a.rows - first_row, kTiles * kRows);
+
+  // The panels of a unit are those of one matrix, or half of them of each of two.
+  constexpr int kHalf = B::kPanels / 2;
+  const bool pair = part.paired != nullptr;
+  const int first_panel = unit / part.splits * (pair ? kHalf : B::kPanels);
+  const int panels = (part.outputs + kPanelRows - 1) / kPanelRows - first_panel;  // there are at least
+  const std::byte* halves[2];
+  halves[0] = part.weight + first_panel * part.panel_bytes;
+  halves[1] = pair ? part.paired + first_panel * part.panel_bytes : halves[0] + kHalf * part.panel_bytes;
+  const int present[2] = {panels, pair ? panels : panels - kHalf};
+
+  const int slices = part.splits * kSliceWarps;
+  const int slice = split * kSliceWarps + warp();
+  const int begin = static_cast<int>(static_cast<std::int64_t>(part.chunks) * slice / slices);
+  const int end = static_cast<int>(static_cast<std::int64_t>(part.chunks) * (slice + 1) / slices);
+  std::byte* const ring = dynamic_shared() + warp() * B::kStages * B::kStageBytes;
+  const std::byte* operands = a.operands.data + first_row / kRows * a.operands.tile_bytes + lane() * 16;
+
+  const auto fetch = [&](int chunk, int slot) {
+    std::byte* stage = ring + slot * B::kStageBytes;
+    const std::int64_t offset = static_cast<std::int64_t>(chunk) * kChunkBytes;
+#pragma unroll
+    for (int panel = 0; panel < B::kPanels; ++panel) {
+      const std::byte* from = halves[panel / kHalf] + panel % kHalf * part.panel_bytes + offset;
+      const bool there = panel % kHalf < present[panel / kHalf];
+#pragma unroll
+      for (int f = 0; f < B::kFragments; ++f) {
+        const int at = f * kFragmentBytes + lane() * 16;
+        cp_async_16(stage + panel * kChunkBytes + at, from + at, there);
+      }
+    }
+    if constexpr (kFormat != WeightFormat::bf16) {
+      const int panel = lane() / 4;  // four lanes copy the scales of each
+      if (panel < B::kPanels) {
+        const int half = panel / kHalf;
+        const int at = B::kFragments * kFragmentBytes + lane() % 4 * 16;
+        const std::byte* from = (half == 0 ? halves[0] : halves[1]) + panel % kHalf * part.panel_bytes + offset;
+        const bool there = panel % kHalf < (half == 0 ? present[0] : present[1]);
+        cp_async_16(stage + panel * kChunkBytes + at, from + at, there);
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const bool there = t * kRows + lane() / 4 < rows;
+#pragma unroll
+      for (int block = 0; block < B::kOperandBlocks; ++block) {
+        const std::byte* from = operands + t * a.operands.tile_bytes +
+                                (static_cast<std::int64_t>(chunk) * B::kOperandBlocks + block) * kFragmentBytes;
+        cp_async_16(stage + B::kOperandOffset + (t * B::kOperandBlocks + block) * kFragmentBytes + lane() * 16, from,
+                    there);
+      }
+    }
+  };
+
+  float sums[B::kPanels][kTiles][4] = {};
+#pragma unroll
+  for (int i = 0; i < B::kStages - 1; ++i) {
+    if (begin + i < end) fetch(begin + i, i);
+    cp_async_commit();
+  }
+  int slot = 0;
+  int free_slot = B::kStages - 1;
+  for (int chunk = begin; chunk < end; ++chunk) {
+    cp_async_wait<B::kStages - 2>();
+    __syncwarp();  // scales are shared; and everybody is done with the stage that is filled next
+    if (chunk + B::kStages - 1 < end) fetch(chunk + B::kStages - 1, free_slot);
+    cp_async_commit();
+    multiply_chunk<kFormat, kTiles>(ring + slot * B::kStageBytes, sums);
+    free_slot = slot;
+    slot = slot + 1 == B::kStages ? 0 : slot + 1;
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // sums take the place of the rings
+
+  float* const of_warps = reinterpret_cast<float*>(dynamic_shared());
+  constexpr int kWarpSums = kTiles * kRows * B::kSumStride;
+#pragma unroll
+  for (int panel = 0; panel < B::kPanels; ++panel) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = t * kRows + lane() % 4 * 2 + i % 2;
+        const int output = panel * kPanelRows + lane() / 4 + i / 2 * 8;
+        of_warps[warp() * kWarpSums + row * B::kSumStride + output] = sums[panel][t][i];
+      }
+    }
+  }
+  __syncthreads();
+
+  const auto sum_of_warps = [&](int row, int output) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kSliceWarps; ++w) {
+      sum = __fadd_rn(sum, of_warps[w * kWarpSums + row * B::kSumStride + output]);
+    }
+    return sum;
+  };
+  // Threads that are next to each other take outputs that are.
+  const int width = pair ? B::kOutputs / 2 : B::kOutputs;
+  const int outputs = min(part.outputs - first_panel * kPanelRows, width);
+  const auto finish_all = [&](auto product) {
+    for (int i = static_cast<int>(threadIdx.x); i < rows * width; i += kThreads) {
+      const int row = i / width;
+      const int output = i % width;
+      if (output >= outputs) continue;
+      const float paired = pair ? product(row, output + width) : 0.0F;
+      finish(part, a.softcap, first_row + row, first_panel * kPanelRows + output, product(row, output), paired);
+    }
+  };
+  if (part.splits == 1) {
+    finish_all(sum_of_warps);
+    return;
+  }
+
+  // The block that comes last to its outputs adds up what all splits left.
+  constexpr int kUnitSums = kTiles * kRows * B::kOutputs;
+  const int first_unit = static_cast<int>(blockIdx.y) * a.partial_units + part.first_partial + unit - split;
+  float* const partials = a.partials + static_cast<std::int64_t>(first_unit) * kUnitSums;
+  for (int i = static_cast<int>(threadIdx.x); i < rows * B::kOutputs; i += kThreads) {
+    __stcg(partials + split * kUnitSums + i, sum_of_warps(i / B::kOutputs, i % B::kOutputs));
+  }
+  __threadfence();
+  __syncthreads();
+  int last = 0;
+  if (threadIdx.x == 0) {
+    const auto splits = static_cast<unsigned>(part.splits);
+    last = atomicInc(a.counters + first_unit, splits - 1) == splits - 1 ? 1 : 0;
+  }
+  if (__syncthreads_or(last) == 0) return;
+  __threadfence();
+  finish_all([&](int row, int output) {
+    float sum = 0;
+    for (int s = 0; s < part.splits; ++s) {
+      sum = __fadd_rn(sum, __ldcg(partials + s * kUnitSums + row * B::kOutputs + output));
+    }
+    return sum;
+  });
+}
+
+// --- operands -----------------------------------------------------------------------------------------------------
+
+constexpr int kOperandThreads = 256;
+
+struct OperandArguments {
+  const float* input;
+  const float* scale;  // of the norm; null: there is none
+  std::byte* operands;
+  std::int64_t tile_bytes;
+  std::int32_t columns;
+  std::int32_t stride;
+  float epsilon;
+  std::int32_t unused = 0;
+};
+
+// A block takes a row. Bound by latency: a launch, a read and, for a norm, a reduction: 2 to 3 us.
+__global__ void __launch_bounds__(kOperandThreads) round_rows(const OperandArguments a) {
+  const int row = static_cast<int>(blockIdx.x);
+  const int thread = static_cast<int>(threadIdx.x);
+  const float* x = a.input + static_cast<std::int64_t>(row) * a.stride;
+  float inverse = 1.0F;
+  if (a.scale != nullptr) {
+    __shared__ float of_warps[kOperandThreads / kWarp];
+    float squares = 0;
+    for (int c = thread; c < a.columns; c += kOperandThreads) squares = __fmaf_rn(x[c], x[c], squares);
+    squares = warp_sum(squares);
+    if (lane() == 0) of_warps[warp()] = squares;
+    __syncthreads();
+    float sum = 0;
+    for (int w = 0; w < kOperandThreads / kWarp; ++w) sum = __fadd_rn(sum, of_warps[w]);
+    const float mean = __fdiv_rn(sum, static_cast<float>(a.columns));
+    inverse = __fdiv_rn(1.0F, __fsqrt_rn(__fadd_rn(mean, a.epsilon)));
+  }
+  const auto rounded = [&](int column) -> std::uint32_t {
+    if (column >= a.columns) return 0;
+    const float value = x[column];
+    return float_to_bf16(a.scale == nullptr ? value : __fmul_rn(__fmul_rn(value, inverse), a.scale[column]));
+  };
+  std::byte* const own = a.operands + row / kRows * a.tile_bytes + row % kRows * 64;
+  const int pieces = static_cast<int>(a.tile_bytes / kFragmentBytes) * 4;
+  for (int i = thread; i < pieces; i += kOperandThreads) {
+    const int first = i / 4 * kBlockColumns + i % 4 * 2;
+    std::uint32_t words[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) words[w] = rounded(first + w * 8) | rounded(first + w * 8 + 1) << 16;
+    *reinterpret_cast<uint4*>(own + i / 4 * kFragmentBytes + i % 4 * 16) =
+        make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+constexpr int kMostChunkColumns = 64;
+std::int64_t operand_tile_bytes(int columns) {
+  return static_cast<std::int64_t>((columns + kMostChunkColumns - 1) / kMostChunkColumns) *
+         (kMostChunkColumns / kBlockColumns) * kFragmentBytes;
+}
+
+// --- host ---------------------------------------------------------------------------------------------------------
+
+// Units of work that a device has at once: three blocks on each of 132 SMs.
+constexpr int kUnitsAtOnce = 396;
+constexpr int kPanelsPerUnit = 4;        // nominally: what a matrix is cut by must not depend on the number of rows
+constexpr int kLeastSliceColumns = 128;  // shorter slices are all start and end
+
+template <typename Body>
+void with_tiles(int rows, Body&& body) {
+  if (rows <= kRows) {
+    body.template operator()<1>();
+  } else if (rows <= 2 * kRows) {
+    body.template operator()<2>();
+  } else {
+    body.template operator()<4>();
+  }
+}
+
+}  // namespace
+
+int split_count(const MatrixView& weight) {
+  const int groups = (weight.panels() + kPanelsPerUnit - 1) / kPanelsPerUnit;
+  const int most = weight.chunks * chunk_columns(weight.format) / (kSliceWarps * kLeastSliceColumns);
+  return std::clamp(kUnitsAtOnce / groups, 1, std::max(most, 1));
+}
+
+std::size_t operand_bytes(int rows, int columns) {
+  return static_cast<std::size_t>((rows + kRows - 1) / kRows) * static_cast<std::size_t>(operand_tile_bytes(columns));
+}
+
+void record_operands(LaunchList& launches, int rows, Tensor input, const Norm* norm, std::byte* operands) {
+  launches.add(
+      round_rows, {dim3(static_cast<unsigned>(rows)), dim3(kOperandThreads)},
+      {static_cast<const float*>(input.data), norm == nullptr ? nullptr : norm->scale, operands,
+       operand_tile_bytes(input.columns), input.columns, input.row_stride(), norm == nullptr ? 0.0F : norm->epsilon});
+}
+
+int tile_rows(int rows) {
+  int tile = 0;
+  with_tiles(rows, [&]<int kTiles>() { tile = kTiles * kRows; });
+  return tile;
+}
+
+// Splits are at most kUnitsAtOnce / groups. Twice that many, for pairs and for units larger than a group.
+std::size_t counter_count(int rows) {
+  const int tiles = (rows + tile_rows(rows) - 1) / tile_rows(rows);
+  return static_cast<std::size_t>(tiles) * Products::kMostParts * 2 * kUnitsAtOnce;
+}
+
+std::size_t partial_floats(int rows) {
+  return counter_count(rows) * kPanelsPerUnit * kPanelRows * static_cast<std::size_t>(tile_rows(rows));
+}
+
+void record_products(LaunchList& launches, WeightFormat format, Products products) {
+  with_tiles(products.rows, [&]<int kTiles>() {
+    with_format(format, [&]<WeightFormat kFormat>() {
+      using B = Block<kFormat, kTiles>;
+      int units = 0;
+      products.partial_units = 0;
+      for (ProductPart& part : std::span(products.parts, static_cast<std::size_t>(products.part_count))) {
+        part.first_unit = units;
+        const int panels = (part.outputs + kPanelRows - 1) / kPanelRows;
+        const int of_unit = part.paired == nullptr ? B::kPanels : B::kPanels / 2;
+        const int of_part = (panels + of_unit - 1) / of_unit * part.splits;
+        part.first_partial = products.partial_units;
+        units += of_part;
+        if (part.splits > 1) products.partial_units += of_part;
+      }
+      const int tiles = (products.rows + kTiles * kRows - 1) / (kTiles * kRows);
+      launches.add(multiply_few<kFormat, kTiles>,
+                   {dim3(static_cast<unsigned>(units), static_cast<unsigned>(tiles)), dim3(kThreads), B::kShared},
+                   products);
+    });
+  });
+}
+
+void allow_products() {
+  for (const int rows : {kRows, 2 * kRows, 4 * kRows}) {
+    for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
+      with_tiles(rows, [&]<int kTiles>() {
+        with_format(format, [&]<WeightFormat kFormat>() {
+          allow_shared(multiply_few<kFormat, kTiles>, Block<kFormat, kTiles>::kShared);
+        });
+      });
+    }
+  }
+}
+
+}  // namespace draftwerk::cuda

@@ -1,0 +1,88 @@
+// Products of rows with weight matrices: what kernels take, and how a matrix is cut.
+//
+// The bits of a row's product. Columns are cut into kSliceWarps * splits slices of whole chunks (weight_layout.h), by
+// the shape and format of the weight alone. A slice adds up its chunks in ascending order, in float32: of bf16 by the
+// tensor cores, of quantised weights each block of 32 columns by the tensor cores and then times its scale to the
+// slice's sum (fused). Every kSliceWarps slices are added in ascending order, starting from zero, and those sums again.
+// Whatever kernel computes a product does that.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <span>
+
+#include "backend/backend.h"
+#include "backend/cuda/launch.h"
+#include "backend/cuda/weight_layout.h"
+
+namespace draftwerk::cuda {
+
+/// Slices whose sums are added first.
+inline constexpr int kSliceWarps = 4;
+
+/// How many groups of kSliceWarps slices the columns of a matrix are cut into.
+[[nodiscard]] int split_count(const MatrixView& weight);
+
+/// Rows rounded to bfloat16 in the order of the B operand of mma.m16n8k16: [tile of 8 rows][block of 32 columns][lane]
+/// of 16 bytes, which are the registers of two steps of 16 columns. Absent columns are zero, absent rows anything.
+struct OperandView {
+  const std::byte* data;
+  std::int64_t tile_bytes;  ///< of 8 rows
+};
+/// Bytes of operands of so many rows and columns.
+[[nodiscard]] std::size_t operand_bytes(int rows, int columns);
+
+/// What becomes of products.
+enum class Epilogue : std::int32_t {
+  none,
+  geglu,    ///< gelu_tanh(product) * paired product
+  gelu,     ///< gelu_tanh(product) * factor
+  softcap,  ///< softcap * tanh(product / softcap)
+};
+
+/// One product of a launch.
+struct ProductPart {
+  const std::byte* weight;  ///< panels
+  const std::byte* paired;  ///< of a second matrix of the same shape, of geglu; null otherwise
+  float* output;            ///< [rows, output_stride]
+  const float* factor;      ///< [rows, factor_stride], of gelu; null otherwise
+  std::int64_t panel_bytes;
+  std::int32_t outputs;  ///< rows of the matrix
+  std::int32_t chunks;
+  std::int32_t splits;
+  std::int32_t output_stride;
+  std::int32_t factor_stride;
+  std::int32_t first_unit;     ///< of the launch
+  std::int32_t first_partial;  ///< likewise, of those that leave partial sums
+  Epilogue epilogue;
+};
+
+/// Products of the same rows with matrices of one format.
+struct Products {
+  static constexpr int kMostParts = 4;
+  OperandView operands;
+  float* partials;     ///< [rows / tile rows][partial units][rows of a tile][outputs of a unit]
+  unsigned* counters;  ///< [rows / tile rows][partial units], zero between launches
+  ProductPart parts[kMostParts];
+  std::int32_t part_count;
+  std::int32_t rows;
+  std::int32_t partial_units;  ///< of a tile of rows
+  float softcap;
+};
+
+/// Rounds rows to operands: norm(input), or input where there is no norm.
+void record_operands(LaunchList& launches, int rows, Tensor input, const Norm* norm, std::byte* operands);
+
+/// Rows that one block of the kernel for few rows takes, for a step of so many.
+[[nodiscard]] int tile_rows(int rows);
+/// What `partials` and `counters` need for a launch of any matrices, in elements.
+[[nodiscard]] std::size_t partial_floats(int rows);
+[[nodiscard]] std::size_t counter_count(int rows);
+
+/// Records a launch; fills in where the units of every part begin.
+void record_products(LaunchList& launches, WeightFormat format, Products products);
+/// Lets the kernels have the shared memory that they need; once per process.
+void allow_products();
+
+}  // namespace draftwerk::cuda

@@ -1,0 +1,150 @@
+#include "backend/cuda/projections.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "backend/cuda/device_weight.h"
+
+namespace draftwerk::cuda {
+namespace {
+
+/// A broken call by our own code, not a user's mistake.
+void require(bool condition, const char* what) {
+  if (!condition) throw std::logic_error(std::string("cuda backend: ") + what);
+}
+
+}  // namespace
+
+/// A product and where it goes.
+struct Projections::Output {
+  const Weight* weight = nullptr;
+  const Weight* paired = nullptr;
+  Tensor output;
+  Tensor factor;
+  Epilogue epilogue = Epilogue::none;
+};
+
+void Projections::reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) {
+  max_rows_ = std::max(max_rows_, max_rows);
+  max_outputs_ = std::max(max_outputs_, max_outputs);
+  max_columns_ = std::max(max_columns_, max_columns);
+  vocabulary_ = vocabulary;
+  const int rows = std::max(max_rows_, max_outputs_);
+  logit_stride_ = (vocabulary + 31) / 32 * 32;
+  bytes_ = 0;
+  const auto allocate = [this](DeviceMemory& memory, std::size_t bytes) {
+    memory = DeviceMemory();  // the old one first
+    memory = DeviceMemory::of(bytes);
+    bytes_ += bytes;
+  };
+  allocate(operands_, operand_bytes(rows, max_columns_));
+  allocate(partials_, partial_floats(rows) * sizeof(float));
+  allocate(counters_, counter_count(rows) * sizeof(unsigned));
+  check(cudaMemset(counters_.get(), 0, counter_count(rows) * sizeof(unsigned)), "clearing device memory");
+  check(cudaDeviceSynchronize(), "clearing device memory");
+  allocate(product_, static_cast<std::size_t>(rows) * static_cast<std::size_t>(max_columns_) * sizeof(float));
+  allocate(logits_, static_cast<std::size_t>(max_outputs_) * static_cast<std::size_t>(logit_stride_) * sizeof(float));
+}
+
+void Projections::operands(LaunchList& launches, int rows, Tensor input, const Norm* norm) {
+  require(rows <= std::max(max_rows_, max_outputs_) && input.columns <= max_columns_, "an input larger than reserved");
+  record_operands(launches, rows, input, norm, static_cast<std::byte*>(operands_.get()));
+}
+
+/// Multiplies what operands() made, by one launch for each format that occurs.
+void Projections::multiply(LaunchList& launches, int rows, std::span<const Output> outputs, float softcap) {
+  require(outputs.size() <= Products::kMostParts, "at most four products of an input");
+  const int columns = view_of(*outputs.front().weight).columns;
+  for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
+    Products products{};
+    products.operands = {static_cast<const std::byte*>(operands_.get()),
+                         static_cast<std::int64_t>(operand_bytes(1, columns))};
+    products.partials = static_cast<float*>(partials_.get());
+    products.counters = static_cast<unsigned*>(counters_.get());
+    products.rows = rows;
+    products.softcap = softcap;
+    for (const Output& output : outputs) {
+      const MatrixView& weight = view_of(*output.weight);
+      require(weight.columns == columns && weight.rows == output.output.columns, "matching projection shapes");
+      if (weight.format != format) continue;
+      const Tensor& factor = output.factor;
+      products.parts[products.part_count++] = {weight.data,
+                                               output.paired == nullptr ? nullptr : view_of(*output.paired).data,
+                                               static_cast<float*>(output.output.data),
+                                               static_cast<const float*>(factor.data),
+                                               weight.panel_bytes(),
+                                               weight.rows,
+                                               weight.chunks,
+                                               split_count(weight),
+                                               output.output.row_stride(),
+                                               factor.row_stride(),
+                                               0,
+                                               0,
+                                               output.epilogue};
+    }
+    if (products.part_count > 0) record_products(launches, format, products);
+  }
+}
+
+void Projections::project(LaunchList& launches, int rows, Tensor input, const Norm* norm,
+                          std::span<const Projection> outputs) {
+  if (outputs.empty()) return;
+  require(outputs.front().weight->columns() == input.columns, "matching projection shapes");
+  operands(launches, rows, input, norm);
+  Output parts[Products::kMostParts];
+  while (!outputs.empty()) {
+    const std::size_t count = std::min<std::size_t>(outputs.size(), Products::kMostParts);
+    for (std::size_t i = 0; i < count; ++i) parts[i] = {outputs[i].weight, nullptr, outputs[i].output, {}};
+    multiply(launches, rows, std::span(parts, count));
+    outputs = outputs.subspan(count);
+  }
+}
+
+void Projections::project_geglu(LaunchList& launches, int rows, Tensor input, const Norm& norm, const Weight& gate,
+                                const Weight& up, Tensor output) {
+  require(gate.columns() == input.columns && up.columns() == input.columns, "matching gate and up inputs");
+  require(gate.rows() == output.columns && up.rows() == output.columns, "matching gate and up outputs");
+  operands(launches, rows, input, &norm);
+  if (view_of(gate).format == view_of(up).format) {
+    const Output pair[] = {{&gate, &up, output, {}, Epilogue::geglu}};
+    multiply(launches, rows, pair);
+    return;
+  }
+  // Formats differ in no checkpoint that matters: one after the other, the first's product being the other's factor.
+  const Output first[] = {{&up, nullptr, output, {}}};
+  multiply(launches, rows, first);
+  const Output second[] = {{&gate, nullptr, output, output, Epilogue::gelu}};
+  multiply(launches, rows, second);
+}
+
+void Projections::project_gelu(LaunchList& launches, int rows, Tensor input, const Weight& weight, Tensor factor,
+                               Tensor output) {
+  require(weight.columns() == input.columns && factor.columns == output.columns, "matching projection shapes");
+  operands(launches, rows, input, nullptr);
+  const Output part[] = {{&weight, nullptr, output, factor, Epilogue::gelu}};
+  multiply(launches, rows, part);
+}
+
+Tensor Projections::product(LaunchList& launches, int rows, Tensor input, const Weight& weight) {
+  require(weight.columns() == input.columns, "matching projection shapes");
+  require(weight.rows() <= max_columns_, "an output wider than reserved");
+  operands(launches, rows, input, nullptr);
+  const Tensor output{product_.get(), static_cast<int>(weight.rows())};
+  const Output part[] = {{&weight, nullptr, output, {}}};
+  multiply(launches, rows, part);
+  return output;
+}
+
+void Projections::head(LaunchList& launches, int outputs, Tensor states, const Weight& weight, float softcap) {
+  require(weight.columns() == states.columns && weight.rows() == vocabulary_, "a head of the reserved vocabulary");
+  if (outputs == 0) return;
+  operands(launches, outputs, states, nullptr);
+  const Output part[] = {{&weight, nullptr, logits(), {}, Epilogue::softcap}};
+  multiply(launches, outputs, part, softcap);
+}
+
+Tensor Projections::logits() const { return {logits_.get(), vocabulary_, logit_stride_}; }
+
+}  // namespace draftwerk::cuda

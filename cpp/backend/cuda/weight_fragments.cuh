@@ -1,0 +1,71 @@
+// The layout of weight_layout.h, read: by fragments for tensor cores, and a value at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/cuda/device.cuh"
+#include "backend/cuda/weight_layout.h"
+
+namespace draftwerk::cuda {
+
+// Integers of up to 8 bits are exact in bfloat16. 128 + i has i in the low 7 bits of its pattern, so that an integer
+// becomes a float by a mask, the bits of 128 and one subtraction.
+inline constexpr std::uint32_t kBf16Of128 = 0x43004300U;
+
+/// Bytes 0 and 2 of a word, signed.
+__device__ __forceinline__ std::uint32_t int8_pair(std::uint32_t word) {
+  // 128 + the low 7 bits, less 256 where the sign bit is set and 128 where it is not.
+  return subtract_bf16x2((word & 0x007F007FU) | kBf16Of128, (word & 0x00800080U) | kBf16Of128);
+}
+/// Nibbles 0 and 4 of a word, less 8.
+__device__ __forceinline__ std::uint32_t int4_pair(std::uint32_t word) {
+  constexpr std::uint32_t kBf16Of136 = 0x43084308U;
+  return subtract_bf16x2((word & 0x000F000FU) | kBf16Of128, kBf16Of136);
+}
+
+/// The A operand of a step of 16 columns as integers: from the two words of an int8 weight,
+__device__ __forceinline__ void unpack_int8(std::uint32_t first, std::uint32_t second, std::uint32_t (&a)[4]) {
+  a[0] = int8_pair(first);
+  a[1] = int8_pair(first >> 8);
+  a[2] = int8_pair(second);
+  a[3] = int8_pair(second >> 8);
+}
+/// and from the word of an int4 weight.
+__device__ __forceinline__ void unpack_int4(std::uint32_t word, std::uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = int4_pair(word >> 4 * i);
+}
+
+/// The value at (row, column).
+__device__ __forceinline__ float weight_value(const MatrixView& matrix, int row, int column) {
+  const int in_panel = row % kPanelRows;
+  const int of_lane = (in_panel % 8 * 4 + column % 8 / 2) * 16;
+  const int reg = column % 16 / 8 * 2 + in_panel / 8;
+  const int within = column % 2;
+  const auto panel = static_cast<std::int64_t>(row / kPanelRows) * matrix.chunks;
+  if (matrix.format == WeightFormat::bf16) {
+    const std::byte* steps = matrix.data + panel * Chunk<WeightFormat::bf16>::kBytes;
+    const std::byte* at = steps + column / 16 * kFragmentBytes + of_lane + reg * 4 + within * 2;
+    return bf16_to_float(*reinterpret_cast<const std::uint16_t*>(at));
+  }
+  const int block = column % 64 / kBlockColumns;
+  const int step = column % kBlockColumns / 16;
+  const int of_scale = in_panel % 8 * 8 + block * 4 + in_panel / 8 * 2;
+  const std::byte* scales;
+  int q;
+  if (matrix.format == WeightFormat::int8) {
+    const std::byte* chunk = matrix.data + (panel + column / 64) * Chunk<WeightFormat::int8>::kBytes;
+    scales = chunk + Chunk<WeightFormat::int8>::kFragments * kFragmentBytes;
+    q = *reinterpret_cast<const std::int8_t*>(chunk + block * kFragmentBytes + of_lane + step * 8 + reg / 2 * 4 +
+                                              within * 2 + reg % 2);
+  } else {
+    const std::byte* chunk = matrix.data + (panel + column / 64) * Chunk<WeightFormat::int4>::kBytes;
+    scales = chunk + Chunk<WeightFormat::int4>::kFragments * kFragmentBytes;
+    const auto word = *reinterpret_cast<const std::uint32_t*>(chunk + of_lane + (block * 2 + step) * 4);
+    q = static_cast<int>(word >> 4 * (reg + within * 4) & 15U) - 8;
+  }
+  return __fmul_rn(f16_to_float(*reinterpret_cast<const std::uint16_t*>(scales + of_scale)), static_cast<float>(q));
+}
+
+}  // namespace draftwerk::cuda

@@ -1,0 +1,396 @@
+// Products with weights, held to the plain product in double precision of the values that the device has: weights as
+// they are stored there, activations rounded to bfloat16.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "backend/cpu/quantized_blocks.h"
+#include "backend/cpu/reference.h"
+#include "backend/cuda/device_weight.h"
+#include "backend/cuda/projections.h"
+#include "random_blocks.h"
+
+namespace draftwerk::cuda {
+namespace {
+
+using emulation::Order;
+
+void run(const LaunchList& launches) {
+  launches.run(nullptr);
+  check(cudaDeviceSynchronize(), "waiting");
+}
+
+float rounded(float value) { return cpu::bfloat_to_float(cpu::float_to_bfloat(value)); }
+
+/// A random matrix on the device, and its values there.
+struct Matrix {
+  Matrix(WeightType type, std::int64_t rows, std::int64_t columns, std::mt19937& random, Uploader& uploader)
+      : weight(type, rows, columns, uploader), values(static_cast<std::size_t>(rows * columns)) {
+    const std::vector<std::byte> blocks = cpu::random_blocks(type, rows * columns, random);
+    cpu::dequantize(type, blocks.data(), rows * columns, values.data());
+    if (format_of(type) == WeightFormat::bf16) std::transform(values.begin(), values.end(), values.begin(), rounded);
+    weight.upload(0, rows, type, blocks.data(), uploader);
+    uploader.wait();
+  }
+  DeviceWeight weight;
+  std::vector<float> values;
+};
+
+/// Rows of float32 that lie further apart than they are wide.
+struct Rows {
+  Rows(int rows, int columns, int gap = 0) : columns(columns), stride(columns + gap) {
+    values.assign(static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride), kUntouched);
+  }
+  Rows(int rows, int columns, int gap, std::mt19937& random) : Rows(rows, columns, gap) {
+    std::normal_distribution<float> normal;
+    for (int r = 0; r < rows; ++r) std::generate_n(row(r), columns, [&] { return normal(random); });
+  }
+  [[nodiscard]] Tensor tensor() { return {values.data(), columns, stride == columns ? 0 : stride}; }
+  [[nodiscard]] float* row(int r) { return values.data() + std::ptrdiff_t{r} * stride; }
+  void expect_gaps_untouched() const {
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      if (static_cast<int>(i) % stride < columns) continue;
+      ASSERT_EQ(values[i], kUntouched) << i;
+    }
+  }
+  static constexpr float kUntouched = -77;
+  int columns;
+  int stride;
+  std::vector<float> values;
+};
+
+/// What the kernels multiply with: rows [rows, columns] after the norm and rounding.
+std::vector<float> operands_of(int rows, Tensor input, const Norm* norm) {
+  std::vector<std::byte> bytes(operand_bytes(rows, input.columns), std::byte{0xFF});
+  LaunchList launches;
+  record_operands(launches, rows, input, norm, bytes.data());
+  run(launches);
+  const std::size_t tile_bytes = operand_bytes(1, input.columns);
+  const auto padded = static_cast<int>(tile_bytes / 16);
+  std::vector<float> values;
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; c < padded; ++c) {
+      // As B of mma.m16n8k16: column r of the operand, in lanes 4r .. 4r + 3; two steps of 16 to 512 bytes.
+      const int lane = r % 8 * 4 + c % 8 / 2;
+      const std::size_t offset = static_cast<std::size_t>(r / 8) * tile_bytes + static_cast<std::size_t>(c / 32) * 512 +
+                                 static_cast<std::size_t>(lane * 16 + c % 32 / 16 * 8 + c % 16 / 8 * 4 + c % 2 * 2);
+      std::uint16_t bits = 0;
+      std::memcpy(&bits, bytes.data() + offset, sizeof bits);
+      if (c < input.columns) {
+        values.push_back(cpu::bfloat_to_float(bits));
+      } else {
+        EXPECT_EQ(bits, 0) << "padding";
+      }
+    }
+  }
+  return values;
+}
+
+/// Products of one row, with a bound of what rounding may do to each.
+struct Wanted {
+  Wanted(const Matrix& matrix, const float* x) {
+    const auto columns = static_cast<std::size_t>(matrix.weight.columns());
+    const std::vector<double> row(x, x + columns);
+    products = cpu::reference::multiply(matrix.values, row);
+    for (std::size_t n = 0; n < products.size(); ++n) {
+      double size = 0;
+      for (std::size_t k = 0; k < columns; ++k) size += std::abs(matrix.values[n * columns + k] * row[k]);
+      // Each float32 addition is off by at most 2^-24 of what it made, and no term takes part in more than these.
+      bounds.push_back(size * static_cast<double>(columns + 40) * 0x1p-24);
+    }
+  }
+  std::vector<double> products;
+  std::vector<double> bounds;
+};
+
+class ProductsOfRows : public ::testing::Test {
+ protected:
+  ~ProductsOfRows() override {
+    emulation::set_order(Order::forward);
+    emulation::reset();
+  }
+  Matrix matrix(WeightType type, std::int64_t rows, std::int64_t columns) {
+    return {type, rows, columns, random, uploader};
+  }
+  int below(int limit) { return static_cast<int>(random() % static_cast<unsigned>(limit)); }
+
+  std::mt19937 random{11};
+  Uploader uploader;
+  Projections projections;
+  std::vector<float> norm_scale = cpu::random_values(4096, random);
+  Norm norm{norm_scale.data(), 1e-5F};
+};
+
+TEST_F(ProductsOfRows, RoundNormedRowsToOperands) {
+  for (const int columns : {1, 7, 32, 96, 300}) {
+    const int rows = 1 + below(20);
+    Rows x(rows, columns, below(4), random);
+    const std::vector<float> plain = operands_of(rows, x.tensor(), nullptr);
+    const std::vector<float> normed = operands_of(rows, x.tensor(), &norm);
+    for (int r = 0; r < rows; ++r) {
+      const std::vector<double> want = cpu::reference::rms_norm(
+          {x.row(r), static_cast<std::size_t>(columns)}, {norm_scale.data(), static_cast<std::size_t>(columns)}, 1e-5);
+      for (int c = 0; c < columns; ++c) {
+        const auto i = static_cast<std::size_t>(r * columns + c);
+        ASSERT_EQ(plain[i], rounded(x.row(r)[c]));
+        // Half of a step of bfloat16, and some of float32.
+        ASSERT_NEAR(normed[i], want[static_cast<std::size_t>(c)],
+                    std::abs(want[static_cast<std::size_t>(c)]) * (0x1p-8 + 0x1p-20));
+      }
+    }
+  }
+}
+
+TEST_F(ProductsOfRows, AgreeWithThePlainProduct) {
+  projections.reserve(48, 8, 1600, 10);
+  for (int round = 0; round < 10; ++round) {
+    const int rows = 1 + below(round % 3 == 0 ? 44 : 12);
+    // Three matrices of one input, of any types; one has several splits, the last no whole panel.
+    const int columns = round % 2 == 0 ? 256 * (1 + below(2)) : 1024 + 256 * below(3);
+    std::deque<Matrix> matrices;
+    std::vector<Rows> outputs;
+    std::vector<Projection> parts;
+    for (const int outputs_of : {1 + below(150), 16 * (1 + below(5)), 1 + below(20)}) {
+      matrices.emplace_back(cpu::kWeightTypes[below(8)], outputs_of, columns, random, uploader);
+      outputs.emplace_back(rows, outputs_of, below(3));
+    }
+    for (std::size_t i = 0; i < 3; ++i) parts.push_back({&matrices[i].weight, outputs[i].tensor()});
+    Rows x(rows, columns, below(5), random);
+    const Norm* with = round % 2 == 0 ? &norm : nullptr;
+    LaunchList launches;
+    projections.project(launches, rows, x.tensor(), with, parts);
+    run(launches);
+    const std::vector<float> operands = operands_of(rows, x.tensor(), with);
+    for (std::size_t i = 0; i < 3; ++i) {
+      outputs[i].expect_gaps_untouched();
+      for (int r = 0; r < rows; ++r) {
+        const Wanted want(matrices[i], operands.data() + std::ptrdiff_t{r} * columns);
+        for (int n = 0; n < outputs[i].columns; ++n) {
+          ASSERT_NEAR(outputs[i].row(r)[n], want.products[static_cast<std::size_t>(n)],
+                      want.bounds[static_cast<std::size_t>(n)])
+              << weight_type_name(matrices[i].weight.type()) << " [" << outputs[i].columns << ", " << columns
+              << "], row " << r << " of " << rows << ", output " << n;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(ProductsOfRows, OfAnyColumns) {
+  projections.reserve(8, 8, 200, 10);
+  for (const int columns : {1, 5, 31, 33, 70, 200}) {
+    const Matrix m = matrix(WeightType::f32, 19, columns);
+    Rows x(3, columns, 0, random);
+    Rows y(3, 19);
+    const Projection part[] = {{&m.weight, y.tensor()}};
+    LaunchList launches;
+    projections.project(launches, 3, x.tensor(), nullptr, part);
+    run(launches);
+    const std::vector<float> operands = operands_of(3, x.tensor(), nullptr);
+    for (int r = 0; r < 3; ++r) {
+      const Wanted want(m, operands.data() + std::ptrdiff_t{r} * columns);
+      for (std::size_t n = 0; n < 19; ++n) ASSERT_NEAR(y.row(r)[n], want.products[n], want.bounds[n]);
+    }
+  }
+}
+
+TEST_F(ProductsOfRows, AreGated) {
+  projections.reserve(20, 8, 1100, 10);
+  struct Case {
+    WeightType gate;
+    WeightType up;
+    int outputs;
+    int columns;
+    int rows;
+  };
+  for (const Case c : {Case{WeightType::bf16, WeightType::bf16, 90, 64, 3},
+                       {WeightType::q4_0, WeightType::q4_0, 40, 1024, 17},
+                       {WeightType::q8_0, WeightType::q8_0, 100, 96, 9},
+                       {WeightType::q4_k, WeightType::q6_k, 33, 256, 2},
+                       {WeightType::q4_0, WeightType::bf16, 70, 96, 5}}) {
+    const Matrix gate = matrix(c.gate, c.outputs, c.columns);
+    const Matrix up = matrix(c.up, c.outputs, c.columns);
+    Rows x(c.rows, c.columns, 1, random);
+    Rows y(c.rows, c.outputs, 2);
+    LaunchList launches;
+    projections.project_geglu(launches, c.rows, x.tensor(), norm, gate.weight, up.weight, y.tensor());
+    run(launches);
+    y.expect_gaps_untouched();
+    const std::vector<float> operands = operands_of(c.rows, x.tensor(), &norm);
+    for (int r = 0; r < c.rows; ++r) {
+      const Wanted of_gate(gate, operands.data() + std::ptrdiff_t{r} * c.columns);
+      const Wanted of_up(up, operands.data() + std::ptrdiff_t{r} * c.columns);
+      for (std::size_t n = 0; n < of_gate.products.size(); ++n) {
+        const double gelu = cpu::reference::gelu_tanh(of_gate.products[n]);
+        // The slope of gelu_tanh is below 1.13.
+        const double bound = 1.13 * of_gate.bounds[n] * std::abs(of_up.products[n]) + std::abs(gelu) * of_up.bounds[n] +
+                             std::abs(of_gate.products[n] * of_up.products[n]) * 0x1p-20 + 1e-12;
+        ASSERT_NEAR(y.row(r)[n], gelu * of_up.products[n], bound) << "row " << r << ", output " << n;
+      }
+    }
+  }
+}
+
+TEST_F(ProductsOfRows, TakeAFactor) {
+  projections.reserve(16, 8, 1100, 10);
+  const Matrix m = matrix(WeightType::bf16, 70, 1056);  // two splits
+  ASSERT_GT(split_count(m.weight.view()), 1);
+  Rows x(11, 1056, 0, random);
+  Rows factor(11, 70, 9, random);
+  Rows y(11, 70, 1);
+  LaunchList launches;
+  projections.project_gelu(launches, 11, x.tensor(), m.weight, factor.tensor(), y.tensor());
+  run(launches);
+  const std::vector<float> operands = operands_of(11, x.tensor(), nullptr);
+  for (int r = 0; r < 11; ++r) {
+    const Wanted want(m, operands.data() + std::ptrdiff_t{r} * 1056);
+    for (std::size_t n = 0; n < 70; ++n) {
+      const double f = factor.row(r)[n];
+      ASSERT_NEAR(y.row(r)[n], cpu::reference::gelu_tanh(want.products[n]) * f,
+                  std::abs(f) * (1.13 * want.bounds[n] + std::abs(want.products[n]) * 0x1p-20) + 1e-12);
+    }
+  }
+}
+
+TEST_F(ProductsOfRows, BecomeLogits) {
+  projections.reserve(2, 12, 64, 150);
+  const Matrix head = matrix(WeightType::q8_0, 150, 64);
+  Rows states(12, 64, 0, random);
+  for (const float cap : {0.0F, 3.0F}) {
+    LaunchList launches;
+    projections.head(launches, 12, states.tensor(), head.weight, cap);
+    run(launches);
+    const Tensor logits = projections.logits();
+    ASSERT_EQ(logits.columns, 150);
+    const std::vector<float> operands = operands_of(12, states.tensor(), nullptr);
+    for (int r = 0; r < 12; ++r) {
+      const Wanted want(head, operands.data() + std::ptrdiff_t{r} * 64);
+      const float* got = static_cast<const float*>(logits.data) + std::ptrdiff_t{r} * logits.row_stride();
+      for (std::size_t n = 0; n < 150; ++n) {
+        const double logit = cap == 0.0F ? want.products[n] : cap * std::tanh(want.products[n] / cap);
+        ASSERT_NEAR(got[n], logit, want.bounds[n] + 1e-6);
+      }
+    }
+  }
+}
+
+TEST_F(ProductsOfRows, StayInScratch) {
+  projections.reserve(4, 2, 64, 10);
+  const Matrix m = matrix(WeightType::bf16, 48, 64);
+  Rows x(4, 64, 0, random);
+  Rows y(4, 48);
+  LaunchList launches;
+  const Projection part[] = {{&m.weight, y.tensor()}};
+  projections.project(launches, 4, x.tensor(), nullptr, part);
+  const Tensor product = projections.product(launches, 4, x.tensor(), m.weight);
+  run(launches);
+  EXPECT_EQ(product.columns, 48);
+  EXPECT_EQ(std::memcmp(product.data, y.values.data(), y.values.size() * sizeof(float)), 0);
+}
+
+// The promise: the bits of a row depend neither on the other rows, nor on their number and order, nor on which thread
+// or block comes first.
+TEST_F(ProductsOfRows, OfARowAreItsOwn) {
+  projections.reserve(40, 8, 1100, 10);
+  struct Case {
+    WeightType type;
+    int outputs;
+    int columns;
+  };
+  for (const Case c : {Case{WeightType::bf16, 70, 1056},
+                       {WeightType::q8_0, 40, 1088},
+                       {WeightType::q4_0, 100, 1024},
+                       {WeightType::q4_0, 300, 224}}) {
+    const Matrix gate = matrix(c.type, c.outputs, c.columns);
+    const Matrix up = matrix(c.type, c.outputs, c.columns);
+    const int rows = 40;
+    Rows x(rows, c.columns, 0, random);
+    const auto result = [&](const std::vector<int>& order, int gap) {
+      Rows chosen(static_cast<int>(order.size()), c.columns, gap);
+      for (std::size_t i = 0; i < order.size(); ++i) {
+        if (order[i] < 0) {
+          std::fill_n(chosen.row(static_cast<int>(i)), c.columns, std::numeric_limits<float>::quiet_NaN());
+        } else {
+          std::copy_n(x.row(order[i]), c.columns, chosen.row(static_cast<int>(i)));
+        }
+      }
+      Rows y(static_cast<int>(order.size()), c.outputs, gap);
+      Rows z(static_cast<int>(order.size()), c.outputs, gap);
+      LaunchList launches;
+      const Projection part[] = {{&gate.weight, y.tensor()}};
+      projections.project(launches, static_cast<int>(order.size()), chosen.tensor(), &norm, part);
+      projections.project_geglu(launches, static_cast<int>(order.size()), chosen.tensor(), norm, gate.weight, up.weight,
+                                z.tensor());
+      run(launches);
+      std::vector<std::vector<float>> both(order.size());
+      for (std::size_t i = 0; i < order.size(); ++i) {
+        both[i].assign(y.row(static_cast<int>(i)), y.row(static_cast<int>(i)) + c.outputs);
+        both[i].insert(both[i].end(), z.row(static_cast<int>(i)), z.row(static_cast<int>(i)) + c.outputs);
+      }
+      return both;
+    };
+    std::vector<int> all(rows);
+    std::iota(all.begin(), all.end(), 0);
+    const std::vector<std::vector<float>> want = result(all, 0);
+    emulation::set_order(Order::backward);
+    for (const std::vector<int>& order :
+         {std::vector<int>{0}, {39}, {8, 7, 6, 5, 4, 3, 2, 1}, {20, -1, 3, 3, -1, 9, 30, 31, 1, -1, 12}}) {
+      const std::vector<std::vector<float>> got = result(order, 3);
+      for (std::size_t i = 0; i < order.size(); ++i) {
+        if (order[i] < 0) continue;
+        ASSERT_EQ(got[i], want[static_cast<std::size_t>(order[i])]) << i << " of " << order.size();
+      }
+      emulation::set_order(Order::shuffled, static_cast<unsigned>(order.size()));
+    }
+    emulation::set_order(Order::forward);
+  }
+}
+
+TEST_F(ProductsOfRows, AreTheSameEachTimeAGraphRuns) {
+  projections.reserve(9, 2, 1100, 10);
+  const Matrix m = matrix(WeightType::q4_0, 100, 1024);
+  ASSERT_GT(split_count(m.weight.view()), 1);
+  Rows x(9, 1024, 0, random);
+  Rows y(9, 100);
+  const Projection part[] = {{&m.weight, y.tensor()}};
+  LaunchList launches;
+  projections.project(launches, 9, x.tensor(), nullptr, part);
+  const GraphExec graph = launches.instantiate();
+  std::vector<float> first;
+  for (int time = 0; time < 3; ++time) {
+    y.values.assign(y.values.size(), 0.0F);
+    check(cudaGraphLaunch(graph.get(), nullptr), "launching a graph");
+    check(cudaDeviceSynchronize(), "waiting");
+    if (time == 0) first = y.values;
+    EXPECT_EQ(y.values, first);
+  }
+  LaunchList again;
+  projections.project(again, 9, x.tensor(), nullptr, part);
+  EXPECT_TRUE(std::ranges::equal(again.bytes(), launches.bytes()));
+}
+
+// Shapes of real models fill an H200, by slices that are worth starting.
+TEST(Splits, FollowTheShapeAlone) {
+  const auto splits = [](int rows, int columns, WeightFormat format) {
+    return split_count({nullptr, rows, columns, columns / chunk_columns(format), format});
+  };
+  EXPECT_EQ(splits(21504, 5376, WeightFormat::bf16), 1);
+  EXPECT_EQ(splits(5376, 21504, WeightFormat::bf16), 4);
+  EXPECT_EQ(splits(5376, 21504, WeightFormat::int4), 4);
+  EXPECT_EQ(splits(8192, 5376, WeightFormat::bf16), 3);
+  EXPECT_EQ(splits(1536, 6144, WeightFormat::bf16), 12);
+  EXPECT_EQ(splits(262144, 1536, WeightFormat::int8), 1);
+  EXPECT_EQ(splits(16, 32, WeightFormat::bf16), 1);
+}
+
+}  // namespace
+}  // namespace draftwerk::cuda
