@@ -125,7 +125,7 @@ class ProductsOfRows : public ::testing::Test {
 
   std::mt19937 random{11};
   Uploader uploader;
-  Projections projections;
+  Projections projections{std::size_t{227} << 10};
   std::vector<float> norm_scale = cpu::random_values(4096, random);
   Norm norm{norm_scale.data(), 1e-5F};
 };
@@ -352,6 +352,48 @@ TEST_F(ProductsOfRows, OfARowAreItsOwn) {
       emulation::set_order(Order::shuffled, static_cast<unsigned>(order.size()));
     }
     emulation::set_order(Order::forward);
+  }
+}
+
+// Prompts are multiplied by another kernel, on devices with less shared memory by a third: all to the same bits.
+TEST_F(ProductsOfRows, OfAPromptAreThoseOfFewRows) {
+  projections.reserve(170, 170, 1100, 70);
+  Projections narrow(std::size_t{99} << 10);
+  narrow.reserve(170, 170, 1100, 70);
+  struct Case {
+    WeightType type;
+    int outputs;
+    int columns;
+    int rows;
+  };
+  for (const Case c : {Case{WeightType::bf16, 70, 1056, 65},
+                       {WeightType::q8_0, 150, 192, 70},
+                       {WeightType::q4_0, 30, 1024, 133},
+                       {WeightType::f32, 5, 21, 170}}) {
+    const Matrix gate = matrix(c.type, c.outputs, c.columns);
+    const Matrix up = matrix(c.type, c.outputs, c.columns);
+    Rows x(c.rows, c.columns, 3, random);
+    const auto result = [&](Projections& by, int first, int rows) {
+      Rows y(rows, 2 * c.outputs, 1);
+      const Tensor input{x.row(first), c.columns, x.stride};
+      const Tensor plain{y.row(0), c.outputs, y.stride};
+      const Tensor gated{y.row(0) + c.outputs, c.outputs, y.stride};
+      LaunchList launches;
+      const Projection part[] = {{&gate.weight, plain}};
+      by.project(launches, rows, input, &norm, part);
+      by.project_geglu(launches, rows, input, norm, gate.weight, up.weight, gated);
+      run(launches);
+      y.expect_gaps_untouched();
+      return y.values;
+    };
+    const std::vector<float> few = result(projections, 0, 40);
+    const std::vector<float> many = result(projections, 0, c.rows);
+    emulation::set_order(Order::shuffled, 4);
+    EXPECT_EQ(result(narrow, 0, c.rows), many);
+    const std::vector<float> late = result(projections, c.rows - 9, 9);
+    emulation::set_order(Order::forward);
+    EXPECT_TRUE(std::equal(few.begin(), few.end(), many.begin()));
+    EXPECT_TRUE(std::equal(late.rbegin(), late.rend(), many.rbegin()));
   }
 }
 

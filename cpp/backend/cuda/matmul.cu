@@ -13,6 +13,9 @@ namespace {
 
 constexpr int kRows = 8;  // of activations in a B operand
 constexpr int kThreads = kSliceWarps * kWarp;
+// Steps of more rows are left to the other kernel: this one reads the weights once for every 32.
+constexpr int kFewRows = 64;
+constexpr int kMostTiles = 4;
 
 /// How a block of the kernel cuts its work.
 template <WeightFormat kFormat, int kTiles>
@@ -38,31 +41,33 @@ struct Block {
   static constexpr std::size_t kShared = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
 };
 
-/// A warp's products of a chunk in shared memory with its operands.
-template <WeightFormat kFormat, int kTiles>
-__device__ __forceinline__ void multiply_chunk(const std::byte* stage,
-                                               float (&sums)[Block<kFormat, kTiles>::kPanels][kTiles][4]) {
-  using B = Block<kFormat, kTiles>;
-  const std::byte* own = stage + lane() * 16;
+/// Adds a warp's products of a chunk: of kPanels panels, each chunk behind the other, with kTiles * 8 rows of operands,
+/// both in shared memory.
+template <WeightFormat kFormat, int kPanels, int kTiles>
+__device__ __forceinline__ void multiply_chunk(const std::byte* panels, const std::byte* operands,
+                                               float (&sums)[kPanels][kTiles][4]) {
+  using C = Chunk<kFormat>;
+  constexpr int kBlocks = C::kColumns / kBlockColumns;
 #pragma unroll
-  for (int block = 0; block < B::kOperandBlocks; ++block) {
+  for (int block = 0; block < kBlocks; ++block) {
     std::uint32_t x[kTiles][2][2];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const auto words =
-          *reinterpret_cast<const uint4*>(own + B::kOperandOffset + (t * B::kOperandBlocks + block) * kFragmentBytes);
+          *reinterpret_cast<const uint4*>(operands + (t * kBlocks + block) * kFragmentBytes + lane() * 16);
       x[t][0][0] = words.x;
       x[t][0][1] = words.y;
       x[t][1][0] = words.z;
       x[t][1][1] = words.w;
     }
 #pragma unroll
-    for (int panel = 0; panel < B::kPanels; ++panel) {
-      const std::byte* chunk = own + panel * Chunk<kFormat>::kBytes;
+    for (int panel = 0; panel < kPanels; ++panel) {
+      const std::byte* chunk = panels + panel * C::kBytes;
+      const std::byte* own = chunk + lane() * 16;
       if constexpr (kFormat == WeightFormat::bf16) {
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
-          const auto words = *reinterpret_cast<const uint4*>(chunk + step * kFragmentBytes);
+          const auto words = *reinterpret_cast<const uint4*>(own + step * kFragmentBytes);
           const std::uint32_t a[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
           for (int t = 0; t < kTiles; ++t) mma_bf16(sums[panel][t], a, x[t][step]);
@@ -70,18 +75,18 @@ __device__ __forceinline__ void multiply_chunk(const std::byte* stage,
       } else {
         std::uint32_t a[2][4];
         if constexpr (kFormat == WeightFormat::int8) {
-          const auto words = *reinterpret_cast<const uint4*>(chunk + block * kFragmentBytes);
+          const auto words = *reinterpret_cast<const uint4*>(own + block * kFragmentBytes);
           unpack_int8(words.x, words.y, a[0]);
           unpack_int8(words.z, words.w, a[1]);
         } else {
-          const auto words = *reinterpret_cast<const uint2*>(chunk + block * 8);
+          const auto words = *reinterpret_cast<const uint2*>(own + block * 8);
           unpack_int4(words.x, a[0]);
           unpack_int4(words.y, a[1]);
         }
-        const auto scales = *reinterpret_cast<const std::uint32_t*>(
-            stage + panel * Chunk<kFormat>::kBytes + B::kFragments * kFragmentBytes + lane() / 4 * 8 + block * 4);
-        const float upper = f16_to_float(static_cast<std::uint16_t>(scales & 0xFFFFU));
-        const float lower = f16_to_float(static_cast<std::uint16_t>(scales >> 16));
+        const std::byte* scales = chunk + C::kFragments * kFragmentBytes + lane() / 4 * 8 + block * 4;
+        const auto both = *reinterpret_cast<const std::uint32_t*>(scales);
+        const float upper = f16_to_float(static_cast<std::uint16_t>(both & 0xFFFFU));
+        const float lower = f16_to_float(static_cast<std::uint16_t>(both >> 16));
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
           float of_block[4] = {};
@@ -112,6 +117,13 @@ __device__ __forceinline__ void finish(const ProductPart& part, float softcap, i
   part.output[static_cast<std::int64_t>(row) * part.output_stride + output] = result;
 }
 
+/// The part of a launch that a unit belongs to.
+__device__ __forceinline__ const ProductPart& part_of(const Products& a, int unit) {
+  int index = a.part_count - 1;
+  while (index > 0 && a.parts[index].first_unit > unit) --index;
+  return a.parts[index];
+}
+
 // Few rows: a block multiplies kTiles * 8 rows with 64 or 128 outputs over one split of the columns, a slice each of
 // its four warps. A lane copies the 16 bytes that it will want of each fragment into a ring of its own, chunks ahead of
 // their use, so that nobody waits for anybody and 20 KB of weights per stage are under way in each of three blocks an
@@ -120,12 +132,13 @@ template <WeightFormat kFormat, int kTiles>
 __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) multiply_few(const Products a) {
   using B = Block<kFormat, kTiles>;
   constexpr int kChunkBytes = Chunk<kFormat>::kBytes;
-  int index = a.part_count - 1;
-  while (index > 0 && a.parts[index].first_unit > static_cast<int>(blockIdx.x)) --index;
-  const ProductPart& part = a.parts[index];
-  const int unit = static_cast<int>(blockIdx.x) - part.first_unit;
+  // Tiles of rows that want the same weights are neighbours in time.
+  const int tiles = (a.rows + kTiles * kRows - 1) / (kTiles * kRows);
+  const int tile = static_cast<int>(blockIdx.x) % tiles;
+  const ProductPart& part = part_of(a, static_cast<int>(blockIdx.x) / tiles);
+  const int unit = static_cast<int>(blockIdx.x) / tiles - part.first_unit;
   const int split = unit % part.splits;
-  const int first_row = static_cast<int>(blockIdx.y) * kTiles * kRows;
+  const int first_row = tile * kTiles * kRows;
   const int rows = min(a.rows - first_row, kTiles * kRows);
 
   // The panels of a unit are those of one matrix, or half of them of each of two.
@@ -194,7 +207,8 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
     __syncwarp();  // scales are shared; and everybody is done with the stage that is filled next
     if (chunk + B::kStages - 1 < end) fetch(chunk + B::kStages - 1, free_slot);
     cp_async_commit();
-    multiply_chunk<kFormat, kTiles>(ring + slot * B::kStageBytes, sums);
+    const std::byte* stage = ring + slot * B::kStageBytes;
+    multiply_chunk<kFormat>(stage, stage + B::kOperandOffset, sums);
     free_slot = slot;
     slot = slot + 1 == B::kStages ? 0 : slot + 1;
   }
@@ -244,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
 
   // The block that comes last to its outputs adds up what all splits left.
   constexpr int kUnitSums = kTiles * kRows * B::kOutputs;
-  const int first_unit = static_cast<int>(blockIdx.y) * a.partial_units + part.first_partial + unit - split;
+  const int first_unit = tile * a.partial_units + part.first_partial + unit - split;
   float* const partials = a.partials + static_cast<std::int64_t>(first_unit) * kUnitSums;
   for (int i = static_cast<int>(threadIdx.x); i < rows * B::kOutputs; i += kThreads) {
     __stcg(partials + split * kUnitSums + i, sum_of_warps(i / B::kOutputs, i % B::kOutputs));
@@ -265,6 +279,128 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
     }
     return sum;
   });
+}
+
+// --- many rows ----------------------------------------------------------------------------------------------------
+
+/// How a block cuts a tile of 128 outputs and kRowWarps * 32 rows: two warps one below the other, kRowWarps side by
+/// side, each with 64 outputs and 32 rows.
+template <WeightFormat kFormat, int kRowWarps>
+struct Tile {
+  static constexpr int kPanels = 4;  // of a warp
+  static constexpr int kTiles = 4;
+  static constexpr int kOutputWarps = 2;
+  static constexpr int kThreads = kOutputWarps * kRowWarps * kWarp;
+  static constexpr int kBlockPanels = kOutputWarps * kPanels;
+  static constexpr int kBlockTiles = kRowWarps * kTiles;
+  static constexpr int kSums = kPanels * kTiles * 4;  // of a thread
+  static constexpr int kOperandBlocks = Chunk<kFormat>::kColumns / kBlockColumns;
+  static constexpr int kOperandOffset = kBlockPanels * Chunk<kFormat>::kBytes;
+  static constexpr int kStageBytes = kOperandOffset + kBlockTiles * kOperandBlocks * kFragmentBytes;
+  static constexpr int kStages = kRowWarps == 4 ? 4 : 3;
+  static constexpr std::size_t kTotalBytes = std::size_t{kThreads} * kSums * sizeof(float);
+  static constexpr std::size_t kShared = kTotalBytes + std::size_t{kStages} * kStageBytes;
+};
+
+// Many rows: a block multiplies a tile over all columns, slice after slice, from chunks that it copies to shared memory
+// as they are. Bound by the tensor cores where the weights are quantised, and about as much by the second-level cache
+// where they are bf16: 2048 rows with [21504, 5376] are 474 GFLOP, 1.2 ms at the 400 TFLOP/s that mma.sync gives.
+template <WeightFormat kFormat, int kRowWarps>
+__global__ void __launch_bounds__(Tile<kFormat, kRowWarps>::kThreads, 1) multiply_many(const Products a) {
+  using T = Tile<kFormat, kRowWarps>;
+  constexpr int kChunkBytes = Chunk<kFormat>::kBytes;
+  const int thread = static_cast<int>(threadIdx.x);
+  const ProductPart& part = part_of(a, static_cast<int>(blockIdx.y));
+  const bool pair = part.paired != nullptr;
+  const int first_panel =
+      (static_cast<int>(blockIdx.y) - part.first_unit) * (pair ? T::kBlockPanels / 2 : T::kBlockPanels);
+  const int panels = (part.outputs + kPanelRows - 1) / kPanelRows;
+  const int first_tile = static_cast<int>(blockIdx.x) * T::kBlockTiles;
+  const int tiles = (a.rows + kRows - 1) / kRows;
+
+  float* const totals = reinterpret_cast<float*>(dynamic_shared());  // [kSums][thread]
+  std::byte* const ring = dynamic_shared() + T::kTotalBytes;
+  const auto fetch = [&](int chunk) {
+    std::byte* stage = ring + chunk % T::kStages * T::kStageBytes;
+    constexpr int kPieces = kChunkBytes / 16;
+    for (int i = thread; i < T::kBlockPanels * kPieces; i += T::kThreads) {
+      // Of a pair, a warp has two panels of each matrix: the same outputs.
+      const int place = i / kPieces;
+      const bool second = pair && place % 4 >= 2;
+      const int panel = first_panel + (pair ? place / 4 * 2 + place % 2 : place);
+      const std::byte* from = (second ? part.paired : part.weight) + panel * part.panel_bytes +
+                              static_cast<std::int64_t>(chunk) * kChunkBytes + i % kPieces * 16;
+      cp_async_16(stage + i * 16, from, panel < panels);
+    }
+    constexpr int kTilePieces = T::kOperandBlocks * kWarp;
+    for (int i = thread; i < T::kBlockTiles * kTilePieces; i += T::kThreads) {
+      const int tile = first_tile + i / kTilePieces;
+      const std::byte* from = a.operands.data + tile * a.operands.tile_bytes +
+                              (static_cast<std::int64_t>(chunk) * kTilePieces + i % kTilePieces) * 16;
+      cp_async_16(stage + T::kOperandOffset + i * 16, from, tile < tiles);
+    }
+  };
+
+  const int output_warp = warp() / kRowWarps;
+  const int row_warp = warp() % kRowWarps;
+  float of_slice[T::kPanels][T::kTiles][4] = {};
+  float of_split[T::kPanels][T::kTiles][4] = {};
+  const auto for_each_sum = [&](auto&& body) {
+#pragma unroll
+    for (int panel = 0; panel < T::kPanels; ++panel) {
+#pragma unroll
+      for (int t = 0; t < T::kTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) body(panel, t, i, (panel * T::kTiles + t) * 4 + i);
+      }
+    }
+  };
+  for (int chunk = 0; chunk < T::kStages - 1; ++chunk) {
+    if (chunk < part.chunks) fetch(chunk);
+    cp_async_commit();
+  }
+  const int slices = part.splits * kSliceWarps;
+  int chunk = 0;
+  for (int slice = 0; slice < slices; ++slice) {
+    const int end = static_cast<int>(static_cast<std::int64_t>(part.chunks) * (slice + 1) / slices);
+    for (; chunk < end; ++chunk) {
+      cp_async_wait<T::kStages - 2>();
+      __syncthreads();
+      if (chunk + T::kStages - 1 < part.chunks) fetch(chunk + T::kStages - 1);
+      cp_async_commit();
+      const std::byte* stage = ring + chunk % T::kStages * T::kStageBytes;
+      multiply_chunk<kFormat>(stage + output_warp * T::kPanels * kChunkBytes,
+                              stage + T::kOperandOffset + row_warp * T::kTiles * T::kOperandBlocks * kFragmentBytes,
+                              of_slice);
+    }
+    for_each_sum([&](int panel, int t, int i, int) {
+      of_split[panel][t][i] = __fadd_rn(of_split[panel][t][i], of_slice[panel][t][i]);
+      of_slice[panel][t][i] = 0.0F;
+    });
+    if (part.splits == 1 || slice % kSliceWarps != kSliceWarps - 1) continue;
+    for_each_sum([&](int panel, int t, int i, int at) {
+      float& total = totals[at * T::kThreads + thread];
+      total = __fadd_rn(slice == kSliceWarps - 1 ? 0.0F : total, of_split[panel][t][i]);
+      of_split[panel][t][i] = slice == slices - 1 ? total : 0.0F;
+    });
+  }
+  cp_async_wait<0>();
+
+#pragma unroll
+  for (int panel = 0; panel < T::kPanels; ++panel) {
+    if (pair && panel >= 2) break;
+    const int in_unit = output_warp * (pair ? 2 : T::kPanels) + panel;
+#pragma unroll
+    for (int t = 0; t < T::kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = (first_tile + row_warp * T::kTiles + t) * kRows + lane() % 4 * 2 + i % 2;
+        const int output = (first_panel + in_unit) * kPanelRows + lane() / 4 + i / 2 * 8;
+        const float paired = of_split[panel < 2 ? panel + 2 : panel][t][i];  // of no use where there is no pair
+        if (row < a.rows && output < part.outputs) finish(part, a.softcap, row, output, of_split[panel][t][i], paired);
+      }
+    }
+  }
 }
 
 // --- operands -----------------------------------------------------------------------------------------------------
@@ -330,15 +466,30 @@ constexpr int kUnitsAtOnce = 396;
 constexpr int kPanelsPerUnit = 4;        // nominally: what a matrix is cut by must not depend on the number of rows
 constexpr int kLeastSliceColumns = 128;  // shorter slices are all start and end
 
+/// Calls body.operator()<format, kTiles>() for the kernel of few rows,
 template <typename Body>
-void with_tiles(int rows, Body&& body) {
-  if (rows <= kRows) {
-    body.template operator()<1>();
-  } else if (rows <= 2 * kRows) {
-    body.template operator()<2>();
-  } else {
-    body.template operator()<4>();
-  }
+void with_block(WeightFormat format, int rows, Body&& body) {
+  with_format(format, [&]<WeightFormat kFormat>() {
+    if (rows <= kRows) {
+      body.template operator()<kFormat, 1>();
+    } else if (rows <= 2 * kRows) {
+      body.template operator()<kFormat, 2>();
+    } else {
+      body.template operator()<kFormat, 4>();
+    }
+  });
+}
+
+/// or body.operator()<format, kRowWarps>() for that of many: the wider tile where a block may have the shared memory.
+template <typename Body>
+void with_tile(WeightFormat format, std::size_t shared_bytes, Body&& body) {
+  with_format(format, [&]<WeightFormat kFormat>() {
+    if (Tile<kFormat, 4>::kShared <= shared_bytes) {
+      body.template operator()<kFormat, 4>();
+    } else {
+      body.template operator()<kFormat, 2>();
+    }
+  });
 }
 
 }  // namespace
@@ -360,54 +511,58 @@ void record_operands(LaunchList& launches, int rows, Tensor input, const Norm* n
        operand_tile_bytes(input.columns), input.columns, input.row_stride(), norm == nullptr ? 0.0F : norm->epsilon});
 }
 
-int tile_rows(int rows) {
-  int tile = 0;
-  with_tiles(rows, [&]<int kTiles>() { tile = kTiles * kRows; });
-  return tile;
-}
-
 // Splits are at most kUnitsAtOnce / groups. Twice that many, for pairs and for units larger than a group.
-std::size_t counter_count(int rows) {
-  const int tiles = (rows + tile_rows(rows) - 1) / tile_rows(rows);
-  return static_cast<std::size_t>(tiles) * Products::kMostParts * 2 * kUnitsAtOnce;
+std::size_t counter_count() {
+  return std::size_t{kFewRows / (kMostTiles * kRows)} * Products::kMostParts * 2 * kUnitsAtOnce;
 }
 
-std::size_t partial_floats(int rows) {
-  return counter_count(rows) * kPanelsPerUnit * kPanelRows * static_cast<std::size_t>(tile_rows(rows));
-}
+std::size_t partial_floats() { return counter_count() * kPanelsPerUnit * kPanelRows * kMostTiles * kRows; }
 
-void record_products(LaunchList& launches, WeightFormat format, Products products) {
-  with_tiles(products.rows, [&]<int kTiles>() {
-    with_format(format, [&]<WeightFormat kFormat>() {
-      using B = Block<kFormat, kTiles>;
-      int units = 0;
-      products.partial_units = 0;
-      for (ProductPart& part : std::span(products.parts, static_cast<std::size_t>(products.part_count))) {
-        part.first_unit = units;
-        const int panels = (part.outputs + kPanelRows - 1) / kPanelRows;
-        const int of_unit = part.paired == nullptr ? B::kPanels : B::kPanels / 2;
-        const int of_part = (panels + of_unit - 1) / of_unit * part.splits;
-        part.first_partial = products.partial_units;
-        units += of_part;
-        if (part.splits > 1) products.partial_units += of_part;
-      }
-      const int tiles = (products.rows + kTiles * kRows - 1) / (kTiles * kRows);
-      launches.add(multiply_few<kFormat, kTiles>,
-                   {dim3(static_cast<unsigned>(units), static_cast<unsigned>(tiles)), dim3(kThreads), B::kShared},
-                   products);
+void record_products(LaunchList& launches, WeightFormat format, std::size_t shared_bytes, Products products) {
+  // Numbers the units of a kernel whose units have so many panels, and gives their number.
+  const auto number_units = [&products](int unit_panels, bool by_split) {
+    int units = 0;
+    products.partial_units = 0;
+    for (ProductPart& part : std::span(products.parts, static_cast<std::size_t>(products.part_count))) {
+      const int panels = (part.outputs + kPanelRows - 1) / kPanelRows;
+      const int of_unit = part.paired == nullptr ? unit_panels : unit_panels / 2;
+      const int of_part = (panels + of_unit - 1) / of_unit * (by_split ? part.splits : 1);
+      part.first_unit = units;
+      part.first_partial = products.partial_units;
+      units += of_part;
+      if (part.splits > 1) products.partial_units += of_part;
+    }
+    return units;
+  };
+  if (products.rows > kFewRows) {
+    with_tile(format, shared_bytes, [&]<WeightFormat kFormat, int kRowWarps>() {
+      using T = Tile<kFormat, kRowWarps>;
+      const auto units = static_cast<unsigned>(number_units(T::kBlockPanels, false));
+      const int tile = T::kBlockTiles * kRows;
+      const auto tiles = static_cast<unsigned>((products.rows + tile - 1) / tile);
+      launches.add(multiply_many<kFormat, kRowWarps>, {dim3(tiles, units), dim3(T::kThreads), T::kShared}, products);
     });
+    return;
+  }
+  with_block(format, products.rows, [&]<WeightFormat kFormat, int kTiles>() {
+    using B = Block<kFormat, kTiles>;
+    const int units = number_units(B::kPanels, true);
+    const int tiles = (products.rows + kTiles * kRows - 1) / (kTiles * kRows);
+    launches.add(multiply_few<kFormat, kTiles>,
+                 {dim3(static_cast<unsigned>(units * tiles)), dim3(kThreads), B::kShared}, products);
   });
 }
 
-void allow_products() {
-  for (const int rows : {kRows, 2 * kRows, 4 * kRows}) {
-    for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
-      with_tiles(rows, [&]<int kTiles>() {
-        with_format(format, [&]<WeightFormat kFormat>() {
-          allow_shared(multiply_few<kFormat, kTiles>, Block<kFormat, kTiles>::kShared);
-        });
+void allow_products(std::size_t shared_bytes) {
+  for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
+    for (const int rows : {kRows, 2 * kRows, 4 * kRows}) {
+      with_block(format, rows, []<WeightFormat kFormat, int kTiles>() {
+        allow_shared(multiply_few<kFormat, kTiles>, Block<kFormat, kTiles>::kShared);
       });
     }
+    with_tile(format, shared_bytes, []<WeightFormat kFormat, int kRowWarps>() {
+      allow_shared(multiply_many<kFormat, kRowWarps>, Tile<kFormat, kRowWarps>::kShared);
+    });
   }
 }
 

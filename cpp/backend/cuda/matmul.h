@@ -74,15 +74,14 @@ struct Products {
 /// Rounds rows to operands: norm(input), or input where there is no norm.
 void record_operands(LaunchList& launches, int rows, Tensor input, const Norm* norm, std::byte* operands);
 
-/// Rows that one block of the kernel for few rows takes, for a step of so many.
-[[nodiscard]] int tile_rows(int rows);
-/// What `partials` and `counters` need for a launch of any matrices, in elements.
-[[nodiscard]] std::size_t partial_floats(int rows);
-[[nodiscard]] std::size_t counter_count(int rows);
+/// What `partials` and `counters` need for any launch, in elements.
+[[nodiscard]] std::size_t partial_floats();
+[[nodiscard]] std::size_t counter_count();
 
-/// Records a launch; fills in where the units of every part begin.
-void record_products(LaunchList& launches, WeightFormat format, Products products);
-/// Lets the kernels have the shared memory that they need; once per process.
-void allow_products();
+/// Records a launch; fills in where the units of every part begin. `shared_bytes` is what a block of this device may
+/// ask for (cudaDeviceProp::sharedMemPerBlockOptin), at least 99 KiB.
+void record_products(LaunchList& launches, WeightFormat format, std::size_t shared_bytes, Products products);
+/// Lets the kernels have the shared memory that they need; once per process and device.
+void allow_products(std::size_t shared_bytes);
 
 }  // namespace draftwerk::cuda

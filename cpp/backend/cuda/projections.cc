@@ -40,9 +40,9 @@ void Projections::reserve(int max_rows, int max_outputs, int max_columns, int vo
     bytes_ += bytes;
   };
   allocate(operands_, operand_bytes(rows, max_columns_));
-  allocate(partials_, partial_floats(rows) * sizeof(float));
-  allocate(counters_, counter_count(rows) * sizeof(unsigned));
-  check(cudaMemset(counters_.get(), 0, counter_count(rows) * sizeof(unsigned)), "clearing device memory");
+  allocate(partials_, partial_floats() * sizeof(float));
+  allocate(counters_, counter_count() * sizeof(unsigned));
+  check(cudaMemset(counters_.get(), 0, counter_count() * sizeof(unsigned)), "clearing device memory");
   check(cudaDeviceSynchronize(), "clearing device memory");
   allocate(product_, static_cast<std::size_t>(rows) * static_cast<std::size_t>(max_columns_) * sizeof(float));
   allocate(logits_, static_cast<std::size_t>(max_outputs_) * static_cast<std::size_t>(logit_stride_) * sizeof(float));
@@ -84,7 +84,7 @@ void Projections::multiply(LaunchList& launches, int rows, std::span<const Outpu
                                                0,
                                                output.epilogue};
     }
-    if (products.part_count > 0) record_products(launches, format, products);
+    if (products.part_count > 0) record_products(launches, format, shared_bytes_, products);
   }
 }
 

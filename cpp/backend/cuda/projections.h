@@ -15,7 +15,8 @@ namespace draftwerk::cuda {
 /// Weights are DeviceWeights; tensors are float32 in device memory, of `rows` rows.
 class Projections {
  public:
-  Projections() { allow_products(); }
+  /// `shared_bytes`: what a block of the device may ask for (cudaDeviceProp::sharedMemPerBlockOptin).
+  explicit Projections(std::size_t shared_bytes) : shared_bytes_(shared_bytes) { allow_products(shared_bytes); }
 
   /// See Backend::reserve. Scratch of earlier launches moves: none may be under way, or launched again.
   void reserve(int max_rows, int max_outputs, int max_columns, int vocabulary);
@@ -42,6 +43,7 @@ class Projections {
   void operands(LaunchList& launches, int rows, Tensor input, const Norm* norm);
   void multiply(LaunchList& launches, int rows, std::span<const Output> outputs, float softcap = 0.0F);
 
+  std::size_t shared_bytes_;
   int max_rows_ = 0;
   int max_outputs_ = 0;
   int max_columns_ = 0;
