@@ -11,11 +11,16 @@
 namespace draftwerk::cuda {
 namespace {
 
-constexpr int kRows = 8;  // of activations in a B operand
+constexpr int kRows = 8;              // of activations in a B operand
+constexpr int kOperandRowBytes = 64;  // of a row in a block of 32 columns: the registers of its four lanes
 constexpr int kThreads = kSliceWarps * kWarp;
 // Steps of more rows are left to the other kernel: this one reads the weights once for every 32.
 constexpr int kFewRows = 64;
 constexpr int kMostTiles = 4;
+// Rows of a block of that one, where it may have the shared memory of an A100 or less.
+constexpr int kWideTile = 128;
+constexpr int kNarrowTile = 64;
+constexpr std::size_t kWideTileBytes = std::size_t{163} << 10;
 
 /// How a block of the kernel cuts its work.
 template <WeightFormat kFormat, int kTiles>
@@ -48,7 +53,7 @@ __device__ __forceinline__ void multiply_chunk(const std::byte* panels, const st
                                                float (&sums)[kPanels][kTiles][4]) {
   using C = Chunk<kFormat>;
   constexpr int kBlocks = C::kColumns / kBlockColumns;
-#pragma unroll
+#pragma unroll(kPanels* kTiles >= 16 ? 1 : kBlocks)  // for the sake of registers
   for (int block = 0; block < kBlocks; ++block) {
     std::uint32_t x[kTiles][2][2];
 #pragma unroll
@@ -124,6 +129,30 @@ __device__ __forceinline__ const ProductPart& part_of(const Products& a, int uni
   return a.parts[index];
 }
 
+/// The rows of a tile: that many of the step's from some row on, or what an expert has.
+struct RowTile {
+  __device__ __forceinline__ RowTile(const Products& a, const ProductPart& part, int tile, int size)
+      : first(tile * size), rows(min(a.rows - first, size)) {
+    if (a.expert_tiles == nullptr) return;
+    const ExpertTile& of_expert = a.expert_tiles[tile];
+    rows = of_expert.rows;
+    weight_offset = of_expert.expert * part.expert_bytes;
+  }
+  /// Where the result of a row of the tile goes.
+  [[nodiscard]] __device__ __forceinline__ int slot(const Products& a, int row) const {
+    return a.slots == nullptr ? first + row : a.slots[first + row];
+  }
+  /// Its operands: 64 bytes of every 512.
+  [[nodiscard]] __device__ __forceinline__ const std::byte* operand(const Products& a, int row) const {
+    const int source = row < rows ? slot(a, row) / a.slots_per_row : 0;
+    return a.operands.data + source / kRows * a.operands.tile_bytes + source % kRows * kOperandRowBytes;
+  }
+
+  int first;
+  int rows;
+  std::int64_t weight_offset = 0;
+};
+
 // Few rows: a block multiplies kTiles * 8 rows with 64 or 128 outputs over one split of the columns, a slice each of
 // its four warps. A lane copies the 16 bytes that it will want of each fragment into a ring of its own, chunks ahead of
 // their use, so that nobody waits for anybody and 20 KB of weights per stage are under way in each of three blocks an
@@ -133,13 +162,12 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
   using B = Block<kFormat, kTiles>;
   constexpr int kChunkBytes = Chunk<kFormat>::kBytes;
   // Tiles of rows that want the same weights are neighbours in time.
-  const int tiles = (a.rows + kTiles * kRows - 1) / (kTiles * kRows);
-  const int tile = static_cast<int>(blockIdx.x) % tiles;
-  const ProductPart& part = part_of(a, static_cast<int>(blockIdx.x) / tiles);
-  const int unit = static_cast<int>(blockIdx.x) / tiles - part.first_unit;
+  const int tile = static_cast<int>(blockIdx.x) % a.tile_count;
+  const ProductPart& part = part_of(a, static_cast<int>(blockIdx.x) / a.tile_count);
+  const RowTile here(a, part, tile, kTiles * kRows);
+  if (here.rows <= 0) return;
+  const int unit = static_cast<int>(blockIdx.x) / a.tile_count - part.first_unit;
   const int split = unit % part.splits;
-  const int first_row = tile * kTiles * kRows;
-  const int rows = min(a.rows - first_row, kTiles * kRows);
 
   // The panels of a unit are those of one matrix, or half of them of each of two.
   constexpr int kHalf = B::kPanels / 2;
@@ -147,8 +175,9 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
   const int first_panel = unit / part.splits * (pair ? kHalf : B::kPanels);
   const int panels = (part.outputs + kPanelRows - 1) / kPanelRows - first_panel;  // there are at least
   const std::byte* halves[2];
-  halves[0] = part.weight + first_panel * part.panel_bytes;
-  halves[1] = pair ? part.paired + first_panel * part.panel_bytes : halves[0] + kHalf * part.panel_bytes;
+  halves[0] = part.weight + here.weight_offset + first_panel * part.panel_bytes;
+  halves[1] =
+      pair ? part.paired + here.weight_offset + first_panel * part.panel_bytes : halves[0] + kHalf * part.panel_bytes;
   const int present[2] = {panels, pair ? panels : panels - kHalf};
 
   const int slices = part.splits * kSliceWarps;
@@ -156,7 +185,9 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
   const int begin = static_cast<int>(static_cast<std::int64_t>(part.chunks) * slice / slices);
   const int end = static_cast<int>(static_cast<std::int64_t>(part.chunks) * (slice + 1) / slices);
   std::byte* const ring = dynamic_shared() + warp() * B::kStages * B::kStageBytes;
-  const std::byte* operands = a.operands.data + first_row / kRows * a.operands.tile_bytes + lane() * 16;
+  const std::byte* operands[kTiles];  // this lane's
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) operands[t] = here.operand(a, t * kRows + lane() / 4) + lane() % 4 * 16;
 
   const auto fetch = [&](int chunk, int slot) {
     std::byte* stage = ring + slot * B::kStageBytes;
@@ -183,11 +214,11 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
     }
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const bool there = t * kRows + lane() / 4 < rows;
+      const bool there = t * kRows + lane() / 4 < here.rows;
 #pragma unroll
       for (int block = 0; block < B::kOperandBlocks; ++block) {
-        const std::byte* from = operands + t * a.operands.tile_bytes +
-                                (static_cast<std::int64_t>(chunk) * B::kOperandBlocks + block) * kFragmentBytes;
+        const std::byte* from =
+            operands[t] + (static_cast<std::int64_t>(chunk) * B::kOperandBlocks + block) * kFragmentBytes;
         cp_async_16(stage + B::kOperandOffset + (t * B::kOperandBlocks + block) * kFragmentBytes + lane() * 16, from,
                     there);
       }
@@ -243,12 +274,12 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
   const int width = pair ? B::kOutputs / 2 : B::kOutputs;
   const int outputs = min(part.outputs - first_panel * kPanelRows, width);
   const auto finish_all = [&](auto product) {
-    for (int i = static_cast<int>(threadIdx.x); i < rows * width; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < here.rows * width; i += kThreads) {
       const int row = i / width;
       const int output = i % width;
       if (output >= outputs) continue;
       const float paired = pair ? product(row, output + width) : 0.0F;
-      finish(part, a.softcap, first_row + row, first_panel * kPanelRows + output, product(row, output), paired);
+      finish(part, a.softcap, here.slot(a, row), first_panel * kPanelRows + output, product(row, output), paired);
     }
   };
   if (part.splits == 1) {
@@ -260,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
   constexpr int kUnitSums = kTiles * kRows * B::kOutputs;
   const int first_unit = tile * a.partial_units + part.first_partial + unit - split;
   float* const partials = a.partials + static_cast<std::int64_t>(first_unit) * kUnitSums;
-  for (int i = static_cast<int>(threadIdx.x); i < rows * B::kOutputs; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < here.rows * B::kOutputs; i += kThreads) {
     __stcg(partials + split * kUnitSums + i, sum_of_warps(i / B::kOutputs, i % B::kOutputs));
   }
   __threadfence();
@@ -283,8 +314,8 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
 
 // --- many rows ----------------------------------------------------------------------------------------------------
 
-/// How a block cuts a tile of 128 outputs and kRowWarps * 32 rows: two warps one below the other, kRowWarps side by
-/// side, each with 64 outputs and 32 rows.
+/// How a block cuts a tile of 128 outputs and kRowWarps * 32 rows (kWideTile or kNarrowTile): two warps one below the
+/// other, kRowWarps side by side, each with 64 outputs and 32 rows.
 template <WeightFormat kFormat, int kRowWarps>
 struct Tile {
   static constexpr int kPanels = 4;  // of a warp
@@ -299,7 +330,8 @@ struct Tile {
   static constexpr int kStageBytes = kOperandOffset + kBlockTiles * kOperandBlocks * kFragmentBytes;
   static constexpr int kStages = kRowWarps == 4 ? 4 : 3;
   static constexpr std::size_t kTotalBytes = std::size_t{kThreads} * kSums * sizeof(float);
-  static constexpr std::size_t kShared = kTotalBytes + std::size_t{kStages} * kStageBytes;
+  static constexpr std::size_t kAddressBytes = std::size_t{kBlockTiles} * kRows * sizeof(const std::byte*);
+  static constexpr std::size_t kShared = kTotalBytes + kAddressBytes + std::size_t{kStages} * kStageBytes;
 };
 
 // Many rows: a block multiplies a tile over all columns, slice after slice, from chunks that it copies to shared memory
@@ -311,15 +343,17 @@ __global__ void __launch_bounds__(Tile<kFormat, kRowWarps>::kThreads, 1) multipl
   constexpr int kChunkBytes = Chunk<kFormat>::kBytes;
   const int thread = static_cast<int>(threadIdx.x);
   const ProductPart& part = part_of(a, static_cast<int>(blockIdx.y));
+  const RowTile here(a, part, static_cast<int>(blockIdx.x), T::kBlockTiles * kRows);
+  if (here.rows <= 0) return;
   const bool pair = part.paired != nullptr;
   const int first_panel =
       (static_cast<int>(blockIdx.y) - part.first_unit) * (pair ? T::kBlockPanels / 2 : T::kBlockPanels);
   const int panels = (part.outputs + kPanelRows - 1) / kPanelRows;
-  const int first_tile = static_cast<int>(blockIdx.x) * T::kBlockTiles;
-  const int tiles = (a.rows + kRows - 1) / kRows;
-
-  float* const totals = reinterpret_cast<float*>(dynamic_shared());  // [kSums][thread]
-  std::byte* const ring = dynamic_shared() + T::kTotalBytes;
+  float* const totals = reinterpret_cast<float*>(dynamic_shared());                               // [kSums][thread]
+  auto* const operands = reinterpret_cast<const std::byte**>(dynamic_shared() + T::kTotalBytes);  // [row]
+  std::byte* const ring = dynamic_shared() + T::kTotalBytes + T::kAddressBytes;
+  if (thread < T::kBlockTiles * kRows) operands[thread] = here.operand(a, thread);
+  __syncthreads();
   const auto fetch = [&](int chunk) {
     std::byte* stage = ring + chunk % T::kStages * T::kStageBytes;
     constexpr int kPieces = kChunkBytes / 16;
@@ -328,16 +362,18 @@ __global__ void __launch_bounds__(Tile<kFormat, kRowWarps>::kThreads, 1) multipl
       const int place = i / kPieces;
       const bool second = pair && place % 4 >= 2;
       const int panel = first_panel + (pair ? place / 4 * 2 + place % 2 : place);
-      const std::byte* from = (second ? part.paired : part.weight) + panel * part.panel_bytes +
+      const std::byte* from = (second ? part.paired : part.weight) + here.weight_offset + panel * part.panel_bytes +
                               static_cast<std::int64_t>(chunk) * kChunkBytes + i % kPieces * 16;
       cp_async_16(stage + i * 16, from, panel < panels);
     }
     constexpr int kTilePieces = T::kOperandBlocks * kWarp;
     for (int i = thread; i < T::kBlockTiles * kTilePieces; i += T::kThreads) {
-      const int tile = first_tile + i / kTilePieces;
-      const std::byte* from = a.operands.data + tile * a.operands.tile_bytes +
-                              (static_cast<std::int64_t>(chunk) * kTilePieces + i % kTilePieces) * 16;
-      cp_async_16(stage + T::kOperandOffset + i * 16, from, tile < tiles);
+      const int row = i / kTilePieces * kRows + i % kWarp / 4;
+      const std::byte* from =
+          operands[row] +
+          (static_cast<std::int64_t>(chunk) * T::kOperandBlocks + i % kTilePieces / kWarp) * kFragmentBytes +
+          i % 4 * 16;
+      cp_async_16(stage + T::kOperandOffset + i * 16, from, row < here.rows);
     }
   };
 
@@ -394,10 +430,12 @@ __global__ void __launch_bounds__(Tile<kFormat, kRowWarps>::kThreads, 1) multipl
     for (int t = 0; t < T::kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int row = (first_tile + row_warp * T::kTiles + t) * kRows + lane() % 4 * 2 + i % 2;
+        const int row = (row_warp * T::kTiles + t) * kRows + lane() % 4 * 2 + i % 2;
         const int output = (first_panel + in_unit) * kPanelRows + lane() / 4 + i / 2 * 8;
         const float paired = of_split[panel < 2 ? panel + 2 : panel][t][i];  // of no use where there is no pair
-        if (row < a.rows && output < part.outputs) finish(part, a.softcap, row, output, of_split[panel][t][i], paired);
+        if (row < here.rows && output < part.outputs) {
+          finish(part, a.softcap, here.slot(a, row), output, of_split[panel][t][i], paired);
+        }
       }
     }
   }
@@ -441,7 +479,7 @@ __global__ void __launch_bounds__(kOperandThreads) round_rows(const OperandArgum
     const float value = x[column];
     return float_to_bf16(a.scale == nullptr ? value : __fmul_rn(__fmul_rn(value, inverse), a.scale[column]));
   };
-  std::byte* const own = a.operands + row / kRows * a.tile_bytes + row % kRows * 64;
+  std::byte* const own = a.operands + row / kRows * a.tile_bytes + row % kRows * kOperandRowBytes;
   const int pieces = static_cast<int>(a.tile_bytes / kFragmentBytes) * 4;
   for (int i = thread; i < pieces; i += kOperandThreads) {
     const int first = i / 4 * kBlockColumns + i % 4 * 2;
@@ -484,7 +522,8 @@ void with_block(WeightFormat format, int rows, Body&& body) {
 template <typename Body>
 void with_tile(WeightFormat format, std::size_t shared_bytes, Body&& body) {
   with_format(format, [&]<WeightFormat kFormat>() {
-    if (Tile<kFormat, 4>::kShared <= shared_bytes) {
+    static_assert(Tile<kFormat, 4>::kShared <= kWideTileBytes);
+    if (shared_bytes >= kWideTileBytes) {
       body.template operator()<kFormat, 4>();
     } else {
       body.template operator()<kFormat, 2>();
@@ -502,6 +541,11 @@ int split_count(const MatrixView& weight) {
 
 std::size_t operand_bytes(int rows, int columns) {
   return static_cast<std::size_t>((rows + kRows - 1) / kRows) * static_cast<std::size_t>(operand_tile_bytes(columns));
+}
+
+int tile_rows(int rows, std::size_t shared_bytes) {
+  if (rows <= 2 * kRows) return rows <= kRows ? kRows : 2 * kRows;
+  return rows <= kFewRows ? kMostTiles * kRows : shared_bytes >= kWideTileBytes ? kWideTile : kNarrowTile;
 }
 
 void record_operands(LaunchList& launches, int rows, Tensor input, const Norm* norm, std::byte* operands) {
@@ -534,22 +578,22 @@ void record_products(LaunchList& launches, WeightFormat format, std::size_t shar
     }
     return units;
   };
-  if (products.rows > kFewRows) {
+  const int size = products.expert_tiles == nullptr ? tile_rows(products.rows, shared_bytes) : products.tile_rows;
+  if (products.expert_tiles == nullptr) products.tile_count = (products.rows + size - 1) / size;
+  if (size > kMostTiles * kRows) {
     with_tile(format, shared_bytes, [&]<WeightFormat kFormat, int kRowWarps>() {
       using T = Tile<kFormat, kRowWarps>;
       const auto units = static_cast<unsigned>(number_units(T::kBlockPanels, false));
-      const int tile = T::kBlockTiles * kRows;
-      const auto tiles = static_cast<unsigned>((products.rows + tile - 1) / tile);
-      launches.add(multiply_many<kFormat, kRowWarps>, {dim3(tiles, units), dim3(T::kThreads), T::kShared}, products);
+      launches.add(multiply_many<kFormat, kRowWarps>,
+                   {dim3(static_cast<unsigned>(products.tile_count), units), dim3(T::kThreads), T::kShared}, products);
     });
     return;
   }
-  with_block(format, products.rows, [&]<WeightFormat kFormat, int kTiles>() {
+  with_block(format, size, [&]<WeightFormat kFormat, int kTiles>() {
     using B = Block<kFormat, kTiles>;
     const int units = number_units(B::kPanels, true);
-    const int tiles = (products.rows + kTiles * kRows - 1) / (kTiles * kRows);
     launches.add(multiply_few<kFormat, kTiles>,
-                 {dim3(static_cast<unsigned>(units * tiles)), dim3(kThreads), B::kShared}, products);
+                 {dim3(static_cast<unsigned>(units * products.tile_count)), dim3(kThreads), B::kShared}, products);
   });
 }
 

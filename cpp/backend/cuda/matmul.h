@@ -48,7 +48,8 @@ struct ProductPart {
   float* output;            ///< [rows, output_stride]
   const float* factor;      ///< [rows, factor_stride], of gelu; null otherwise
   std::int64_t panel_bytes;
-  std::int32_t outputs;  ///< rows of the matrix
+  std::int64_t expert_bytes;  ///< from the panels of an expert to those of the next
+  std::int32_t outputs;       ///< rows of the matrix
   std::int32_t chunks;
   std::int32_t splits;
   std::int32_t output_stride;
@@ -58,28 +59,44 @@ struct ProductPart {
   Epilogue epilogue;
 };
 
-/// Products of the same rows with matrices of one format.
+/// Rows that go to the same expert, of a tile that they need not fill. None: there is nothing to do.
+struct ExpertTile {
+  std::int32_t expert;
+  std::int32_t rows;
+};
+
+/// Products of the same rows with matrices of one format. With `expert_tiles`, each tile of rows is multiplied with an
+/// expert's part of the matrices, and `slots` says which rows it has.
 struct Products {
   static constexpr int kMostParts = 4;
   OperandView operands;
-  float* partials;     ///< [rows / tile rows][partial units][rows of a tile][outputs of a unit]
-  unsigned* counters;  ///< [rows / tile rows][partial units], zero between launches
+  const ExpertTile* expert_tiles;  ///< [tile_count], or null
+  const std::int32_t* slots;       ///< [tile_count, tile_rows], or null: each is a row of output and factor, and that
+                                   ///< of the operands is slot / slots_per_row
+  float* partials;                 ///< [tile_count][partial units][rows of a tile][outputs of a unit]
+  unsigned* counters;              ///< [tile_count][partial units], zero between launches
   ProductPart parts[kMostParts];
   std::int32_t part_count;
-  std::int32_t rows;
+  std::int32_t rows;           ///< of the operands, where there are no experts
+  std::int32_t slots_per_row;  ///< 1 where there are none
+  std::int32_t tile_count;
+  std::int32_t tile_rows;      ///< of expert tiles: what tile_rows() gives for some number of rows
   std::int32_t partial_units;  ///< of a tile of rows
   float softcap;
+  std::int32_t unused;
 };
 
 /// Rounds rows to operands: norm(input), or input where there is no norm.
 void record_operands(LaunchList& launches, int rows, Tensor input, const Norm* norm, std::byte* operands);
 
+/// Rows that a block takes at once in a product of so many.
+[[nodiscard]] int tile_rows(int rows, std::size_t shared_bytes);
 /// What `partials` and `counters` need for any launch, in elements.
 [[nodiscard]] std::size_t partial_floats();
 [[nodiscard]] std::size_t counter_count();
 
-/// Records a launch; fills in where the units of every part begin. `shared_bytes` is what a block of this device may
-/// ask for (cudaDeviceProp::sharedMemPerBlockOptin), at least 99 KiB.
+/// Records a launch; fills in where the units of every part begin, and without experts the tiles. `shared_bytes` is
+/// what a block of this device may ask for (cudaDeviceProp::sharedMemPerBlockOptin), at least 99 KiB.
 void record_products(LaunchList& launches, WeightFormat format, std::size_t shared_bytes, Products products);
 /// Lets the kernels have the shared memory that they need; once per process and device.
 void allow_products(std::size_t shared_bytes);

@@ -64,6 +64,7 @@ void Projections::multiply(LaunchList& launches, int rows, std::span<const Outpu
     products.partials = static_cast<float*>(partials_.get());
     products.counters = static_cast<unsigned*>(counters_.get());
     products.rows = rows;
+    products.slots_per_row = 1;
     products.softcap = softcap;
     for (const Output& output : outputs) {
       const MatrixView& weight = view_of(*output.weight);
@@ -75,6 +76,7 @@ void Projections::multiply(LaunchList& launches, int rows, std::span<const Outpu
                                                static_cast<float*>(output.output.data),
                                                static_cast<const float*>(factor.data),
                                                weight.panel_bytes(),
+                                               0,
                                                weight.rows,
                                                weight.chunks,
                                                split_count(weight),

@@ -37,6 +37,41 @@ __device__ __forceinline__ void unpack_int4(std::uint32_t word, std::uint32_t (&
   for (int i = 0; i < 4; ++i) a[i] = int4_pair(word >> 4 * i);
 }
 
+/// This lane's part of a step of 16 columns of a panel, from global memory: two bfloat16 in each register, which are
+/// the values, or times the scales of the upper (g) and lower row (g + 8) are.
+__device__ __forceinline__ void step_fragment(const MatrixView& matrix, int panel, int step, std::uint32_t (&a)[4],
+                                              float& upper_scale, float& lower_scale) {
+  upper_scale = lower_scale = 1.0F;
+  if (matrix.format == WeightFormat::bf16) {
+    using C = Chunk<WeightFormat::bf16>;
+    const std::byte* steps = matrix.data + static_cast<std::int64_t>(panel) * matrix.chunks * C::kBytes;
+    const uint4 words = *reinterpret_cast<const uint4*>(steps + step * kFragmentBytes + lane() * 16);
+    a[0] = words.x;
+    a[1] = words.y;
+    a[2] = words.z;
+    a[3] = words.w;
+    return;
+  }
+  const std::int64_t chunk = static_cast<std::int64_t>(panel) * matrix.chunks + step / 4;
+  const int block = step % 4 / 2;
+  const std::byte* scales;
+  if (matrix.format == WeightFormat::int8) {
+    using C = Chunk<WeightFormat::int8>;
+    const std::byte* own = matrix.data + chunk * C::kBytes + block * kFragmentBytes + lane() * 16;
+    const uint2 words = *reinterpret_cast<const uint2*>(own + step % 2 * 8);
+    unpack_int8(words.x, words.y, a);
+    scales = matrix.data + chunk * C::kBytes + C::kFragments * kFragmentBytes;
+  } else {
+    using C = Chunk<WeightFormat::int4>;
+    const std::byte* own = matrix.data + chunk * C::kBytes + lane() * 16;
+    unpack_int4(*reinterpret_cast<const std::uint32_t*>(own + step % 4 * 4), a);
+    scales = matrix.data + chunk * C::kBytes + C::kFragments * kFragmentBytes;
+  }
+  const auto both = *reinterpret_cast<const std::uint32_t*>(scales + lane() / 4 * 8 + block * 4);
+  upper_scale = f16_to_float(static_cast<std::uint16_t>(both & 0xFFFFU));
+  lower_scale = f16_to_float(static_cast<std::uint16_t>(both >> 16));
+}
+
 /// The value at (row, column).
 __device__ __forceinline__ float weight_value(const MatrixView& matrix, int row, int column) {
   const int in_panel = row % kPanelRows;
