@@ -48,7 +48,7 @@ TEST(DeviceWeight, HoldsTheValuesOfEveryType) {
     const std::vector<std::byte> blocks = cpu::random_blocks(type, rows * columns, random);
     std::vector<float> want(static_cast<std::size_t>(rows * columns));
     cpu::dequantize(type, blocks.data(), rows * columns, want.data());
-    Uploader uploader;
+    Uploader uploader(2);
     DeviceWeight weight(type, rows, columns, uploader);
     const std::size_t row_bytes = stored_row_bytes(type, columns);
     weight.upload(32, 5, type, blocks.data() + 32 * row_bytes, uploader);

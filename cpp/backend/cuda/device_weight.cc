@@ -1,6 +1,7 @@
 #include "backend/cuda/device_weight.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -43,18 +44,25 @@ void DeviceWeight::upload(std::int64_t first_row, std::int64_t count, WeightType
   const auto panel_bytes = static_cast<std::size_t>(view_.panel_bytes());
   const std::size_t row_bytes = stored_row_bytes(source_type, view_.columns);
   auto* to = static_cast<std::byte*>(memory_.get()) + static_cast<std::size_t>(first_row / kPanelRows) * panel_bytes;
-  const auto rows_at_once = static_cast<std::int64_t>(Uploader::kBytes / panel_bytes) * kPanelRows;
-  for (std::int64_t row = 0; row < count;) {
+  const auto panels_at_once = static_cast<std::int64_t>(Uploader::kBytes / panel_bytes);
+  const std::int64_t panels = (count + kPanelRows - 1) / kPanelRows;
+  cpu::WorkerPool& workers = uploader.workers();
+  const std::size_t scratch_bytes = pack_scratch_bytes(type_, view_.columns);
+  const auto scratch = std::make_unique<std::byte[]>(scratch_bytes * static_cast<std::size_t>(workers.size()));
+  for (std::int64_t first = 0; first < panels; first += panels_at_once) {
     std::byte* const buffer = uploader.next();
-    std::byte* panel = buffer;
-    for (const std::int64_t end = std::min(count, row + rows_at_once); row < end; row += kPanelRows) {
-      const int part = static_cast<int>(std::min<std::int64_t>(kPanelRows, count - row));
-      pack_panel(type_, view_.columns, part, source_type, source + static_cast<std::size_t>(row) * row_bytes, panel);
-      panel += panel_bytes;
-    }
-    const auto bytes = static_cast<std::size_t>(panel - buffer);
-    uploader.send(to, bytes);
-    to += bytes;
+    const std::int64_t part = std::min(panels_at_once, panels - first);
+    // What pack_panel could refuse is checked above: the body of a parallel loop must not throw.
+    workers.parallel_for(part, 1, [&](std::int64_t begin, std::int64_t end, int worker) {
+      for (std::int64_t p = begin; p < end; ++p) {
+        const std::int64_t row = (first + p) * kPanelRows;
+        pack_panel(type_, view_.columns, static_cast<int>(std::min<std::int64_t>(kPanelRows, count - row)), source_type,
+                   source + static_cast<std::size_t>(row) * row_bytes,
+                   buffer + static_cast<std::size_t>(p) * panel_bytes,
+                   scratch.get() + static_cast<std::size_t>(worker) * scratch_bytes);
+      }
+    });
+    uploader.send(to + static_cast<std::size_t>(first) * panel_bytes, static_cast<std::size_t>(part) * panel_bytes);
   }
 }
 

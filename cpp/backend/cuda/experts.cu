@@ -206,14 +206,15 @@ __global__ void __launch_bounds__(kThreads) sort_pairs(const SortArguments a) {
   }
   __syncthreads();
   for (int e = thread; e < a.experts; e += kThreads) {
-    const int tiles = (counts[e] + a.tile_rows - 1) / a.tile_rows;
-    if (e < expert) atomicAdd(&tiles_before, tiles);
-    atomicAdd(&all_tiles, tiles);
+    const int of_expert = (counts[e] + a.tile_rows - 1) / a.tile_rows;
+    if (e < expert) atomicAdd(&tiles_before, of_expert);
+    atomicAdd(&all_tiles, of_expert);
   }
   __syncthreads();
   const int count = counts[expert];
   const int first_tile = tiles_before;
-  for (int t = thread; t * a.tile_rows < count; t += kThreads) {
+  const int tiles = (count + a.tile_rows - 1) / a.tile_rows;
+  for (int t = thread; t < tiles; t += kThreads) {
     a.tiles[first_tile + t] = {expert, min(a.tile_rows, count - t * a.tile_rows)};
   }
   if (expert == 0) {

@@ -600,11 +600,11 @@ void record_products(LaunchList& launches, WeightFormat format, std::size_t shar
 void allow_products(std::size_t shared_bytes) {
   for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
     for (const int rows : {kRows, 2 * kRows, 4 * kRows}) {
-      with_block(format, rows, []<WeightFormat kFormat, int kTiles>() {
+      with_block(format, rows, [&]<WeightFormat kFormat, int kTiles>() {
         allow_shared(multiply_few<kFormat, kTiles>, Block<kFormat, kTiles>::kShared);
       });
     }
-    with_tile(format, shared_bytes, []<WeightFormat kFormat, int kRowWarps>() {
+    with_tile(format, shared_bytes, [&]<WeightFormat kFormat, int kRowWarps>() {
       allow_shared(multiply_many<kFormat, kRowWarps>, Tile<kFormat, kRowWarps>::kShared);
     });
   }

@@ -5,7 +5,7 @@
 
 namespace draftwerk::cuda {
 
-Uploader::Uploader() : stream_(Stream::create()) {
+Uploader::Uploader(int threads) : workers_(threads), stream_(Stream::create()) {
   for (Buffer& buffer : buffers_) {
     buffer.memory = PinnedMemory::of(kBytes);
     buffer.sent = Event::create();

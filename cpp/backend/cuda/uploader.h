@@ -6,6 +6,7 @@
 
 #include <cstddef>
 
+#include "backend/cpu/worker_pool.h"
 #include "backend/cuda/handles.h"
 
 namespace draftwerk::cuda {
@@ -15,7 +16,8 @@ class Uploader {
   /// Most bytes that go at once.
   static constexpr std::size_t kBytes = std::size_t{8} << 20;
 
-  Uploader();
+  /// `threads` fill buffers, the calling one included.
+  explicit Uploader(int threads = 1);
   Uploader(const Uploader&) = delete;
   Uploader& operator=(const Uploader&) = delete;
   Uploader(Uploader&&) = delete;
@@ -29,6 +31,8 @@ class Uploader {
   void send(void* to, const std::byte* from, std::size_t bytes);
   /// Fills device memory with zeros, after what was sent and before what will be.
   void clear(void* to, std::size_t bytes);
+  /// Who fills buffers.
+  [[nodiscard]] cpu::WorkerPool& workers() { return workers_; }
   /// Waits until everything has arrived.
   void wait() const { stream_.wait(); }
 
@@ -37,6 +41,7 @@ class Uploader {
     PinnedMemory memory;
     Event sent;
   };
+  cpu::WorkerPool workers_;
   Stream stream_;
   Buffer buffers_[2];
   int turn_ = 0;

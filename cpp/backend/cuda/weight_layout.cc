@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "backend/cpu/isa.h"
 #include "backend/cpu/packing.h"
@@ -11,71 +10,95 @@
 namespace draftwerk::cuda {
 namespace {
 
-/// Where a value lies among the fragments of a step of 16 columns.
-struct Place {
-  Place(int row, int column) : lane(row % 8 * 4 + column % 8 / 2), reg(column / 8 * 2 + row / 8), within(column % 2) {}
-  int lane;
-  int reg;     ///< register
-  int within;  ///< the register
-};
+// Of a step of 16 columns, the two columns of pair j (0 .. 7) are in lane j % 4 of the row's group, and in a register
+// of the left or right half.
+constexpr int kPairs = 8;
 
-/// Rows of bfloat16, each `columns` long, to a panel that is all zeros.
-void place_bf16(const std::uint16_t* values, std::int64_t columns, int row, std::byte* panel) {
-  for (std::int64_t c = 0; c < columns; c += 2) {
-    const Place at(row, static_cast<int>(c % 16));
-    const std::size_t offset =
-        static_cast<std::size_t>(c / 16) * kFragmentBytes + static_cast<std::size_t>(at.lane * 16 + at.reg * 4);
-    std::memcpy(panel + offset, values + c, std::min<std::int64_t>(2, columns - c) * 2);
+/// Rows of a float type, or decoded ones, as bfloat16. `bits` gives that of the value of a column.
+template <typename Bits>
+void place_bf16(std::int64_t columns, int row, std::byte* panel, Bits bits) {
+  std::byte* to = panel + row % 8 * 64 + row / 8 * 4;
+  for (std::int64_t first = 0; first < columns; first += 2 * kPairs, to += kFragmentBytes) {
+    const int pairs = static_cast<int>(std::min<std::int64_t>(kPairs, (columns - first + 1) / 2));
+    for (int j = 0; j < pairs; ++j) {
+      const std::int64_t c = first + 2 * j;
+      const std::uint16_t pair[2] = {bits(c), c + 1 < columns ? bits(c + 1) : std::uint16_t{0}};
+      std::memcpy(to + j % 4 * 16 + j / 4 * 8, pair, sizeof pair);
+    }
   }
 }
 
-void pack_bf16(std::int64_t columns, int rows, WeightType source_type, const std::byte* source, std::byte* panel) {
+void pack_bf16(std::int64_t columns, int rows, WeightType source_type, const std::byte* source, std::byte* panel,
+               std::byte* scratch) {
   const std::size_t row_bytes = stored_row_bytes(source_type, columns);
-  std::vector<std::uint16_t> rounded(static_cast<std::size_t>(columns));
-  std::vector<float> values(source_type == WeightType::bf16 ? 0 : static_cast<std::size_t>(columns));
+  auto* const values = reinterpret_cast<float*>(scratch);
   for (int row = 0; row < rows; ++row, source += row_bytes) {
     if (source_type == WeightType::bf16) {
-      std::memcpy(rounded.data(), source, row_bytes);
+      place_bf16(columns, row, panel, [source](std::int64_t c) {
+        std::uint16_t bits;
+        std::memcpy(&bits, source + c * 2, sizeof bits);
+        return bits;
+      });
     } else {
-      cpu::dequantize(source_type, source, columns, values.data());
-      std::transform(values.begin(), values.end(), rounded.begin(), cpu::float_to_bfloat);
+      cpu::dequantize(source_type, source, columns, values);
+      place_bf16(columns, row, panel, [values](std::int64_t c) { return cpu::float_to_bfloat(values[c]); });
     }
-    place_bf16(rounded.data(), columns, row, panel);
   }
 }
 
-/// The CPU's panel, which is what its quantiser makes, in the device's order.
+// A block of 32 columns of the CPU's panels holds the scales of its 16 rows, then groups of four columns of each: of
+// int8 with 128 added, of int4 group j in the low and group j + 4 in the high halves.
+
+void place_int8(const std::byte* groups, std::byte* fragments) {
+  for (int row = 0; row < kPanelRows; ++row) {
+    std::byte* const to = fragments + row % 8 * 64 + row / 8;
+    for (int j = 0; j < 2 * kPairs; ++j) {
+      const std::byte* pair = groups + j / 2 * cpu::layout::kGroupBytes + row * 4 + j % 2 * 2;
+      std::byte* const words = to + j % 4 * 16 + j / kPairs * 8 + j % kPairs / 4 * 4;
+      words[0] = pair[0] ^ std::byte{0x80};
+      words[2] = pair[1] ^ std::byte{0x80};
+    }
+  }
+}
+
+void place_int4(const std::byte* nibbles, std::byte* fragments) {
+  for (int row = 0; row < kPanelRows; ++row) {
+    std::byte* const to = fragments + row % 8 * 64;
+    for (int j = 0; j < kPairs; ++j) {
+      const std::byte* pair = nibbles + j / 2 * cpu::layout::kGroupBytes + row * 4 + j % 2 * 2;
+      // Nibble r of a word is that of register r = j / 4 * 2 + row / 8 in the first of the columns, r + 4 in the
+      // second.
+      std::byte* const words = to + j % 4 * 16 + j / 4;
+      const int shift = row / 8 * 4;
+      const auto low = [](std::byte b) { return b & std::byte{15}; };
+      words[0] |= low(pair[0]) << shift;
+      words[2] |= low(pair[1]) << shift;
+      words[4] |= pair[0] >> 4 << shift;  // the second step of the block
+      words[6] |= pair[1] >> 4 << shift;
+    }
+  }
+}
+
+/// By way of the CPU's panel, which is what its quantiser makes.
 void pack_quantized(WeightType type, std::int64_t columns, int rows, WeightType source_type, const std::byte* source,
-                    std::byte* panel) {
-  namespace layout = cpu::layout;
-  const bool int8 = type == WeightType::q8_0;
-  const WeightFormat format = format_of(type);
-  std::vector<std::byte> packed(cpu::panel_bytes(type, columns));
+                    std::byte* panel, std::byte* scratch) {
   static const cpu::Isa isa = cpu::choose_isa();
-  cpu::pack_rows(type, columns, rows, source_type, source, packed.data(), isa);
-  const std::byte* block = packed.data();
-  for (std::int64_t b = 0; b < columns / kBlockColumns; ++b, block += int8 ? layout::kQ8Block : layout::kQ4Block) {
-    std::byte* chunk = panel + b / 2 * chunk_bytes(format);
+  cpu::pack_rows(type, columns, rows, source_type, source, scratch, isa);
+  const bool int8 = type == WeightType::q8_0;
+  const int bytes = chunk_bytes(format_of(type));
+  const std::byte* block = scratch;
+  for (std::int64_t b = 0; b < columns / kBlockColumns; ++b) {
+    std::byte* const chunk = panel + b / 2 * bytes;
     const int half = static_cast<int>(b % 2);  // of the chunk
-    std::byte* scales = chunk + chunk_bytes(format) - kChunkScaleBytes;
-    for (int row = 0; row < kPanelRows; ++row) {
-      std::memcpy(scales + row % 8 * 8 + half * 4 + row / 8 * 2, block + row * 2, 2);
-      for (int c = 0; c < kBlockColumns; ++c) {
-        const Place at(row, c % 16);
-        const int step = c / 16;
-        if (int8) {
-          const std::byte value =
-              block[layout::kHalves + static_cast<std::size_t>(c / 4) * layout::kGroupBytes + row * 4 + c % 4];
-          std::byte* words = chunk + half * kFragmentBytes + at.lane * 16 + step * 8;
-          words[at.reg / 2 * 4 + at.within * 2 + at.reg % 2] = value ^ std::byte{0x80};  // that has 128 added
-        } else {
-          const std::byte both =
-              block[layout::kHalves + static_cast<std::size_t>(c / 4 % 4) * layout::kGroupBytes + row * 4 + c % 4];
-          const std::byte value = c < 16 ? both & std::byte{15} : both >> 4;
-          const int nibble = at.reg + at.within * 4;
-          chunk[at.lane * 16 + (half * 2 + step) * 4 + nibble / 2] |= value << nibble % 2 * 4;
-        }
-      }
+    std::byte* const scales = chunk + bytes - kChunkScaleBytes + half * 4;
+    for (int row = 0; row < kPanelRows; ++row) std::memcpy(scales + row % 8 * 8 + row / 8 * 2, block + row * 2, 2);
+    block += cpu::layout::kHalves;
+    if (int8) {
+      place_int8(block, chunk + half * kFragmentBytes);
+      block += cpu::layout::kGroups * cpu::layout::kGroupBytes;
+    } else {
+      place_int4(block, chunk + half * 8);
+      block += cpu::layout::kNibbles;
     }
   }
 }
@@ -95,15 +118,20 @@ int chunk_bytes(WeightFormat format) {
   return with_format(format, []<WeightFormat kFormat>() { return Chunk<kFormat>::kBytes; });
 }
 
+std::size_t pack_scratch_bytes(WeightType type, std::int64_t columns) {
+  if (format_of(type) != WeightFormat::bf16) return cpu::panel_bytes(type, columns);
+  return static_cast<std::size_t>(columns) * sizeof(float);
+}
+
 void pack_panel(WeightType type, std::int64_t columns, int rows, WeightType source_type, const std::byte* source,
-                std::byte* panel) {
+                std::byte* panel, std::byte* scratch) {
   const WeightFormat format = format_of(type);
   const std::int64_t chunks = (columns + chunk_columns(format) - 1) / chunk_columns(format);
   std::memset(panel, 0, static_cast<std::size_t>(chunks * chunk_bytes(format)));
   if (format == WeightFormat::bf16) {
-    pack_bf16(columns, rows, source_type, source, panel);
+    pack_bf16(columns, rows, source_type, source, panel, scratch);
   } else {
-    pack_quantized(type, columns, rows, source_type, source, panel);
+    pack_quantized(type, columns, rows, source_type, source, panel, scratch);
   }
 }
 

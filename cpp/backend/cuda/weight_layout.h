@@ -87,8 +87,10 @@ struct MatrixView {
 };
 
 /// Lays out up to 16 rows, contiguous at `source` in source_type, as a panel. source_type is `type`, or a float type
-/// where `type` is q8_0, q4_0 or a float type: the bits of quantised values are those of cpu::pack_rows.
+/// where `type` is q8_0, q4_0 or a float type: the bits of quantised values are those of cpu::pack_rows. `scratch` is
+/// memory of pack_scratch_bytes(), aligned for floats.
 void pack_panel(WeightType type, std::int64_t columns, int rows, WeightType source_type, const std::byte* source,
-                std::byte* panel);
+                std::byte* panel, std::byte* scratch);
+[[nodiscard]] std::size_t pack_scratch_bytes(WeightType type, std::int64_t columns);
 
 }  // namespace draftwerk::cuda
