@@ -357,16 +357,16 @@ TEST_F(ProductsOfRows, OfARowAreItsOwn) {
 
 // Prompts are multiplied by another kernel, on devices with less shared memory by a third: all to the same bits.
 TEST_F(ProductsOfRows, OfAPromptAreThoseOfFewRows) {
-  projections.reserve(170, 170, 1100, 70);
+  projections.reserve(170, 170, 1600, 70);
   Projections narrow(std::size_t{99} << 10);
-  narrow.reserve(170, 170, 1100, 70);
+  narrow.reserve(170, 170, 1600, 70);
   struct Case {
     WeightType type;
     int outputs;
     int columns;
     int rows;
   };
-  for (const Case c : {Case{WeightType::bf16, 70, 1056, 65},
+  for (const Case c : {Case{WeightType::bf16, 40, 1568, 65},
                        {WeightType::q8_0, 150, 192, 70},
                        {WeightType::q4_0, 30, 1024, 133},
                        {WeightType::f32, 5, 21, 170}}) {

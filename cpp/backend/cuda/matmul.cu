@@ -6,13 +6,12 @@
 #include "backend/cuda/activation.cuh"
 #include "backend/cuda/device.cuh"
 #include "backend/cuda/error.h"
-#include "backend/cuda/weight_fragments.cuh"
+#include "backend/cuda/multiply_chunk.cuh"
 
 namespace draftwerk::cuda {
 namespace {
 
-constexpr int kRows = 8;              // of activations in a B operand
-constexpr int kOperandRowBytes = 64;  // of a row in a block of 32 columns: the registers of its four lanes
+constexpr int kRows = kOperandRows;
 constexpr int kThreads = kSliceWarps * kWarp;
 // Steps of more rows are left to the other kernel: this one reads the weights once for every 32.
 constexpr int kFewRows = 64;
@@ -45,68 +44,6 @@ struct Block {
   static constexpr std::size_t kSumBytes = std::size_t{kSliceWarps} * kTiles * kRows * kSumStride * sizeof(float);
   static constexpr std::size_t kShared = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
 };
-
-/// Adds a warp's products of a chunk: of kPanels panels, each chunk behind the other, with kTiles * 8 rows of operands,
-/// both in shared memory.
-template <WeightFormat kFormat, int kPanels, int kTiles>
-__device__ __forceinline__ void multiply_chunk(const std::byte* panels, const std::byte* operands,
-                                               float (&sums)[kPanels][kTiles][4]) {
-  using C = Chunk<kFormat>;
-  constexpr int kBlocks = C::kColumns / kBlockColumns;
-#pragma unroll(kPanels* kTiles >= 16 ? 1 : kBlocks)  // for the sake of registers
-  for (int block = 0; block < kBlocks; ++block) {
-    std::uint32_t x[kTiles][2][2];
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const auto words =
-          *reinterpret_cast<const uint4*>(operands + (t * kBlocks + block) * kFragmentBytes + lane() * 16);
-      x[t][0][0] = words.x;
-      x[t][0][1] = words.y;
-      x[t][1][0] = words.z;
-      x[t][1][1] = words.w;
-    }
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      const std::byte* chunk = panels + panel * C::kBytes;
-      const std::byte* own = chunk + lane() * 16;
-      if constexpr (kFormat == WeightFormat::bf16) {
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          const auto words = *reinterpret_cast<const uint4*>(own + step * kFragmentBytes);
-          const std::uint32_t a[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-          for (int t = 0; t < kTiles; ++t) mma_bf16(sums[panel][t], a, x[t][step]);
-        }
-      } else {
-        std::uint32_t a[2][4];
-        if constexpr (kFormat == WeightFormat::int8) {
-          const auto words = *reinterpret_cast<const uint4*>(own + block * kFragmentBytes);
-          unpack_int8(words.x, words.y, a[0]);
-          unpack_int8(words.z, words.w, a[1]);
-        } else {
-          const auto words = *reinterpret_cast<const uint2*>(own + block * 8);
-          unpack_int4(words.x, a[0]);
-          unpack_int4(words.y, a[1]);
-        }
-        const std::byte* scales = chunk + C::kFragments * kFragmentBytes + lane() / 4 * 8 + block * 4;
-        const auto both = *reinterpret_cast<const std::uint32_t*>(scales);
-        const float upper = f16_to_float(static_cast<std::uint16_t>(both & 0xFFFFU));
-        const float lower = f16_to_float(static_cast<std::uint16_t>(both >> 16));
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          float of_block[4] = {};
-          mma_bf16(of_block, a[0], x[t][0]);
-          mma_bf16(of_block, a[1], x[t][1]);
-          float (&sum)[4] = sums[panel][t];
-          sum[0] = __fmaf_rn(upper, of_block[0], sum[0]);
-          sum[1] = __fmaf_rn(upper, of_block[1], sum[1]);
-          sum[2] = __fmaf_rn(lower, of_block[2], sum[2]);
-          sum[3] = __fmaf_rn(lower, of_block[3], sum[3]);
-        }
-      }
-    }
-  }
-}
 
 /// Writes a finished product; `row` and `output` are inside.
 __device__ __forceinline__ void finish(const ProductPart& part, float softcap, int row, int output, float product,
@@ -441,62 +378,6 @@ __global__ void __launch_bounds__(Tile<kFormat, kRowWarps>::kThreads, 1) multipl
   }
 }
 
-// --- operands -----------------------------------------------------------------------------------------------------
-
-constexpr int kOperandThreads = 256;
-
-struct OperandArguments {
-  const float* input;
-  const float* scale;  // of the norm; null: there is none
-  std::byte* operands;
-  std::int64_t tile_bytes;
-  std::int32_t columns;
-  std::int32_t stride;
-  float epsilon;
-  std::int32_t unused = 0;
-};
-
-// A block takes a row. Bound by latency: a launch, a read and, for a norm, a reduction: 2 to 3 us.
-__global__ void __launch_bounds__(kOperandThreads) round_rows(const OperandArguments a) {
-  const int row = static_cast<int>(blockIdx.x);
-  const int thread = static_cast<int>(threadIdx.x);
-  const float* x = a.input + static_cast<std::int64_t>(row) * a.stride;
-  float inverse = 1.0F;
-  if (a.scale != nullptr) {
-    __shared__ float of_warps[kOperandThreads / kWarp];
-    float squares = 0;
-    for (int c = thread; c < a.columns; c += kOperandThreads) squares = __fmaf_rn(x[c], x[c], squares);
-    squares = warp_sum(squares);
-    if (lane() == 0) of_warps[warp()] = squares;
-    __syncthreads();
-    float sum = 0;
-    for (int w = 0; w < kOperandThreads / kWarp; ++w) sum = __fadd_rn(sum, of_warps[w]);
-    const float mean = __fdiv_rn(sum, static_cast<float>(a.columns));
-    inverse = __fdiv_rn(1.0F, __fsqrt_rn(__fadd_rn(mean, a.epsilon)));
-  }
-  const auto rounded = [&](int column) -> std::uint32_t {
-    if (column >= a.columns) return 0;
-    const float value = x[column];
-    return float_to_bf16(a.scale == nullptr ? value : __fmul_rn(__fmul_rn(value, inverse), a.scale[column]));
-  };
-  std::byte* const own = a.operands + row / kRows * a.tile_bytes + row % kRows * kOperandRowBytes;
-  const int pieces = static_cast<int>(a.tile_bytes / kFragmentBytes) * 4;
-  for (int i = thread; i < pieces; i += kOperandThreads) {
-    const int first = i / 4 * kBlockColumns + i % 4 * 2;
-    std::uint32_t words[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) words[w] = rounded(first + w * 8) | rounded(first + w * 8 + 1) << 16;
-    *reinterpret_cast<uint4*>(own + i / 4 * kFragmentBytes + i % 4 * 16) =
-        make_uint4(words[0], words[1], words[2], words[3]);
-  }
-}
-
-constexpr int kMostChunkColumns = 64;
-std::int64_t operand_tile_bytes(int columns) {
-  return static_cast<std::int64_t>((columns + kMostChunkColumns - 1) / kMostChunkColumns) *
-         (kMostChunkColumns / kBlockColumns) * kFragmentBytes;
-}
-
 // --- host ---------------------------------------------------------------------------------------------------------
 
 // Units of work that a device has at once: three blocks on each of 132 SMs.
@@ -539,20 +420,9 @@ int split_count(const MatrixView& weight) {
   return std::clamp(kUnitsAtOnce / groups, 1, std::max(most, 1));
 }
 
-std::size_t operand_bytes(int rows, int columns) {
-  return static_cast<std::size_t>((rows + kRows - 1) / kRows) * static_cast<std::size_t>(operand_tile_bytes(columns));
-}
-
 int tile_rows(int rows, std::size_t shared_bytes) {
   if (rows <= 2 * kRows) return rows <= kRows ? kRows : 2 * kRows;
   return rows <= kFewRows ? kMostTiles * kRows : shared_bytes >= kWideTileBytes ? kWideTile : kNarrowTile;
-}
-
-void record_operands(LaunchList& launches, int rows, Tensor input, const Norm* norm, std::byte* operands) {
-  launches.add(
-      round_rows, {dim3(static_cast<unsigned>(rows)), dim3(kOperandThreads)},
-      {static_cast<const float*>(input.data), norm == nullptr ? nullptr : norm->scale, operands,
-       operand_tile_bytes(input.columns), input.columns, input.row_stride(), norm == nullptr ? 0.0F : norm->epsilon});
 }
 
 // Splits are at most kUnitsAtOnce / groups. Twice that many, for pairs and for units larger than a group.

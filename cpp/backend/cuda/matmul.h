@@ -14,6 +14,7 @@
 
 #include "backend/backend.h"
 #include "backend/cuda/launch.h"
+#include "backend/cuda/operands.h"
 #include "backend/cuda/weight_layout.h"
 
 namespace draftwerk::cuda {
@@ -23,15 +24,6 @@ inline constexpr int kSliceWarps = 4;
 
 /// How many groups of kSliceWarps slices the columns of a matrix are cut into.
 [[nodiscard]] int split_count(const MatrixView& weight);
-
-/// Rows rounded to bfloat16 in the order of the B operand of mma.m16n8k16: [tile of 8 rows][block of 32 columns][lane]
-/// of 16 bytes, which are the registers of two steps of 16 columns. Absent columns are zero, absent rows anything.
-struct OperandView {
-  const std::byte* data;
-  std::int64_t tile_bytes;  ///< of 8 rows
-};
-/// Bytes of operands of so many rows and columns.
-[[nodiscard]] std::size_t operand_bytes(int rows, int columns);
 
 /// What becomes of products.
 enum class Epilogue : std::int32_t {
@@ -85,9 +77,6 @@ struct Products {
   float softcap;
   std::int32_t unused;
 };
-
-/// Rounds rows to operands: norm(input), or input where there is no norm.
-void record_operands(LaunchList& launches, int rows, Tensor input, const Norm* norm, std::byte* operands);
 
 /// Rows that a block takes at once in a product of so many.
 [[nodiscard]] int tile_rows(int rows, std::size_t shared_bytes);
