@@ -309,7 +309,8 @@ TEST_F(ProductsOfRows, OfARowAreItsOwn) {
   for (const Case c : {Case{WeightType::bf16, 70, 1056},
                        {WeightType::q8_0, 40, 1088},
                        {WeightType::q4_0, 100, 1024},
-                       {WeightType::q4_0, 300, 224}}) {
+                       {WeightType::q4_0, 300, 224},
+                       {WeightType::bf16, 64, 192}}) {  // slices of one and two chunks
     const Matrix gate = matrix(c.type, c.outputs, c.columns);
     const Matrix up = matrix(c.type, c.outputs, c.columns);
     const int rows = 40;
