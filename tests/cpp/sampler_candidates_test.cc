@@ -20,8 +20,8 @@ namespace {
 using cpu::Isa;
 using cpu::Sampler;
 using cpu::WorkerPool;
+using testing::behind_drafts;
 using testing::Case;
-using testing::chance;
 using testing::describe;
 using testing::expect_equal;
 using testing::fill_logits;
@@ -29,44 +29,9 @@ using testing::kInfinity;
 using testing::pick;
 using testing::Random;
 using testing::random_case;
+using testing::random_tree;
 using testing::Rows;
 using testing::rows_from;
-
-ProposeRow behind_drafts(const Case& c) {
-  return {c.drafts, c.position, &c.sampling, c.has_history ? &c.history : nullptr, c.banned, c.banned_tokens};
-}
-
-/// The drafts from the last known token to draft `last`, itself included.
-std::vector<TokenId> path_of(const Case& c, int last) {
-  std::vector<TokenId> path;
-  for (; last >= 0; last = c.parents[static_cast<std::size_t>(last)]) {
-    path.insert(path.begin(), c.drafts[static_cast<std::size_t>(last)]);
-  }
-  return path;
-}
-
-/// A tree of up to `drafts` drafts, of which many are what the specification chooses or would choose next.
-Case random_tree(Random& random, const Rows& rows, int first_output, int drafts) {
-  Case c = random_case(random, rows, first_output, 0);
-  for (int i = 0; i < drafts; ++i) {
-    const int latest = static_cast<int>(c.drafts.size()) - 1;
-    const int parent = chance(random, 0.7) ? latest : pick(random, -1, latest);
-    const std::vector<TokenId> path = path_of(c, parent);
-    ProposeRow row = behind_drafts(c);
-    row.drafts = path;
-    const auto width = static_cast<std::size_t>(rows.vocabulary);
-    const int count = chance(random, 0.7) ? 1 : pick(random, 2, 3);
-    const Candidate best =
-        reference_propose(rows_from(rows, first_output + parent + 1).first(width), row, count).back();
-    const TokenId token = best.token >= 0 && chance(random, 0.95) ? best.token : pick(random, 0, rows.vocabulary - 1);
-    bool taken = false;
-    for (std::size_t j = 0; j < c.drafts.size(); ++j) taken |= c.parents[j] == parent && c.drafts[j] == token;
-    if (taken) continue;
-    c.drafts.push_back(token);
-    c.parents.push_back(parent);
-  }
-  return c;
-}
 
 class CandidatesOnIsa : public ::testing::TestWithParam<Isa> {
  protected:

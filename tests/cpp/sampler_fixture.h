@@ -1,4 +1,4 @@
-// What the tests of the CPU's sampler share: rows of logits, and cases of verification with whatever they refer to.
+// What the tests of samplers share: rows of logits, and cases of verification with whatever they refer to.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -177,6 +177,43 @@ inline Case random_case(Random& random, const Rows& rows, int first_output, int 
   for (int i = 0; i < drafts; ++i) {
     const VerifyResult next = reference_verify(rows_from(rows, first_output), rows.vocabulary, c.group());
     c.drafts.push_back(chance(random, 0.85) ? next.tokens.back() : pick(random, 0, rows.vocabulary - 1));
+  }
+  return c;
+}
+
+/// Where the drafts of a case lead.
+inline ProposeRow behind_drafts(const Case& c) {
+  return {c.drafts, c.position, &c.sampling, c.has_history ? &c.history : nullptr, c.banned, c.banned_tokens};
+}
+
+/// The drafts from the last known token to draft `last`, itself included.
+inline std::vector<TokenId> path_of(const Case& c, int last) {
+  std::vector<TokenId> path;
+  for (; last >= 0; last = c.parents[static_cast<std::size_t>(last)]) {
+    path.insert(path.begin(), c.drafts[static_cast<std::size_t>(last)]);
+  }
+  return path;
+}
+
+/// A tree of up to `drafts` drafts, of which many are what the specification chooses or would choose next.
+inline Case random_tree(Random& random, const Rows& rows, int first_output, int drafts) {
+  Case c = random_case(random, rows, first_output, 0);
+  for (int i = 0; i < drafts; ++i) {
+    const int latest = static_cast<int>(c.drafts.size()) - 1;
+    const int parent = chance(random, 0.7) ? latest : pick(random, -1, latest);
+    const std::vector<TokenId> path = path_of(c, parent);
+    ProposeRow row = behind_drafts(c);
+    row.drafts = path;
+    const auto width = static_cast<std::size_t>(rows.vocabulary);
+    const int count = chance(random, 0.7) ? 1 : pick(random, 2, 3);
+    const Candidate best =
+        reference_propose(rows_from(rows, first_output + parent + 1).first(width), row, count).back();
+    const TokenId token = best.token >= 0 && chance(random, 0.95) ? best.token : pick(random, 0, rows.vocabulary - 1);
+    bool taken = false;
+    for (std::size_t j = 0; j < c.drafts.size(); ++j) taken |= c.parents[j] == parent && c.drafts[j] == token;
+    if (taken) continue;
+    c.drafts.push_back(token);
+    c.parents.push_back(parent);
   }
   return c;
 }
