@@ -1,0 +1,82 @@
+// Chooses tokens on the device exactly as cpp/backend/sampling.h defines it. Logits stay there: what comes back are the
+// accepted tokens, or candidates, and what their probabilities are made of.
+//
+// A verification and a round of drafts are made of three calls each: stage_* says which parameters to copy to the
+// device in front of a step's launches, record_* appends the launches, finish_* reads what was copied back once
+// somebody has waited for the step. One step at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cuda/handles.h"
+#include "backend/cuda/launch.h"
+#include "backend/cuda/logits.h"
+#include "backend/cuda/sampler_kernels.h"
+
+namespace draftwerk::cuda {
+
+class Sampler {
+ public:
+  /// Makes room for steps of up to `max_outputs` output rows, with padding, over a vocabulary of that size, which is
+  /// the same in all calls. Only parameters that grow with a request (its history, its biases) may need more later.
+  void reserve(int max_outputs, int vocabulary);
+
+  /// Parameters of Backend::verify for a step of `outputs` rows; those that belong to no group are padding. Appends to
+  /// `in` what to copy before the launches.
+  void stage_verify(std::span<const VerifyGroup> groups, int outputs, std::vector<Copy>& in);
+  /// The launches for what was staged last. They are the same bytes for all steps of as many outputs of the same kinds
+  /// (any penalty, bias or ban; any log-probabilities; any choice that needs all tokens), if `logits` is the same.
+  /// Appends to `out` what to copy behind them.
+  void record_verify(LaunchList& list, const LogitRows& logits, int outputs, std::vector<Copy>& out) const;
+  /// Results as of Backend::verify, for the groups that were staged.
+  void finish_verify(std::span<const VerifyGroup> groups, int outputs, std::span<VerifyResult> results) const;
+
+  /// The same of Backend::propose: row i of the logits is that of rows[i], rows behind those are padding.
+  /// 0 < count <= kMaxCandidates.
+  void stage_propose(std::span<const ProposeRow> rows, int count, int outputs, std::vector<Copy>& in);
+  void record_propose(LaunchList& list, const LogitRows& logits, int count, int outputs, std::vector<Copy>& out) const;
+  void finish_propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) const;
+
+ private:
+  /// Pinned memory and as much on the device.
+  struct Mirror {
+    PinnedMemory host;
+    DeviceMemory device;
+    std::size_t bytes = 0;
+
+    void reserve(std::size_t wanted);
+  };
+
+  void begin_staging(int outputs);
+  SampledRow make_row(const ProposeRow& group, std::span<const TokenId> drafts, int count);
+  void add_penalties(const ProposeRow& group, std::span<const TokenId> drafts);
+  void add_adjustment(TokenId token, std::int32_t value);
+  [[nodiscard]] std::int32_t next_adjustment() const;
+  void stage_row(int output, SampledRow row, const ProposeRow& group, int depth);
+  void finish_staging(std::vector<Copy>& in);
+  [[nodiscard]] SamplerView view(const LogitRows& logits, int outputs) const;
+
+  int max_outputs_ = 0;
+  int vocabulary_ = 0;
+  Mirror in_;   ///< rows, then adjustments
+  Mirror out_;  ///< accepted tokens, then log-probabilities; or candidates
+  DeviceMemory best_;
+  DeviceMemory winners_;
+  DeviceMemory masses_;
+  DeviceMemory chosen_;
+  DeviceMemory originals_;
+  std::size_t originals_capacity_ = 0;
+
+  // What is being staged.
+  std::vector<SampledRow> rows_;
+  std::vector<Adjustment> adjustments_;
+  std::vector<int> depths_;  ///< of the rows of a group: drafts before each
+  std::size_t originals_count_ = 0;
+  SamplerNeeds needs_;
+};
+
+}  // namespace draftwerk::cuda
