@@ -12,6 +12,9 @@
 #include <string>
 #include <vector>
 
+#include "backend/cpu/isa.h"
+#include "backend/cpu/sampler.h"
+#include "backend/cpu/worker_pool.h"
 #include "backend/cuda/sparse_head.h"
 #include "backend/reference_sampler.h"
 #include "sampler_fixture.h"
@@ -101,12 +104,18 @@ class CudaSparseSampler : public ::testing::Test {
     const std::vector<Candidate> candidates = device_.propose(logits, places, count, static_cast<int>(outputs));
     for (std::size_t r = 0; r < outputs; ++r) {
       const std::vector<Candidate> want = reference_propose(whole[r], places[r], count);
+      testing::Rows rows(1, vocabulary);
+      rows.values = whole[r];
+      std::vector<Candidate> on_cpu(want.size());
+      cpu::WorkerPool pool(1);
+      cpu::Sampler(cpu::Isa::portable, vocabulary, 1, 1).propose(rows.view(), {&places[r], 1}, count, on_cpu, pool);
       for (std::size_t i = 0; i < want.size(); ++i) {
         const Candidate& found = candidates[r * want.size() + i];
         const std::string what = "trial " + std::to_string(trial) + " row " + std::to_string(r) + " candidate " +
                                  std::to_string(i) + ": " + testing::describe(*places[r].sampling);
         ASSERT_EQ(found.token, want[i].token) << what;
         ASSERT_EQ(found.value, want[i].value) << what;
+        ASSERT_EQ(found.probability, on_cpu[i].probability) << what;
       }
     }
   }

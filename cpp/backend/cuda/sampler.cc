@@ -14,8 +14,6 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-DeviceMemory device_array(std::size_t bytes) { return DeviceMemory::of(std::max<std::size_t>(bytes, 1)); }
-
 SampledRow padding() {
   SampledRow row{};
   row.way = Way::none;
@@ -32,23 +30,28 @@ float log_probability(float logit, double normalizer) {
 
 }  // namespace
 
+void Sampler::Scratch::reserve(std::size_t wanted) {
+  if (wanted <= bytes) return;
+  device = {};
+  device = DeviceMemory::of(wanted);
+  bytes = wanted;
+}
+
 void Sampler::Mirror::reserve(std::size_t wanted) {
   if (wanted <= bytes) return;
-  bytes = std::bit_ceil(wanted);
-  host = PinnedMemory::of(bytes);
-  device = DeviceMemory::of(bytes);
+  host = PinnedMemory::of(wanted);
+  device = DeviceMemory::of(wanted);
+  bytes = wanted;
 }
 
 void Sampler::reserve(int max_outputs, int vocabulary) {
   vocabulary_ = vocabulary;
-  if (max_outputs <= max_outputs_) return;
-  max_outputs_ = max_outputs;
   const auto outputs = static_cast<std::size_t>(max_outputs);
   const std::size_t chunks = outputs * static_cast<std::size_t>(sampler_chunks(vocabulary));
-  best_ = device_array(chunks * sizeof(std::uint64_t));
-  winners_ = device_array(chunks * sizeof(std::uint64_t));
-  masses_ = device_array(outputs * static_cast<std::size_t>(sampler_mass_blocks(vocabulary)) * sizeof(std::uint64_t));
-  chosen_ = device_array(outputs * sizeof(std::int32_t));
+  best_.reserve(chunks * sizeof(std::uint64_t));
+  winners_.reserve(chunks * sizeof(std::uint64_t));
+  masses_.reserve(outputs * static_cast<std::size_t>(sampler_mass_blocks(vocabulary)) * sizeof(std::uint64_t));
+  chosen_.reserve(outputs * sizeof(std::int32_t));
   constexpr std::size_t kUsualAdjustments = 64;  // of a row
   in_.reserve(outputs * (sizeof(SampledRow) + kUsualAdjustments * sizeof(Adjustment)));
   out_.reserve(outputs * std::max(sizeof(AcceptedToken) + sizeof(RowLogprobs), sizeof(ProposedRow)));
@@ -141,15 +144,12 @@ void Sampler::stage_row(int output, SampledRow row, const ProposeRow& group, int
 void Sampler::finish_staging(std::vector<Copy>& in) {
   const std::size_t row_bytes = rows_.size() * sizeof(SampledRow);
   const std::size_t adjustment_bytes = adjustments_.size() * sizeof(Adjustment);
-  in_.reserve(row_bytes + adjustment_bytes);
+  if (row_bytes + adjustment_bytes > in_.bytes) in_.reserve(std::bit_ceil(row_bytes + adjustment_bytes));
   auto* to = static_cast<std::byte*>(in_.host.get());
   std::memcpy(to, rows_.data(), row_bytes);
   if (adjustment_bytes > 0) std::memcpy(to + row_bytes, adjustments_.data(), adjustment_bytes);
   in.push_back({in_.device.get(), in_.host.get(), row_bytes + adjustment_bytes});
-  if (originals_count_ > originals_capacity_) {
-    originals_capacity_ = std::bit_ceil(originals_count_);
-    originals_ = device_array(originals_capacity_ * sizeof(float));
-  }
+  if (originals_count_ > 0) originals_.reserve(std::bit_ceil(originals_count_) * sizeof(float));
 }
 
 SamplerView Sampler::view(const LogitRows& logits, int outputs) const {
@@ -157,11 +157,11 @@ SamplerView Sampler::view(const LogitRows& logits, int outputs) const {
   view.logits = logits;
   view.rows = static_cast<const SampledRow*>(in_.device.get());
   view.adjustments = reinterpret_cast<const Adjustment*>(view.rows + outputs);
-  view.best = static_cast<std::uint64_t*>(best_.get());
-  view.winners = static_cast<std::uint64_t*>(winners_.get());
-  view.masses = static_cast<std::uint64_t*>(masses_.get());
-  view.originals = static_cast<float*>(originals_.get());
-  view.chosen = static_cast<std::int32_t*>(chosen_.get());
+  view.best = static_cast<std::uint64_t*>(best_.device.get());
+  view.winners = static_cast<std::uint64_t*>(winners_.device.get());
+  view.masses = static_cast<std::uint64_t*>(masses_.device.get());
+  view.originals = static_cast<float*>(originals_.device.get());
+  view.chosen = static_cast<std::int32_t*>(chosen_.device.get());
   return view;
 }
 

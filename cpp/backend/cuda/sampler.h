@@ -42,7 +42,14 @@ class Sampler {
   void finish_propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) const;
 
  private:
-  /// Pinned memory and as much on the device.
+  /// Device memory that grows while nothing is in it.
+  struct Scratch {
+    DeviceMemory device;
+    std::size_t bytes = 0;
+
+    void reserve(std::size_t wanted);
+  };
+  /// The same with as much pinned memory.
   struct Mirror {
     PinnedMemory host;
     DeviceMemory device;
@@ -60,16 +67,15 @@ class Sampler {
   void finish_staging(std::vector<Copy>& in);
   [[nodiscard]] SamplerView view(const LogitRows& logits, int outputs) const;
 
-  int max_outputs_ = 0;
   int vocabulary_ = 0;
   Mirror in_;   ///< rows, then adjustments
   Mirror out_;  ///< accepted tokens, then log-probabilities; or candidates
-  DeviceMemory best_;
-  DeviceMemory winners_;
-  DeviceMemory masses_;
-  DeviceMemory chosen_;
-  DeviceMemory originals_;
-  std::size_t originals_capacity_ = 0;
+  // As in SamplerView.
+  Scratch best_;
+  Scratch winners_;
+  Scratch masses_;
+  Scratch chosen_;
+  Scratch originals_;
 
   // What is being staged.
   std::vector<SampledRow> rows_;

@@ -15,7 +15,9 @@ namespace {
 constexpr int kChunksPerWarp = 2;
 constexpr int kPassWarps = 8;
 constexpr int kPassThreads = kPassWarps * kWarp;
-constexpr int kRowThreads = 1024;
+/// Of the kernels that give a row to a block.
+constexpr int kRowThreads = 512;
+constexpr int kAdjustThreads = 256;
 
 /// Which ranks a pass is about.
 enum class Pass : std::int32_t {
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kRowThreads) log_probabilities(const ListArgum
 
 /// Steps 1 to 3 of sampling.h. A block takes a row; bound by the latency of reading and writing logits here and there,
 /// about 3 us for up to 1,024 penalties.
-__global__ void __launch_bounds__(kRowThreads) adjust(const PassArguments a) {
+__global__ void __launch_bounds__(kAdjustThreads) adjust(const PassArguments a) {
   const auto output = static_cast<int>(blockIdx.x);
   const SampledRow& sampled = a.view.rows[output];
   if (sampled.way == Way::none || sampled.penalties == sampled.adjustments_end) return;
@@ -383,7 +385,7 @@ LaunchShape row_shape(int columns, int outputs) {
 void record_choice(LaunchList& list, const SamplerView& view, int outputs, int count, SamplerNeeds needs) {
   const int columns = view.logits.columns;
   const PassArguments pass{view, Pass::adjusted, 0};
-  if (needs.adjustments) list.add(adjust, {dim3(static_cast<unsigned>(outputs)), dim3(256)}, pass);
+  if (needs.adjustments) list.add(adjust, {dim3(static_cast<unsigned>(outputs)), dim3(kAdjustThreads)}, pass);
   list.add(scan, pass_shape(columns, outputs), pass);
   if (needs.passes) list.add(weigh, pass_shape(columns, outputs), pass);
   list.add(choose, row_shape(columns, outputs), {view, sampler_mass_blocks(columns), count});
