@@ -1,5 +1,6 @@
-// What kernels are written with: number formats, reductions over a warp, and the instructions of tensor cores. Everything
-// else is CUDA's own. The same source runs on the host, where tests/cuda/emulation stands in for <cuda_runtime.h>.
+// What kernels are written with: number formats, reductions over a warp, and the instructions of tensor cores.
+// Everything else is CUDA's own. The same source runs on the host, where tests/cuda/emulation stands in for
+// <cuda_runtime.h>.
 //
 // A kernel takes one struct by value, so that a launch can be recorded and compared as bytes (launch.h). Shared memory
 // is a __shared__ array where its size is known (48 KiB at most), or dynamic_shared().

@@ -189,14 +189,25 @@ __device__ __forceinline__ Rank winner_of(const LogitRow& row, const Chunk& chun
   return best;
 }
 
-/// Calls visit(chunk) for the chunks whose best reaches `cut`, each in one warp of the block. Neighbours go to
-/// different warps: frequent tokens have low ids.
+/// Calls visit(chunk) for the chunks of a row whose best reaches `cut`, each in one warp of the block, which loads the
+/// next one meanwhile. Neighbours go to different warps: frequent tokens have low ids.
 template <typename Visit>
-__device__ __forceinline__ void for_chunks(const Rank* best, int chunks, Rank cut, Visit&& visit) {
+__device__ __forceinline__ void for_chunks(const LogitRow& row, const Rank* best, Rank cut, Visit&& visit) {
+  const int chunks = row.chunks();
   for (int first = 0; first < chunks; first += threads()) {
     const int mine = first + lane() * warps() + warp();
     std::uint32_t left = __ballot_sync(kAllLanes, mine < chunks && best[mine] >= cut);
-    for (; left != 0; left &= left - 1) visit(first + (__ffs(static_cast<int>(left)) - 1) * warps() + warp());
+    const auto load_next = [&] {
+      return load_chunk(row, first + (__ffs(static_cast<int>(left)) - 1) * warps() + warp());
+    };
+    if (left == 0) continue;
+    Chunk next = load_next();
+    while (left != 0) {
+      const Chunk chunk = next;
+      left &= left - 1;
+      if (left != 0) next = load_next();
+      visit(chunk);
+    }
   }
 }
 
@@ -210,19 +221,19 @@ __device__ inline Rank block_best(const Rank* best, int chunks) {
 
 __device__ inline int count_at_least(const LogitRow& row, const Rank* best, Rank cut) {
   std::uint32_t count = 0;
-  for_chunks(best, row.chunks(), cut, [&](int c) { count += count_of(row, load_chunk(row, c), cut); });
+  for_chunks(row, best, cut, [&](const Chunk& chunk) { count += count_of(row, chunk, cut); });
   return static_cast<int>(block_sum(count));
 }
 
 __device__ inline std::uint64_t mass_at_least(const LogitRow& row, const Rank* best, Rank cut, float top) {
   std::uint64_t sum = 0;
-  for_chunks(best, row.chunks(), cut, [&](int c) { sum += mass_of(row, load_chunk(row, c), cut, top); });
+  for_chunks(row, best, cut, [&](const Chunk& chunk) { sum += mass_of(row, chunk, cut, top); });
   return block_sum(sum);
 }
 
 __device__ inline Rank winner_at_least(const LogitRow& row, const Rank* best, Rank cut) {
   Rank winner = kNowhere;
-  for_chunks(best, row.chunks(), cut, [&](int c) { winner = max(winner, winner_of(row, load_chunk(row, c), cut)); });
+  for_chunks(row, best, cut, [&](const Chunk& chunk) { winner = max(winner, winner_of(row, chunk, cut)); });
   return block_max(winner);
 }
 

@@ -106,7 +106,7 @@ struct ListArguments {
 
 /// Mass and most probable tokens of the rows whose log-probabilities are asked for. A block takes a row; bound by the
 /// latency of a dozen dependent steps, about 5 us.
-__global__ void __launch_bounds__(kRowThreads) log_probabilities(const ListArguments a) {
+__global__ void __launch_bounds__(kRowThreads, 1) log_probabilities(const ListArguments a) {
   __shared__ ShortList list;
   const auto output = static_cast<int>(blockIdx.x);
   const SampledRow& sampled = a.view.rows[output];
@@ -284,7 +284,7 @@ __device__ void exclude(const LogitRow& row, std::int32_t token, Rank* best, Ran
 /// Chooses at one row per block, by steps 4 to 9 of sampling.h: one token, or several candidates one after the other,
 /// each as if those before it had no finite logit. Bound by the latency of its steps: about 2 us for a greedy row, 6 us
 /// for top_k 64 with top_p of 262,144 tokens, of which it reads the few chunks that hold the best.
-__global__ void __launch_bounds__(kRowThreads) choose(const ListArguments a) {
+__global__ void __launch_bounds__(kRowThreads, 1) choose(const ListArguments a) {
   __shared__ ShortList list;
   const auto output = static_cast<int>(blockIdx.x);
   const SampledRow& sampled = a.view.rows[output];

@@ -23,8 +23,7 @@ __device__ inline int collect(const LogitRow& row, const Rank* best, Rank cut, S
   __syncthreads();
   if (thread() == 0) list.found = 0;
   __syncthreads();
-  for_chunks(best, row.chunks(), cut, [&](int c) {
-    const Chunk chunk = load_chunk(row, c);
+  for_chunks(row, best, cut, [&](const Chunk& chunk) {
 #pragma unroll
     for (int i = 0; i < kLaneLogits; ++i) {
       const Rank rank = row.rank(chunk.z[i], chunk.column(i));
