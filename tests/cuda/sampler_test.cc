@@ -158,6 +158,21 @@ TEST_F(CudaSampler, RareNoiseLetsUnlikelyTokensWin) {
   EXPECT_LT(unlikely, 25);
 }
 
+TEST_F(CudaSampler, ANucleusHasAtLeastOneToken) {
+  SamplerOnDevice device;
+  Rows rows(1, 300);
+  rows.values[123] = 1.0F;
+  for (const int top_k : {0, 5}) {
+    SamplingParams sampling;
+    sampling.temperature = 1.0F;
+    sampling.top_k = top_k;
+    sampling.top_p = 1e-20F;  // less than a unit of mass
+    VerifyGroup group;
+    group.sampling = &sampling;
+    EXPECT_EQ(device.verify(rows, std::span(&group, 1), 1)[0].tokens, (std::vector<TokenId>{123}));
+  }
+}
+
 TEST_F(CudaSampler, NoFiniteLogitGivesTokenZero) {
   SamplerOnDevice device;
   for (const float nothing : {-kInfinity, std::numeric_limits<float>::quiet_NaN()}) {
@@ -252,8 +267,7 @@ TEST_F(CudaSampler, CandidatesAreWhatVerificationWouldChooseOneAfterTheOther) {
   }
 }
 
-/// A row's results do not depend on its neighbours, its place or padding, and steps of the same kind are the same
-/// launches.
+/// Whatever the requests ask for, steps of as many outputs of the same kinds can be one graph.
 TEST_F(CudaSampler, StepsOfOneShapeAreTheSameLaunches) {
   Random random(6);
   SamplerOnDevice device;
