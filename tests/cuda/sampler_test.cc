@@ -158,6 +158,20 @@ TEST_F(CudaSampler, RareNoiseLetsUnlikelyTokensWin) {
   EXPECT_LT(unlikely, 25);
 }
 
+TEST_F(CudaSampler, RepeatedBiasesAreAddedInTheOrderOfTheRequest) {
+  SamplerOnDevice device;
+  Rows rows(1, 20);
+  rows.values[7] = 5e-6F;
+  SamplingParams greedy;
+  greedy.logit_bias = {{3, 1000.0F}, {5, -1.0F}, {3, -1000.0F}, {5, -1.0F}, {3, 1e-5F}};  // 1e-5 is lost beside 1000
+  VerifyGroup group;
+  group.sampling = &greedy;
+  for (int step = 0; step < 6; ++step) {
+    any_order(step);
+    EXPECT_EQ(device.verify(rows, std::span(&group, 1), 1)[0].tokens, (std::vector<TokenId>{3}));
+  }
+}
+
 TEST_F(CudaSampler, ANucleusHasAtLeastOneToken) {
   SamplerOnDevice device;
   Rows rows(1, 300);
