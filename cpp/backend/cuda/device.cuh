@@ -124,6 +124,9 @@ __device__ __forceinline__ void cp_async_wait() {
 
 #endif
 
+/// A number that float16 holds, for any: beyond its range the largest, for NaN the smallest.
+__device__ __forceinline__ float finite_f16(float x) { return fminf(fmaxf(x, -65504.0F), 65504.0F); }
+
 /// Sum over the lanes of a warp, in every lane, in an order that does not depend on anything.
 __device__ __forceinline__ float warp_sum(float x) {
   for (int bits = kWarp / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(kAllLanes, x, bits);

@@ -36,6 +36,9 @@ struct StepView {
   std::byte* arena;                 ///< the KV cache
   std::int32_t rows;                ///< with padding
   std::int32_t outputs;             ///< with padding
+  std::int32_t segment_count;       ///< with padding, behind all others: no rows, and first_row is the number of those
+                                    ///< before
+  std::int32_t context;             ///< all positions are below; a power of two
 };
 
 }  // namespace draftwerk::cuda
