@@ -1,0 +1,633 @@
+// What a block of attention.cu does: spans of positions for a few rows of a sequence that share a key/value head.
+#pragma once
+
+#include <climits>
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/cuda/attention.h"
+#include "backend/cuda/device.cuh"
+#include "backend/cuda/kv.h"
+#include "backend/cuda/step.h"
+
+namespace draftwerk::cuda {
+
+// A block has a warp for each page of a chunk while it takes scores, and for each eighth of the components while it
+// adds up values.
+inline constexpr int kAttentionWarps = kAttentionChunk / kPageSize;
+inline constexpr int kAttentionThreads = kAttentionWarps * kWarp;
+/// Queries of an m16n8k16.
+inline constexpr int kTileQueries = 16;
+
+inline constexpr float kNoScore = -__builtin_huge_valf();
+
+/// Attention of one layer in a step.
+struct Attend {
+  StepView step;
+  const float* query;
+  float* output;
+  float* partial_values;   ///< [slots, rows, query heads, head_dim]
+  float2* partial_states;  ///< [slots, rows, query heads]: largest score and sum of weights
+  std::uint64_t key_offset;
+  std::uint64_t value_offset;
+  std::int32_t query_stride;
+  std::int32_t output_stride;
+  std::int32_t output_columns;
+  std::int32_t table;
+  std::int32_t query_heads;
+  std::int32_t group;  ///< query heads of a key/value head
+  std::int32_t window;
+  std::int32_t own;
+  std::int32_t block_rows;  ///< rows of a block, at most
+  std::int32_t slots;       ///< of partial results, span s in slot s % slots; 0: a block goes through all spans
+  float scale;              ///< of scores, to powers of two
+  std::int32_t unused;
+
+  __device__ int end(int row) const { return step.positions[row] + own; }
+  __device__ int begin(int row) const { return window > 0 ? max(end(row) - window, 0) : 0; }
+};
+
+/// What the values (or sums of weights) of two partial results are multiplied by to be added.
+struct MergeFactors {
+  float old;
+  float fresh;
+};
+
+// The instructions are given one by one, so that no two kernels round differently.
+__device__ __forceinline__ MergeFactors merge_factors(float old_maximum, float fresh_maximum) {
+  if (fresh_maximum == kNoScore) return {1.0F, 0.0F};
+  const float maximum = fmaxf(old_maximum, fresh_maximum);
+  return {exp2f(__fsub_rn(old_maximum, maximum)), exp2f(__fsub_rn(fresh_maximum, maximum))};
+}
+__device__ __forceinline__ float merged(float old, float fresh, const MergeFactors& f) {
+  return f.fresh == 0.0F ? old : fmaf(old, f.old, __fmul_rn(fresh, f.fresh));
+}
+
+__device__ __forceinline__ std::uint32_t f16_pair(float low, float high) {
+  return float_to_f16(low) | std::uint32_t{float_to_f16(high)} << 16;
+}
+
+/// Eight elements of a page, as float16.
+template <typename Element>
+__device__ __forceinline__ uint4 load_eight(const std::byte* head, int index) {
+  if constexpr (sizeof(Element) == 2) {
+    return __ldcg(reinterpret_cast<const uint4*>(head) + index / 8);
+  } else {
+    const float4 low = __ldcg(reinterpret_cast<const float4*>(head) + index / 4);
+    const float4 high = __ldcg(reinterpret_cast<const float4*>(head) + index / 4 + 1);
+    return {f16_pair(finite_f16(low.x), finite_f16(low.y)), f16_pair(finite_f16(low.z), finite_f16(low.w)),
+            f16_pair(finite_f16(high.x), finite_f16(high.y)), f16_pair(finite_f16(high.z), finite_f16(high.w))};
+  }
+}
+template <typename Element>
+__device__ __forceinline__ std::uint32_t load_one(const std::byte* head, int index) {
+  if constexpr (sizeof(Element) == 2) {
+    return reinterpret_cast<const std::uint16_t*>(head)[index];
+  } else {
+    return float_to_f16(finite_f16(reinterpret_cast<const float*>(head)[index]));
+  }
+}
+
+template <int kHeadDim, int kTiles>
+struct AttentionShared {
+  static constexpr int kQueries = kTiles * kTileQueries;
+  uint4 queries[kTiles][kHeadDim / 16][kWarp];    ///< operands A of scores, by k-step and lane
+  uint4 weights[kTiles][kAttentionWarps][kWarp];  ///< operands A of values, by page and lane
+  float warp_maximum[kQueries][kAttentionWarps];  ///< largest score of a page
+  float warp_sum[kQueries][kAttentionWarps];      ///< sum of weights of a page
+  float parked_maximum[kQueries];
+  float parked_sum[kQueries];
+  int begin[kQueries];  ///< positions that a query sees
+  int end[kQueries];
+  PageId pages[2][kAttentionWarps];  ///< of this chunk and the next
+  int from;                          ///< positions that some query sees
+  int to;
+  int part;  ///< the first position that is not everywhere the slot of the same number
+};
+
+/// Up to kTiles * 16 queries and their running result. All members but the results are the same in each thread.
+template <int kHeadDim, int kTiles, typename Element>
+class AttentionBlock {
+ public:
+  using Shared = AttentionShared<kHeadDim, kTiles>;
+
+  __device__ __forceinline__ explicit AttentionBlock(const Attend& a)
+      : a_(a), shared_(*reinterpret_cast<Shared*>(dynamic_shared())), kv_head_(static_cast<int>(blockIdx.y)) {}
+
+  /// Finds the rows of block x: those of segment s are divided among the blocks from first_row / block_rows + s on,
+  /// which leaves enough of them for each, and some without work.
+  __device__ __forceinline__ bool find_rows() {
+    const int x = static_cast<int>(blockIdx.x);
+    int begun = 0;  // segments that begin at or before this block
+    for (int first = 0; first < a_.step.segment_count; first += kAttentionThreads) {
+      const int s = first + thread();
+      const bool begins = s < a_.step.segment_count && a_.step.segments[s].first_row / a_.block_rows + s <= x;
+      begun += __syncthreads_count(begins ? 1 : 0);
+    }
+    if (begun == 0) return false;
+    const StepSegment segment = a_.step.segments[begun - 1];
+    const int before = (x - (segment.first_row / a_.block_rows + begun - 1)) * a_.block_rows;
+    first_row_ = segment.first_row + before;
+    rows_ = min(segment.rows - before, a_.block_rows);
+    first_position_ = segment.first_position;
+    pages_ = a_.step.pages + segment.pages[a_.table];
+    tree_ = segment.tree != 0;
+    queries_ = rows_ * a_.group;
+    tiles_ = (queries_ + kTileQueries - 1) / kTileQueries;
+    return rows_ > 0;
+  }
+
+  /// Finds what they see.
+  __device__ __forceinline__ void find_positions() {
+    if (thread() == 0) {
+      shared_.from = shared_.part = INT_MAX;
+      shared_.to = 0;
+    }
+    __syncthreads();
+    for (int q = thread(); q < Shared::kQueries; q += kAttentionThreads) {
+      const int row = first_row_ + q / a_.group;
+      shared_.begin[q] = q < queries_ ? a_.begin(row) : 0;
+      shared_.end[q] = q < queries_ ? a_.end(row) : 0;
+      if (q >= queries_) continue;
+      atomicMin(&shared_.from, shared_.begin[q]);
+      atomicMax(&shared_.to, shared_.end[q]);
+    }
+    paths_ = a_.step.paths + static_cast<std::int64_t>(first_row_) * kMaxPath;
+    for (int i = thread(); tree_ && i < rows_ * kMaxPath; i += kAttentionThreads) {
+      const int position = first_position_ + i % kMaxPath;
+      if (position < a_.end(first_row_ + i / kMaxPath) && paths_[i] != i % kMaxPath) atomicMin(&shared_.part, position);
+    }
+    __syncthreads();
+    from_ = shared_.from;
+    to_ = shared_.to;
+    part_ = shared_.part;
+  }
+  [[nodiscard]] __device__ int from() const { return from_; }
+  [[nodiscard]] __device__ int to() const { return to_; }
+
+  /// Puts the queries, as float16, to shared memory, and takes up chunk `chunk`.
+  __device__ __forceinline__ void begin(int chunk) {
+    if (thread() < kAttentionWarps) shared_.pages[0][thread()] = page(chunk, thread());
+    for (int i = thread(); i < tiles_ * kSteps * kWarp; i += kAttentionThreads) {
+      const int of_lane = i % kWarp;
+      const int step = i / kWarp % kSteps;
+      const int component = step / 2 * 32 + of_lane % 4 * 8 + step % 2 * 4;  // as key_index() has it
+      std::uint32_t words[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int q = i / kWarp / kSteps * kTileQueries + of_lane / 4 + half * 8;
+        float2 low{0.0F, 0.0F};
+        float2 high{0.0F, 0.0F};
+        if (q < queries_) {
+          const float* from = a_.query + static_cast<std::int64_t>(first_row_ + q / a_.group) * a_.query_stride +
+                              head(q) * kHeadDim + component;
+          low = *reinterpret_cast<const float2*>(from);
+          high = *reinterpret_cast<const float2*>(from + 2);
+        }
+        words[half] = f16_pair(finite_f16(low.x), finite_f16(low.y));
+        words[half + 2] = f16_pair(finite_f16(high.x), finite_f16(high.y));
+      }
+      (&shared_.queries[0][0][0])[i] = {words[0], words[1], words[2], words[3]};
+    }
+    parity_ = 0;
+    clear();
+    __syncthreads();
+  }
+
+  /// Forgets the result so far.
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        maximum_[m][half] = kNoScore;
+        sum_[m][half] = 0.0F;
+      }
+#pragma unroll
+      for (int c = 0; c < kOwnColumns; ++c) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) total_[c][m][i / 4][i % 4] = 0.0F;
+      }
+    }
+  }
+
+  /// Adds chunk `chunk` to the result. The one after it is next, if there is one before `past_chunk`.
+  __device__ __forceinline__ void add_chunk(int chunk, int past_chunk) {
+    const int base = chunk * kAttentionChunk;
+    const int first = base + warp() * kPageSize;  // of this warp's page
+    const bool has_next = thread() < kAttentionWarps && chunk + 1 < past_chunk;
+    const PageId next = has_next ? page(chunk + 1, thread()) : kNoPage;
+
+    float score[kTiles][2][4] = {};
+    if (const PageId own = shared_.pages[parity_][warp()]; own != kNoPage) {
+      if (first + kPageSize <= part_) {
+        score_page(own, score);
+      } else {
+        score_paths(first, score);
+      }
+    }
+    // The first values are on their way while scores become weights.
+    const int shared_pages = min(max((part_ - base) / kPageSize, 0), kAttentionWarps);
+    uint4 values[kAttentionWarps];
+#pragma unroll
+    for (int p = 0; p < kAttentionWarps; ++p) values[p] = load_values(p, shared_pages, first_column());
+
+    find_maxima(first, score);
+    if (thread() < kAttentionWarps) shared_.pages[1 - parity_][thread()] = next;
+    __syncthreads();
+    float chunk_maximum[kTiles][2];
+    find_weights(score, chunk_maximum);
+    __syncthreads();
+
+    MergeFactors factors[kTiles][2];
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* sums = shared_.warp_sum[m * kTileQueries + group() + half * 8];
+        float sum = sums[0];
+#pragma unroll
+        for (int w = 1; w < kAttentionWarps; ++w) sum = __fadd_rn(sum, sums[w]);
+        factors[m][half] = merge_factors(maximum_[m][half], chunk_maximum[m][half]);
+        maximum_[m][half] = fmaxf(maximum_[m][half], chunk_maximum[m][half]);
+        sum_[m][half] = merged(sum_[m][half], sum, factors[m][half]);
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kOwnColumns; ++c) {
+      const int column = first_column() + c;
+      if (column >= kColumns) break;
+      float product[kTiles][2][4] = {};
+#pragma unroll
+      for (int p = 0; p < kAttentionWarps; ++p) {
+        const uint4 of_page = values[p];
+        if (c + 1 < kOwnColumns) values[p] = load_values(p, shared_pages, column + 1);
+        if (p < shared_pages && shared_.pages[parity_][p] != kNoPage) {
+          multiply_values(p, visible(of_page, base + p * kPageSize), product);
+        }
+      }
+      for (int p = shared_pages; p < kAttentionWarps; ++p) {
+        if (shared_.pages[parity_][p] != kNoPage) multiply_path_values(p, base + p * kPageSize, column, product);
+      }
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            total_[c][m][n][i] = merged(total_[c][m][n][i], product[m][n][i], factors[m][i / 2]);
+          }
+        }
+      }
+    }
+    parity_ = 1 - parity_;
+  }
+
+  /// Puts the result so far aside, in the rows of the output, and begins another.
+  __device__ __forceinline__ void park() {
+    __syncthreads();  // everybody has taken the last one up again
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int q = m * kTileQueries + group() + half * 8;
+        if (warp() > 0 || quarter() > 0) continue;
+        shared_.parked_maximum[q] = maximum_[m][half];
+        shared_.parked_sum[q] = sum_[m][half];
+      }
+    }
+    for_each_query([&](int q, int m, int half) {
+      float* to = output(q);
+      for_each_pair([&](int c, int n, int component) {
+        *reinterpret_cast<float2*>(to + component) = {total_[c][m][n][half * 2], total_[c][m][n][half * 2 + 1]};
+      });
+    });
+    clear();
+  }
+  /// Adds the result so far to the one that was put aside before it, at least a chunk ago.
+  __device__ __forceinline__ void merge_parked() {
+    for_each_query([&](int q, int m, int half) {
+      const float parked = shared_.parked_maximum[q];
+      const MergeFactors factors = merge_factors(parked, maximum_[m][half]);
+      maximum_[m][half] = fmaxf(parked, maximum_[m][half]);
+      sum_[m][half] = merged(shared_.parked_sum[q], sum_[m][half], factors);
+      const float* from = output(q);
+      for_each_pair([&](int c, int n, int component) {
+        const float2 old = *reinterpret_cast<const float2*>(from + component);
+        float* pair = &total_[c][m][n][half * 2];
+        pair[0] = merged(old.x, pair[0], factors);
+        pair[1] = merged(old.y, pair[1], factors);
+      });
+    });
+  }
+
+  /// Writes what all positions gave.
+  __device__ __forceinline__ void store() {
+    for_each_query([&](int q, int m, int half) {
+      const float factor = 1.0F / sum_[m][half];
+      float* to = output(q);
+      for_each_pair([&](int c, int n, int component) {
+        const float* pair = &total_[c][m][n][half * 2];
+        *reinterpret_cast<float2*>(to + component) = {pair[0] * factor, pair[1] * factor};
+      });
+    });
+  }
+  /// Writes a partial result, of those queries that have one.
+  __device__ __forceinline__ void store_partial(int slot) {
+    for_each_query([&](int q, int m, int half) {
+      if (maximum_[m][half] == kNoScore) return;
+      const std::int64_t at =
+          (std::int64_t{slot} * a_.step.rows + first_row_ + q / a_.group) * a_.query_heads + head(q);
+      if (warp() == 0 && quarter() == 0) a_.partial_states[at] = {maximum_[m][half], sum_[m][half]};
+      float* to = a_.partial_values + at * kHeadDim;
+      for_each_pair([&](int c, int n, int component) {
+        const float* pair = &total_[c][m][n][half * 2];
+        *reinterpret_cast<float2*>(to + component) = {pair[0], pair[1]};
+      });
+    });
+  }
+
+ private:
+  static constexpr int kSteps = kHeadDim / 16;            // of k16 in a score
+  static constexpr int kReads = kHeadDim / 32;            // of a key by a lane, for two steps each
+  static constexpr int kAhead = kReads < 4 ? kReads : 4;  // of them under way
+  static constexpr int kColumns = kHeadDim / 16;          // blocks of 16 components of a value
+  static constexpr int kOwnColumns = (kColumns + kAttentionWarps - 1) / kAttentionWarps;  // of a warp
+  static constexpr std::size_t kHeadBytes = kHeadDim * kPageSize * sizeof(Element);
+
+  // A warp's lanes have groups and places in them as mma.m16n8k16 has it: what belongs to queries has those of `group`
+  // and `group` + 8 of each tile, and of eight columns those of 2 * quarter and the one behind.
+  static __device__ int thread() { return static_cast<int>(threadIdx.x); }
+  static __device__ int group() { return lane() / 4; }
+  static __device__ int quarter() { return lane() % 4; }
+  static __device__ int first_column() { return warp() * kOwnColumns; }
+
+  [[nodiscard]] __device__ int head(int q) const { return kv_head_ * a_.group + q % a_.group; }
+  [[nodiscard]] __device__ float* output(int q) const {
+    return a_.output + static_cast<std::int64_t>(first_row_ + q / a_.group) * a_.output_stride + head(q) * kHeadDim;
+  }
+  [[nodiscard]] __device__ bool sees(int q, int position) const {
+    return position >= shared_.begin[q] && position < shared_.end[q];
+  }
+  /// A chunk's page; kNoPage where nobody sees anything of it.
+  [[nodiscard]] __device__ PageId page(int chunk, int of_chunk) const {
+    const int first = chunk * kAttentionChunk + of_chunk * kPageSize;
+    return first < to_ && first + kPageSize > from_ ? pages_[first / kPageSize] : kNoPage;
+  }
+  [[nodiscard]] __device__ const std::byte* keys(PageId id) const {
+    return a_.step.arena + std::size_t{id} * kPageUnit + a_.key_offset +
+           static_cast<std::size_t>(kv_head_) * kHeadBytes;
+  }
+  [[nodiscard]] __device__ const std::byte* values(PageId id) const {
+    return a_.step.arena + std::size_t{id} * kPageUnit + a_.value_offset +
+           static_cast<std::size_t>(kv_head_) * kHeadBytes;
+  }
+  /// Where a row of this block has the key and value of a position that it sees.
+  [[nodiscard]] __device__ int slot(int row, int position) const {
+    const int path = position - first_position_;
+    return path < 0 ? position : first_position_ + paths_[row * kMaxPath + path];
+  }
+
+  template <typename Visit>
+  __device__ __forceinline__ void for_each_query(Visit&& visit) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int q = m * kTileQueries + group() + half * 8;
+        if (q < queries_) visit(q, m, half);
+      }
+    }
+  }
+  /// The pairs of components that this lane has of a query.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each_pair(Visit&& visit) const {
+#pragma unroll
+    for (int c = 0; c < kOwnColumns; ++c) {
+      if (first_column() + c >= kColumns) break;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) visit(c, n, (first_column() + c) * 16 + n * 8 + quarter() * 2);
+    }
+  }
+  /// The rows of this block of which tile m has queries.
+  template <typename Visit>
+  __device__ __forceinline__ void for_each_row(int m, Visit&& visit) const {
+    const int last = min((m * kTileQueries + kTileQueries - 1) / a_.group, rows_ - 1);
+    for (int row = m * kTileQueries / a_.group; row <= last; ++row) visit(row);
+  }
+  /// Takes a row's own elements of an operand D from `fresh`.
+  __device__ __forceinline__ void take_row(int m, int row, const float (&fresh)[2][4], float (&d)[2][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int q = m * kTileQueries + group() + half * 8 - row * a_.group;
+      if (q < 0 || q >= a_.group) continue;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        d[n][half * 2] = fresh[n][half * 2];
+        d[n][half * 2 + 1] = fresh[n][half * 2 + 1];
+      }
+    }
+  }
+
+  /// Adds the products of queries and two times eight positions of components 32 j to 32 j + 31.
+  __device__ __forceinline__ void multiply_keys(int m, int j, const uint4& low, const uint4& high,
+                                                float (&score)[2][4]) const {
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      const uint4 q = shared_.queries[m][j * 2 + step][lane()];
+      const std::uint32_t a[4] = {q.x, q.y, q.z, q.w};
+      const std::uint32_t of_low[2] = {step == 0 ? low.x : low.z, step == 0 ? low.y : low.w};
+      const std::uint32_t of_high[2] = {step == 0 ? high.x : high.z, step == 0 ? high.y : high.w};
+      mma_f16(score[0], a, of_low);
+      mma_f16(score[1], a, of_high);
+    }
+  }
+  /// Scores of a page: [n][half * 2 + i] of query `group` + 8 half at its position 8 n + 2 quarter + i.
+  __device__ __forceinline__ void score_page(PageId id, float (&score)[kTiles][2][4]) const {
+    const std::byte* const from = keys(id);
+    uint4 low[kAhead];
+    uint4 high[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      low[j] = load_eight<Element>(from, key_index(j * 32 + quarter() * 8, group()));
+      high[j] = load_eight<Element>(from, key_index(j * 32 + quarter() * 8, group() + 8));
+    }
+#pragma unroll
+    for (int j = 0; j < kReads; ++j) {
+      const uint4 own_low = low[j % kAhead];
+      const uint4 own_high = high[j % kAhead];
+      if (j + kAhead < kReads) {
+        low[j % kAhead] = load_eight<Element>(from, key_index((j + kAhead) * 32 + quarter() * 8, group()));
+        high[j % kAhead] = load_eight<Element>(from, key_index((j + kAhead) * 32 + quarter() * 8, group() + 8));
+      }
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        if (m < tiles_) multiply_keys(m, j, own_low, own_high, score[m]);
+      }
+    }
+  }
+  /// The same of a page in which paths part, row by row.
+  __device__ __forceinline__ void score_paths(int first, float (&score)[kTiles][2][4]) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      for_each_row(m, [&](int row) {
+        const std::byte* from[2];  // of position group + 8 n
+        int index[2];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const int position = first + n * 8 + group();
+          const bool seen = sees(row * a_.group, position);
+          const int own_slot = seen ? slot(row, position) : 0;
+          from[n] = seen ? keys(pages_[own_slot / kPageSize]) : nullptr;
+          index[n] = key_index(quarter() * 8, own_slot % kPageSize);
+        }
+        float fresh[2][4] = {};
+#pragma unroll 1
+        for (int j = 0; j < kReads; ++j) {
+          uint4 key[2];
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            key[n] =
+                from[n] == nullptr ? uint4{0, 0, 0, 0} : load_eight<Element>(from[n], index[n] + key_index(j * 32, 0));
+          }
+          multiply_keys(m, j, key[0], key[1], fresh);
+        }
+        take_row(m, row, fresh, score[m]);
+      });
+    }
+  }
+
+  /// Scales the scores of a warp's page, which become kNoScore where a query does not see a position, and finds the
+  /// largest of each query.
+  __device__ __forceinline__ void find_maxima(int first, float (&score)[kTiles][2][4]) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int q = m * kTileQueries + group() + half * 8;
+        float largest = kNoScore;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& s = score[m][i / 2][half * 2 + i % 2];
+          s = sees(q, first + i / 2 * 8 + quarter() * 2 + i % 2) ? __fmul_rn(s, a_.scale) : kNoScore;
+          largest = fmaxf(largest, s);
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+        if (quarter() == 0) shared_.warp_maximum[q][warp()] = largest;
+      }
+    }
+  }
+  /// Turns scores into weights, in shared memory, and finds the chunk's largest score of each query.
+  __device__ __forceinline__ void find_weights(const float (&score)[kTiles][2][4], float (&maximum)[kTiles][2]) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      std::uint32_t words[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int q = m * kTileQueries + group() + half * 8;
+        const float* maxima = shared_.warp_maximum[q];
+        float largest = maxima[0];
+#pragma unroll
+        for (int w = 1; w < kAttentionWarps; ++w) largest = fmaxf(largest, maxima[w]);
+        maximum[m][half] = largest;
+        float sum = 0.0F;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const float low = score[m][n][half * 2];
+          const float high = score[m][n][half * 2 + 1];
+          const std::uint32_t pair = f16_pair(low == kNoScore ? 0.0F : exp2f(__fsub_rn(low, largest)),
+                                              high == kNoScore ? 0.0F : exp2f(__fsub_rn(high, largest)));
+          words[n * 2 + half] = pair;
+          // What is summed is what values are multiplied by.
+          sum = __fadd_rn(sum, f16_to_float(static_cast<std::uint16_t>(pair)));
+          sum = __fadd_rn(sum, f16_to_float(static_cast<std::uint16_t>(pair >> 16)));
+        }
+        sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, 1));
+        sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, 2));
+        if (quarter() == 0) shared_.warp_sum[q][warp()] = sum;
+      }
+      shared_.weights[m][warp()][lane()] = {words[0], words[1], words[2], words[3]};
+    }
+  }
+
+  /// A lane's values of page p of the chunk, both n-tiles; nothing where there is no page, or paths part in it.
+  __device__ __forceinline__ uint4 load_values(int p, int shared_pages, int column) const {
+    const PageId id = p < shared_pages && column < kColumns ? shared_.pages[parity_][p] : kNoPage;
+    return id == kNoPage ? uint4{0, 0, 0, 0} : load_eight<Element>(values(id), column * (16 * kPageSize) + lane() * 8);
+  }
+  /// Zeros in place of what lies at positions that nobody sees: anything, NaN included.
+  [[nodiscard]] __device__ __forceinline__ uint4 visible(uint4 v, int first) const {
+    if (first >= from_ && first + kPageSize <= to_) return v;
+    std::uint32_t mask[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int position = first + h * 8 + quarter() * 2;
+      mask[h] = (position >= from_ && position < to_ ? 0xFFFFU : 0U) |
+                (position + 1 >= from_ && position + 1 < to_ ? 0xFFFF0000U : 0U);
+    }
+    return {v.x & mask[0], v.y & mask[1], v.z & mask[0], v.w & mask[1]};
+  }
+  __device__ __forceinline__ void multiply_values(int p, const uint4& v, float (&product)[kTiles][2][4]) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      if (m < tiles_) multiply_tile(m, p, v, product[m]);
+    }
+  }
+  __device__ __forceinline__ void multiply_tile(int m, int p, const uint4& v, float (&product)[2][4]) const {
+    const uint4 w = shared_.weights[m][p][lane()];
+    const std::uint32_t a[4] = {w.x, w.y, w.z, w.w};
+    const std::uint32_t left[2] = {v.x, v.y};
+    const std::uint32_t right[2] = {v.z, v.w};
+    mma_f16(product[0], a, left);
+    mma_f16(product[1], a, right);
+  }
+  /// A page in which paths part, row by row.
+  __device__ __forceinline__ void multiply_path_values(int p, int first, int column,
+                                                       float (&product)[kTiles][2][4]) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      for_each_row(m, [&](int row) {
+        std::uint32_t words[4] = {0, 0, 0, 0};  // [n][h]
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int position = first + i / 2 * 8 + quarter() * 2 + i % 2;
+          if (!sees(row * a_.group, position)) continue;
+          const int own_slot = slot(row, position);
+          const std::byte* const from = values(pages_[own_slot / kPageSize]);
+          const int index = value_index(column * 16 + group(), own_slot % kPageSize);
+#pragma unroll
+          for (int n = 0; n < 2; ++n) {
+            words[n * 2 + i / 2] |= load_one<Element>(from, index + value_index(n * 8, 0)) << i % 2 * 16;
+          }
+        }
+        float fresh[2][4];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) fresh[i / 4][i % 4] = product[m][i / 4][i % 4];
+        multiply_tile(m, p, {words[0], words[1], words[2], words[3]}, fresh);
+        take_row(m, row, fresh, product[m]);
+      });
+    }
+  }
+
+  const Attend& a_;
+  Shared& shared_;
+  int kv_head_;
+  int first_row_ = 0;
+  int rows_ = 0;
+  int queries_ = 0;
+  int tiles_ = 0;
+  int first_position_ = 0;
+  bool tree_ = false;
+  const PageId* pages_ = nullptr;
+  const std::uint8_t* paths_ = nullptr;  ///< of the block's rows
+  int from_ = 0;
+  int to_ = 0;
+  int part_ = 0;
+  int parity_ = 0;  ///< which of the shared page ids are the chunk's
+  float maximum_[kTiles][2];
+  float sum_[kTiles][2];
+  float total_[kOwnColumns][kTiles][2][4];
+};
+
+}  // namespace draftwerk::cuda
