@@ -117,12 +117,15 @@ struct Kernel {
   std::size_t shared_bytes;
 };
 
-// One tile for decoding; four for anything else: tiles that a block has no queries for cost nothing.
+// One tile for decoding; four for anything else, as tiles that a block has no queries for cost nothing, and for pages
+// of float32, which are for tests.
 constexpr int kMostTiles = 4;
 
 template <int kHeadDim, typename Element>
 Kernel kernel_of(int tiles) {
-  if (tiles == 1) return {attend_spans<kHeadDim, 1, Element>, sizeof(AttentionShared<kHeadDim, 1>)};
+  if constexpr (sizeof(Element) == 2) {
+    if (tiles == 1) return {attend_spans<kHeadDim, 1, Element>, sizeof(AttentionShared<kHeadDim, 1>)};
+  }
   return {attend_spans<kHeadDim, kMostTiles, Element>, sizeof(AttentionShared<kHeadDim, kMostTiles>)};
 }
 template <typename Element>
@@ -179,7 +182,7 @@ void Attention::attend(LaunchList& list, const StepView& step, Tensor query, int
   }
   // How many rows share a block changes no bit of them.
   const int segment_rows = ceil_div(step.rows, step.segment_count);
-  const int tiles = segment_rows * group <= kTileQueries ? 1 : kMostTiles;
+  const int tiles = kv.type == KvType::f16 && segment_rows * group <= kTileQueries ? 1 : kMostTiles;
   Attend arguments{};
   arguments.step = step;
   arguments.query = static_cast<const float*>(query.data);

@@ -71,7 +71,7 @@ __device__ __forceinline__ std::uint32_t f16_pair(float low, float high) {
 template <typename Element>
 __device__ __forceinline__ uint4 load_eight(const std::byte* head, int index) {
   if constexpr (sizeof(Element) == 2) {
-    return __ldcg(reinterpret_cast<const uint4*>(head) + index / 8);
+    return load_16(head + index * sizeof(Element));
   } else {
     const float4 low = __ldcg(reinterpret_cast<const float4*>(head) + index / 4);
     const float4 high = __ldcg(reinterpret_cast<const float4*>(head) + index / 4 + 1);
@@ -95,12 +95,18 @@ struct AttentionShared {
   uint4 weights[kTiles][kAttentionWarps][kWarp];  ///< operands A of values, by page and lane
   float warp_maximum[kQueries][kAttentionWarps];  ///< largest score of a page
   float warp_sum[kQueries][kAttentionWarps];      ///< sum of weights of a page
-  float parked_maximum[kQueries];
-  float parked_sum[kQueries];
-  int begin[kQueries];  ///< positions that a query sees
+  float2 factors[kQueries];                       ///< MergeFactors
+  int begin[kQueries];                            ///< positions that a query sees
   int end[kQueries];
   PageId pages[2][kAttentionWarps];  ///< of this chunk and the next
-  int from;                          ///< positions that some query sees
+  // The block's rows. What is kept here and not in registers is what there is time to read again.
+  const PageId* table;        ///< of the segment
+  const std::uint8_t* paths;  ///< of these rows
+  int first_row;
+  int rows;
+  int query_count;
+  int first_position;  ///< of the segment
+  int from;            ///< positions that some query sees
   int to;
   int part;  ///< the first position that is not everywhere the slot of the same number
 };
@@ -112,7 +118,7 @@ class AttentionBlock {
   using Shared = AttentionShared<kHeadDim, kTiles>;
 
   __device__ __forceinline__ explicit AttentionBlock(const Attend& a)
-      : a_(a), shared_(*reinterpret_cast<Shared*>(dynamic_shared())), kv_head_(static_cast<int>(blockIdx.y)) {}
+      : a_(a), shared_(*reinterpret_cast<Shared*>(dynamic_shared())) {}
 
   /// Finds the rows of block x: those of segment s are divided among the blocks from first_row / block_rows + s on,
   /// which leaves enough of them for each, and some without work.
@@ -127,43 +133,43 @@ class AttentionBlock {
     if (begun == 0) return false;
     const StepSegment segment = a_.step.segments[begun - 1];
     const int before = (x - (segment.first_row / a_.block_rows + begun - 1)) * a_.block_rows;
-    first_row_ = segment.first_row + before;
-    rows_ = min(segment.rows - before, a_.block_rows);
-    first_position_ = segment.first_position;
-    pages_ = a_.step.pages + segment.pages[a_.table];
+    const int rows = min(segment.rows - before, a_.block_rows);
+    if (rows <= 0) return false;
+    tiles_ = (rows * a_.group + kTileQueries - 1) / kTileQueries;
     tree_ = segment.tree != 0;
-    queries_ = rows_ * a_.group;
-    tiles_ = (queries_ + kTileQueries - 1) / kTileQueries;
-    return rows_ > 0;
-  }
-
-  /// Finds what they see.
-  __device__ __forceinline__ void find_positions() {
     if (thread() == 0) {
+      shared_.table = a_.step.pages + segment.pages[a_.table];
+      shared_.first_row = segment.first_row + before;
+      shared_.paths = a_.step.paths + static_cast<std::int64_t>(shared_.first_row) * kMaxPath;
+      shared_.rows = rows;
+      shared_.query_count = rows * a_.group;
+      shared_.first_position = segment.first_position;
       shared_.from = shared_.part = INT_MAX;
       shared_.to = 0;
     }
     __syncthreads();
+    return true;
+  }
+
+  /// Finds what they see.
+  __device__ __forceinline__ void find_positions() {
     for (int q = thread(); q < Shared::kQueries; q += kAttentionThreads) {
-      const int row = first_row_ + q / a_.group;
-      shared_.begin[q] = q < queries_ ? a_.begin(row) : 0;
-      shared_.end[q] = q < queries_ ? a_.end(row) : 0;
-      if (q >= queries_) continue;
+      const int row = shared_.first_row + q / a_.group;
+      shared_.begin[q] = q < shared_.query_count ? a_.begin(row) : 0;
+      shared_.end[q] = q < shared_.query_count ? a_.end(row) : 0;
+      if (q >= shared_.query_count) continue;
       atomicMin(&shared_.from, shared_.begin[q]);
       atomicMax(&shared_.to, shared_.end[q]);
     }
-    paths_ = a_.step.paths + static_cast<std::int64_t>(first_row_) * kMaxPath;
-    for (int i = thread(); tree_ && i < rows_ * kMaxPath; i += kAttentionThreads) {
-      const int position = first_position_ + i % kMaxPath;
-      if (position < a_.end(first_row_ + i / kMaxPath) && paths_[i] != i % kMaxPath) atomicMin(&shared_.part, position);
+    for (int i = thread(); tree_ && i < shared_.rows * kMaxPath; i += kAttentionThreads) {
+      const int position = shared_.first_position + i % kMaxPath;
+      if (position < a_.end(shared_.first_row + i / kMaxPath) && shared_.paths[i] != i % kMaxPath)
+        atomicMin(&shared_.part, position);
     }
     __syncthreads();
-    from_ = shared_.from;
-    to_ = shared_.to;
-    part_ = shared_.part;
   }
-  [[nodiscard]] __device__ int from() const { return from_; }
-  [[nodiscard]] __device__ int to() const { return to_; }
+  [[nodiscard]] __device__ int from() const { return shared_.from; }
+  [[nodiscard]] __device__ int to() const { return shared_.to; }
 
   /// Puts the queries, as float16, to shared memory, and takes up chunk `chunk`.
   __device__ __forceinline__ void begin(int chunk) {
@@ -178,8 +184,8 @@ class AttentionBlock {
         const int q = i / kWarp / kSteps * kTileQueries + of_lane / 4 + half * 8;
         float2 low{0.0F, 0.0F};
         float2 high{0.0F, 0.0F};
-        if (q < queries_) {
-          const float* from = a_.query + static_cast<std::int64_t>(first_row_ + q / a_.group) * a_.query_stride +
+        if (q < shared_.query_count) {
+          const float* from = a_.query + static_cast<std::int64_t>(shared_.first_row + q / a_.group) * a_.query_stride +
                               head(q) * kHeadDim + component;
           low = *reinterpret_cast<const float2*>(from);
           high = *reinterpret_cast<const float2*>(from + 2);
@@ -196,15 +202,12 @@ class AttentionBlock {
 
   /// Forgets the result so far.
   __device__ __forceinline__ void clear() {
+    maximum_ = kNoScore;
+    sum_ = 0.0F;
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
+    for (int c = 0; c < kOwnColumns; ++c) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        maximum_[m][half] = kNoScore;
-        sum_[m][half] = 0.0F;
-      }
-#pragma unroll
-      for (int c = 0; c < kOwnColumns; ++c) {
+      for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) total_[c][m][i / 4][i % 4] = 0.0F;
       }
@@ -220,39 +223,32 @@ class AttentionBlock {
 
     float score[kTiles][2][4] = {};
     if (const PageId own = shared_.pages[parity_][warp()]; own != kNoPage) {
-      if (first + kPageSize <= part_) {
+      if (first + kPageSize <= shared_.part) {
         score_page(own, score);
       } else {
         score_paths(first, score);
       }
     }
     // The first values are on their way while scores become weights.
-    const int shared_pages = min(max((part_ - base) / kPageSize, 0), kAttentionWarps);
-    uint4 values[kAttentionWarps];
+    const int shared_pages = min(max((shared_.part - base) / kPageSize, 0), kAttentionWarps);
+    uint4 values[kValuesAhead];
 #pragma unroll
-    for (int p = 0; p < kAttentionWarps; ++p) values[p] = load_values(p, shared_pages, first_column());
+    for (int p = 0; p < kValuesAhead; ++p) values[p] = load_values(p, shared_pages, first_column());
 
     find_maxima(first, score);
     if (thread() < kAttentionWarps) shared_.pages[1 - parity_][thread()] = next;
     __syncthreads();
-    float chunk_maximum[kTiles][2];
-    find_weights(score, chunk_maximum);
+    const float chunk_maximum = largest_of_chunk(thread());
+    find_weights(score);
     __syncthreads();
-
-    MergeFactors factors[kTiles][2];
+    if (thread() < Shared::kQueries) {
+      const float* const sums = shared_.warp_sum[thread()];
+      float sum = sums[0];
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* sums = shared_.warp_sum[m * kTileQueries + group() + half * 8];
-        float sum = sums[0];
-#pragma unroll
-        for (int w = 1; w < kAttentionWarps; ++w) sum = __fadd_rn(sum, sums[w]);
-        factors[m][half] = merge_factors(maximum_[m][half], chunk_maximum[m][half]);
-        maximum_[m][half] = fmaxf(maximum_[m][half], chunk_maximum[m][half]);
-        sum_[m][half] = merged(sum_[m][half], sum, factors[m][half]);
-      }
+      for (int w = 1; w < kAttentionWarps; ++w) sum = __fadd_rn(sum, sums[w]);
+      merge_state(maximum_, sum_, chunk_maximum, sum);
     }
+    __syncthreads();
 #pragma unroll
     for (int c = 0; c < kOwnColumns; ++c) {
       const int column = first_column() + c;
@@ -260,8 +256,13 @@ class AttentionBlock {
       float product[kTiles][2][4] = {};
 #pragma unroll
       for (int p = 0; p < kAttentionWarps; ++p) {
-        const uint4 of_page = values[p];
-        if (c + 1 < kOwnColumns) values[p] = load_values(p, shared_pages, column + 1);
+        const int at = c * kAttentionWarps + p;
+        const int next_at = at + kValuesAhead;
+        const uint4 of_page = values[at % kValuesAhead];
+        if (next_at < kOwnColumns * kAttentionWarps) {
+          values[at % kValuesAhead] =
+              load_values(next_at % kAttentionWarps, shared_pages, first_column() + next_at / kAttentionWarps);
+        }
         if (p < shared_pages && shared_.pages[parity_][p] != kNoPage) {
           multiply_values(p, visible(of_page, base + p * kPageSize), product);
         }
@@ -272,10 +273,14 @@ class AttentionBlock {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
+        for (int half = 0; half < 2; ++half) {
+          const MergeFactors f = factors(m * kTileQueries + group() + half * 8);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            total_[c][m][n][i] = merged(total_[c][m][n][i], product[m][n][i], factors[m][i / 2]);
+          for (int n = 0; n < 2; ++n) {
+#pragma unroll
+            for (int i = half * 2; i < half * 2 + 2; ++i) {
+              total_[c][m][n][i] = merged(total_[c][m][n][i], product[m][n][i], f);
+            }
           }
         }
       }
@@ -283,48 +288,47 @@ class AttentionBlock {
     parity_ = 1 - parity_;
   }
 
-  /// Puts the result so far aside, in the rows of the output, and begins another.
+  /// Puts the result so far aside, its values to the rows of the output, and begins another.
   __device__ __forceinline__ void park() {
-    __syncthreads();  // everybody has taken the last one up again
-#pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int q = m * kTileQueries + group() + half * 8;
-        if (warp() > 0 || quarter() > 0) continue;
-        shared_.parked_maximum[q] = maximum_[m][half];
-        shared_.parked_sum[q] = sum_[m][half];
-      }
-    }
+    parked_maximum_ = maximum_;
+    parked_sum_ = sum_;
     for_each_query([&](int q, int m, int half) {
       float* to = output(q);
       for_each_pair([&](int c, int n, int component) {
-        *reinterpret_cast<float2*>(to + component) = {total_[c][m][n][half * 2], total_[c][m][n][half * 2 + 1]};
+        const float* pair = &total_[c][m][n][half * 2];
+        *reinterpret_cast<float2*>(to + component) = {pair[0], pair[1]};
       });
     });
     clear();
   }
-  /// Adds the result so far to the one that was put aside before it, at least a chunk ago.
+  /// Adds the result so far to the one that was put aside before it.
   __device__ __forceinline__ void merge_parked() {
+    __syncthreads();  // everybody is done with the factors of the last chunk
+    if (thread() < Shared::kQueries) {
+      merge_state(parked_maximum_, parked_sum_, maximum_, sum_);
+      maximum_ = parked_maximum_;
+      sum_ = parked_sum_;
+    }
+    __syncthreads();
     for_each_query([&](int q, int m, int half) {
-      const float parked = shared_.parked_maximum[q];
-      const MergeFactors factors = merge_factors(parked, maximum_[m][half]);
-      maximum_[m][half] = fmaxf(parked, maximum_[m][half]);
-      sum_[m][half] = merged(shared_.parked_sum[q], sum_[m][half], factors);
+      const MergeFactors f = factors(q);
       const float* from = output(q);
       for_each_pair([&](int c, int n, int component) {
         const float2 old = *reinterpret_cast<const float2*>(from + component);
         float* pair = &total_[c][m][n][half * 2];
-        pair[0] = merged(old.x, pair[0], factors);
-        pair[1] = merged(old.y, pair[1], factors);
+        pair[0] = merged(old.x, pair[0], f);
+        pair[1] = merged(old.y, pair[1], f);
       });
     });
   }
 
   /// Writes what all positions gave.
   __device__ __forceinline__ void store() {
+    __syncthreads();  // as in merge_parked()
+    if (thread() < Shared::kQueries) shared_.factors[thread()].x = 1.0F / sum_;
+    __syncthreads();
     for_each_query([&](int q, int m, int half) {
-      const float factor = 1.0F / sum_[m][half];
+      const float factor = shared_.factors[q].x;
       float* to = output(q);
       for_each_pair([&](int c, int n, int component) {
         const float* pair = &total_[c][m][n][half * 2];
@@ -332,14 +336,11 @@ class AttentionBlock {
       });
     });
   }
-  /// Writes a partial result, of those queries that have one.
+  /// Writes a partial result, which is nothing to look at for queries that see nothing of the span.
   __device__ __forceinline__ void store_partial(int slot) {
+    if (thread() < shared_.query_count) a_.partial_states[partial(slot, thread())] = {maximum_, sum_};
     for_each_query([&](int q, int m, int half) {
-      if (maximum_[m][half] == kNoScore) return;
-      const std::int64_t at =
-          (std::int64_t{slot} * a_.step.rows + first_row_ + q / a_.group) * a_.query_heads + head(q);
-      if (warp() == 0 && quarter() == 0) a_.partial_states[at] = {maximum_[m][half], sum_[m][half]};
-      float* to = a_.partial_values + at * kHeadDim;
+      float* to = a_.partial_values + partial(slot, q) * kHeadDim;
       for_each_pair([&](int c, int n, int component) {
         const float* pair = &total_[c][m][n][half * 2];
         *reinterpret_cast<float2*>(to + component) = {pair[0], pair[1]};
@@ -351,7 +352,9 @@ class AttentionBlock {
   static constexpr int kSteps = kHeadDim / 16;            // of k16 in a score
   static constexpr int kReads = kHeadDim / 32;            // of a key by a lane, for two steps each
   static constexpr int kAhead = kReads < 4 ? kReads : 4;  // of them under way
-  static constexpr int kColumns = kHeadDim / 16;          // blocks of 16 components of a value
+  // Reads of values under way, each of a page. Heads of 512 have no registers for more.
+  static constexpr int kValuesAhead = kHeadDim == 512 ? 4 : 8;
+  static constexpr int kColumns = kHeadDim / 16;  // blocks of 16 components of a value
   static constexpr int kOwnColumns = (kColumns + kAttentionWarps - 1) / kAttentionWarps;  // of a warp
   static constexpr std::size_t kHeadBytes = kHeadDim * kPageSize * sizeof(Element);
 
@@ -360,11 +363,27 @@ class AttentionBlock {
   static __device__ int thread() { return static_cast<int>(threadIdx.x); }
   static __device__ int group() { return lane() / 4; }
   static __device__ int quarter() { return lane() % 4; }
+  static __device__ int kv_head() { return static_cast<int>(blockIdx.y); }
   static __device__ int first_column() { return warp() * kOwnColumns; }
 
-  [[nodiscard]] __device__ int head(int q) const { return kv_head_ * a_.group + q % a_.group; }
+  [[nodiscard]] __device__ int head(int q) const { return kv_head() * a_.group + q % a_.group; }
   [[nodiscard]] __device__ float* output(int q) const {
-    return a_.output + static_cast<std::int64_t>(first_row_ + q / a_.group) * a_.output_stride + head(q) * kHeadDim;
+    return a_.output + static_cast<std::int64_t>(shared_.first_row + q / a_.group) * a_.output_stride +
+           head(q) * kHeadDim;
+  }
+  [[nodiscard]] __device__ std::int64_t partial(int slot, int q) const {
+    return (std::int64_t{slot} * a_.step.rows + shared_.first_row + q / a_.group) * a_.query_heads + head(q);
+  }
+  [[nodiscard]] __device__ MergeFactors factors(int q) const {
+    const float2 f = shared_.factors[q];
+    return {f.x, f.y};
+  }
+  /// Adds a state of query `thread` to another, and says by which factors all threads add the values.
+  __device__ __forceinline__ void merge_state(float& maximum, float& sum, float fresh_maximum, float fresh_sum) const {
+    const MergeFactors f = merge_factors(maximum, fresh_maximum);
+    maximum = fmaxf(maximum, fresh_maximum);
+    sum = merged(sum, fresh_sum, f);
+    shared_.factors[thread()] = {f.old, f.fresh};
   }
   [[nodiscard]] __device__ bool sees(int q, int position) const {
     return position >= shared_.begin[q] && position < shared_.end[q];
@@ -372,20 +391,20 @@ class AttentionBlock {
   /// A chunk's page; kNoPage where nobody sees anything of it.
   [[nodiscard]] __device__ PageId page(int chunk, int of_chunk) const {
     const int first = chunk * kAttentionChunk + of_chunk * kPageSize;
-    return first < to_ && first + kPageSize > from_ ? pages_[first / kPageSize] : kNoPage;
+    return first < shared_.to && first + kPageSize > shared_.from ? shared_.table[first / kPageSize] : kNoPage;
   }
   [[nodiscard]] __device__ const std::byte* keys(PageId id) const {
     return a_.step.arena + std::size_t{id} * kPageUnit + a_.key_offset +
-           static_cast<std::size_t>(kv_head_) * kHeadBytes;
+           static_cast<std::size_t>(kv_head()) * kHeadBytes;
   }
   [[nodiscard]] __device__ const std::byte* values(PageId id) const {
     return a_.step.arena + std::size_t{id} * kPageUnit + a_.value_offset +
-           static_cast<std::size_t>(kv_head_) * kHeadBytes;
+           static_cast<std::size_t>(kv_head()) * kHeadBytes;
   }
   /// Where a row of this block has the key and value of a position that it sees.
   [[nodiscard]] __device__ int slot(int row, int position) const {
-    const int path = position - first_position_;
-    return path < 0 ? position : first_position_ + paths_[row * kMaxPath + path];
+    const int path = position - shared_.first_position;
+    return path < 0 ? position : shared_.first_position + shared_.paths[row * kMaxPath + path];
   }
 
   template <typename Visit>
@@ -395,7 +414,7 @@ class AttentionBlock {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int q = m * kTileQueries + group() + half * 8;
-        if (q < queries_) visit(q, m, half);
+        if (q < shared_.query_count) visit(q, m, half);
       }
     }
   }
@@ -412,7 +431,7 @@ class AttentionBlock {
   /// The rows of this block of which tile m has queries.
   template <typename Visit>
   __device__ __forceinline__ void for_each_row(int m, Visit&& visit) const {
-    const int last = min((m * kTileQueries + kTileQueries - 1) / a_.group, rows_ - 1);
+    const int last = min((m * kTileQueries + kTileQueries - 1) / a_.group, shared_.rows - 1);
     for (int row = m * kTileQueries / a_.group; row <= last; ++row) visit(row);
   }
   /// Takes a row's own elements of an operand D from `fresh`.
@@ -466,32 +485,29 @@ class AttentionBlock {
       }
     }
   }
+  /// Where a row has a key of its own: in what page, null where it does not see the position, and from which index on.
+  struct PathKey {
+    const std::byte* head;
+    int index;
+  };
+  [[nodiscard]] __device__ PathKey path_key(int row, int position) const {
+    if (!sees(row * a_.group, position)) return {nullptr, 0};
+    const int own_slot = slot(row, position);
+    return {keys(shared_.table[own_slot / kPageSize]), key_index(quarter() * 8, own_slot % kPageSize)};
+  }
+  static __device__ uint4 load_key(const PathKey& key, int j) {
+    return key.head == nullptr ? uint4{0, 0, 0, 0} : load_eight<Element>(key.head, key.index + key_index(j * 32, 0));
+  }
   /// The same of a page in which paths part, row by row.
   __device__ __forceinline__ void score_paths(int first, float (&score)[kTiles][2][4]) const {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
       for_each_row(m, [&](int row) {
-        const std::byte* from[2];  // of position group + 8 n
-        int index[2];
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const int position = first + n * 8 + group();
-          const bool seen = sees(row * a_.group, position);
-          const int own_slot = seen ? slot(row, position) : 0;
-          from[n] = seen ? keys(pages_[own_slot / kPageSize]) : nullptr;
-          index[n] = key_index(quarter() * 8, own_slot % kPageSize);
-        }
+        const PathKey low = path_key(row, first + group());
+        const PathKey high = path_key(row, first + group() + 8);
         float fresh[2][4] = {};
 #pragma unroll 1
-        for (int j = 0; j < kReads; ++j) {
-          uint4 key[2];
-#pragma unroll
-          for (int n = 0; n < 2; ++n) {
-            key[n] =
-                from[n] == nullptr ? uint4{0, 0, 0, 0} : load_eight<Element>(from[n], index[n] + key_index(j * 32, 0));
-          }
-          multiply_keys(m, j, key[0], key[1], fresh);
-        }
+        for (int j = 0; j < kReads; ++j) multiply_keys(m, j, load_key(low, j), load_key(high, j), fresh);
         take_row(m, row, fresh, score[m]);
       });
     }
@@ -518,19 +534,23 @@ class AttentionBlock {
       }
     }
   }
-  /// Turns scores into weights, in shared memory, and finds the chunk's largest score of each query.
-  __device__ __forceinline__ void find_weights(const float (&score)[kTiles][2][4], float (&maximum)[kTiles][2]) const {
+  [[nodiscard]] __device__ __forceinline__ float largest_of_chunk(int q) const {
+    if (q >= Shared::kQueries) return kNoScore;
+    const float* const maxima = shared_.warp_maximum[q];
+    float largest = maxima[0];
+#pragma unroll
+    for (int w = 1; w < kAttentionWarps; ++w) largest = fmaxf(largest, maxima[w]);
+    return largest;
+  }
+  /// Turns scores into weights, in shared memory, and adds those of a warp's page up.
+  __device__ __forceinline__ void find_weights(const float (&score)[kTiles][2][4]) const {
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
       std::uint32_t words[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int q = m * kTileQueries + group() + half * 8;
-        const float* maxima = shared_.warp_maximum[q];
-        float largest = maxima[0];
-#pragma unroll
-        for (int w = 1; w < kAttentionWarps; ++w) largest = fmaxf(largest, maxima[w]);
-        maximum[m][half] = largest;
+        const float largest = largest_of_chunk(q);
         float sum = 0.0F;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -558,13 +578,13 @@ class AttentionBlock {
   }
   /// Zeros in place of what lies at positions that nobody sees: anything, NaN included.
   [[nodiscard]] __device__ __forceinline__ uint4 visible(uint4 v, int first) const {
-    if (first >= from_ && first + kPageSize <= to_) return v;
+    if (first >= shared_.from && first + kPageSize <= shared_.to) return v;
     std::uint32_t mask[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int position = first + h * 8 + quarter() * 2;
-      mask[h] = (position >= from_ && position < to_ ? 0xFFFFU : 0U) |
-                (position + 1 >= from_ && position + 1 < to_ ? 0xFFFF0000U : 0U);
+      mask[h] = (position >= shared_.from && position < shared_.to ? 0xFFFFU : 0U) |
+                (position + 1 >= shared_.from && position + 1 < shared_.to ? 0xFFFF0000U : 0U);
     }
     return {v.x & mask[0], v.y & mask[1], v.z & mask[0], v.w & mask[1]};
   }
@@ -594,7 +614,7 @@ class AttentionBlock {
           const int position = first + i / 2 * 8 + quarter() * 2 + i % 2;
           if (!sees(row * a_.group, position)) continue;
           const int own_slot = slot(row, position);
-          const std::byte* const from = values(pages_[own_slot / kPageSize]);
+          const std::byte* const from = values(shared_.table[own_slot / kPageSize]);
           const int index = value_index(column * 16 + group(), own_slot % kPageSize);
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
@@ -612,21 +632,13 @@ class AttentionBlock {
 
   const Attend& a_;
   Shared& shared_;
-  int kv_head_;
-  int first_row_ = 0;
-  int rows_ = 0;
-  int queries_ = 0;
-  int tiles_ = 0;
-  int first_position_ = 0;
-  bool tree_ = false;
-  const PageId* pages_ = nullptr;
-  const std::uint8_t* paths_ = nullptr;  ///< of the block's rows
-  int from_ = 0;
-  int to_ = 0;
-  int part_ = 0;
-  int parity_ = 0;  ///< which of the shared page ids are the chunk's
-  float maximum_[kTiles][2];
-  float sum_[kTiles][2];
+  int tiles_ = 0;         ///< that have queries
+  bool tree_ = false;     ///< whether rows have paths
+  int parity_ = 0;        ///< which of the shared page ids are the chunk's
+  float maximum_ = 0.0F;  ///< of query `thread`, as the next three: the largest score
+  float sum_ = 0.0F;      ///< of weights
+  float parked_maximum_ = 0.0F;
+  float parked_sum_ = 0.0F;
   float total_[kOwnColumns][kTiles][2][4];
 };
 

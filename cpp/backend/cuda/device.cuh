@@ -39,6 +39,7 @@ using emulation::float_to_bf16;
 using emulation::float_to_f16;
 using emulation::ldmatrix_x4;
 using emulation::ldmatrix_x4_transposed;
+using emulation::load_16;
 using emulation::mma_bf16;
 using emulation::mma_f16;
 using emulation::mma_s8;
@@ -105,6 +106,16 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], co
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+/// Reads 16 bytes of global memory, aligned to 16, past the first-level cache. Compilers leave it where it is among others
+/// of its kind and matrix instructions: what is under way at a time is what a kernel says.
+__device__ __forceinline__ uint4 load_16(const void* global) {
+  uint4 x;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(__cvta_generic_to_global(global)));
+  return x;
 }
 
 /// Copies 16 bytes from global to shared memory, both aligned to 16, past the first-level cache; zeros instead where

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "block.h"
+#include "vector_types.h"
 
 namespace emulation {
 
@@ -114,6 +115,11 @@ inline void ldmatrix(std::uint32_t (&r)[4], const void* shared_row, bool transpo
 }
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* shared_row) { ldmatrix(r, shared_row, false); }
 inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* shared_row) { ldmatrix(r, shared_row, true); }
+
+inline uint4 load_16(const void* global) {
+  if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0) fail("load: an address that is not aligned to 16 bytes");
+  return *static_cast<const uint4*>(global);
+}
 
 /// Asynchronous copies happen when their group is waited for, and not before.
 inline void cp_async_16(void* shared, const void* global, bool there = true) {
