@@ -360,6 +360,12 @@ TEST_F(AttentionTest, GoesThroughAllSpansInOneBlockWhereScratchIsShort) {
   Way way = kSplit;
   way.scratch = 64;
   EXPECT_EQ(layer.attend({{0, 480, 1}}, {query}, way), layer.attend({{0, 480, 1}}, {query}, kSplit));
+  const StepArrays step(layer.pages(), {{0, 480, 1}}, 512);
+  for (const auto& [scratch, launches] : {std::pair{std::size_t{64}, 1U}, std::pair{kScratch, 2U}}) {
+    LaunchList list;
+    Attention(1 << 20, scratch).attend(list, step.view(), {nullptr, 128}, 4, layer.kv(), {}, 1.0F, {nullptr, 128});
+    EXPECT_EQ(list.size(), launches);
+  }
 }
 
 TEST_F(AttentionTest, PagesOfFloatsGiveWhatPagesOfHalvesDo) {

@@ -117,16 +117,18 @@ struct Kernel {
   std::size_t shared_bytes;
 };
 
-// One tile for decoding; four for anything else, as tiles that a block has no queries for cost nothing, and for pages
-// of float32, which are for tests.
-constexpr int kMostTiles = 4;
+// Tiles of a block that is not for decoding alone; those that it has no queries for cost nothing. With four, heads of
+// 512 would have more running values than registers.
+constexpr int most_tiles(int head_dim) { return head_dim == 512 ? 3 : 4; }
 
+/// One tile, or the most. Pages of float32 are for tests, and have one kernel.
 template <int kHeadDim, typename Element>
 Kernel kernel_of(int tiles) {
   if constexpr (sizeof(Element) == 2) {
     if (tiles == 1) return {attend_spans<kHeadDim, 1, Element>, sizeof(AttentionShared<kHeadDim, 1>)};
   }
-  return {attend_spans<kHeadDim, kMostTiles, Element>, sizeof(AttentionShared<kHeadDim, kMostTiles>)};
+  constexpr int kTiles = most_tiles(kHeadDim);
+  return {attend_spans<kHeadDim, kTiles, Element>, sizeof(AttentionShared<kHeadDim, kTiles>)};
 }
 template <typename Element>
 Kernel kernel_of(int head_dim, int tiles) {
@@ -165,7 +167,7 @@ Attention::Attention(int multiprocessors, std::size_t scratch_bytes)
     : multiprocessors_(multiprocessors), scratch_bytes_(scratch_bytes), scratch_(DeviceMemory::of(scratch_bytes)) {
   for (const int head_dim : {32, 64, 128, 256, 512}) {
     for (const KvType type : {KvType::f16, KvType::f32}) {
-      for (const int tiles : {1, kMostTiles}) {
+      for (const int tiles : {1, most_tiles(head_dim)}) {
         const Kernel kernel = kernel_of(head_dim, type, tiles);
         allow_shared(kernel.function, kernel.shared_bytes);
       }
@@ -182,7 +184,7 @@ void Attention::attend(LaunchList& list, const StepView& step, Tensor query, int
   }
   // How many rows share a block changes no bit of them.
   const int segment_rows = ceil_div(step.rows, step.segment_count);
-  const int tiles = kv.type == KvType::f16 && segment_rows * group <= kTileQueries ? 1 : kMostTiles;
+  const int tiles = kv.type == KvType::f16 && segment_rows * group <= kTileQueries ? 1 : most_tiles(kv.head_dim);
   Attend arguments{};
   arguments.step = step;
   arguments.query = static_cast<const float*>(query.data);

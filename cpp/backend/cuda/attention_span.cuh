@@ -131,7 +131,7 @@ class AttentionBlock {
       begun += __syncthreads_count(begins ? 1 : 0);
     }
     if (begun == 0) return false;
-    const StepSegment segment = a_.step.segments[begun - 1];
+    const StepSegment& segment = a_.step.segments[begun - 1];
     const int before = (x - (segment.first_row / a_.block_rows + begun - 1)) * a_.block_rows;
     const int rows = min(segment.rows - before, a_.block_rows);
     if (rows <= 0) return false;
@@ -231,9 +231,9 @@ class AttentionBlock {
     }
     // The first values are on their way while scores become weights.
     const int shared_pages = min(max((shared_.part - base) / kPageSize, 0), kAttentionWarps);
-    uint4 values[kValuesAhead];
+    uint4 values[kAttentionWarps];
 #pragma unroll
-    for (int p = 0; p < kValuesAhead; ++p) values[p] = load_values(p, shared_pages, first_column());
+    for (int p = 0; p < kAttentionWarps; ++p) values[p] = load_values(p, shared_pages, first_column());
 
     find_maxima(first, score);
     if (thread() < kAttentionWarps) shared_.pages[1 - parity_][thread()] = next;
@@ -256,13 +256,8 @@ class AttentionBlock {
       float product[kTiles][2][4] = {};
 #pragma unroll
       for (int p = 0; p < kAttentionWarps; ++p) {
-        const int at = c * kAttentionWarps + p;
-        const int next_at = at + kValuesAhead;
-        const uint4 of_page = values[at % kValuesAhead];
-        if (next_at < kOwnColumns * kAttentionWarps) {
-          values[at % kValuesAhead] =
-              load_values(next_at % kAttentionWarps, shared_pages, first_column() + next_at / kAttentionWarps);
-        }
+        const uint4 of_page = values[p];
+        if (c + 1 < kOwnColumns) values[p] = load_values(p, shared_pages, column + 1);
         if (p < shared_pages && shared_.pages[parity_][p] != kNoPage) {
           multiply_values(p, visible(of_page, base + p * kPageSize), product);
         }
@@ -352,9 +347,7 @@ class AttentionBlock {
   static constexpr int kSteps = kHeadDim / 16;            // of k16 in a score
   static constexpr int kReads = kHeadDim / 32;            // of a key by a lane, for two steps each
   static constexpr int kAhead = kReads < 4 ? kReads : 4;  // of them under way
-  // Reads of values under way, each of a page. Heads of 512 have no registers for more.
-  static constexpr int kValuesAhead = kHeadDim == 512 ? 4 : 8;
-  static constexpr int kColumns = kHeadDim / 16;  // blocks of 16 components of a value
+  static constexpr int kColumns = kHeadDim / 16;          // blocks of 16 components of a value
   static constexpr int kOwnColumns = (kColumns + kAttentionWarps - 1) / kAttentionWarps;  // of a warp
   static constexpr std::size_t kHeadBytes = kHeadDim * kPageSize * sizeof(Element);
 
@@ -471,17 +464,21 @@ class AttentionBlock {
       low[j] = load_eight<Element>(from, key_index(j * 32 + quarter() * 8, group()));
       high[j] = load_eight<Element>(from, key_index(j * 32 + quarter() * 8, group() + 8));
     }
+    // Unrolled no further: ptxas would read everything at once, and spill.
+#pragma unroll 1
+    for (int j = 0; j < kReads; j += kAhead) {
 #pragma unroll
-    for (int j = 0; j < kReads; ++j) {
-      const uint4 own_low = low[j % kAhead];
-      const uint4 own_high = high[j % kAhead];
-      if (j + kAhead < kReads) {
-        low[j % kAhead] = load_eight<Element>(from, key_index((j + kAhead) * 32 + quarter() * 8, group()));
-        high[j % kAhead] = load_eight<Element>(from, key_index((j + kAhead) * 32 + quarter() * 8, group() + 8));
-      }
+      for (int i = 0; i < kAhead; ++i) {
+        const uint4 own_low = low[i];
+        const uint4 own_high = high[i];
+        if (j + kAhead < kReads) {
+          low[i] = load_eight<Element>(from, key_index((j + i + kAhead) * 32 + quarter() * 8, group()));
+          high[i] = load_eight<Element>(from, key_index((j + i + kAhead) * 32 + quarter() * 8, group() + 8));
+        }
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        if (m < tiles_) multiply_keys(m, j, own_low, own_high, score[m]);
+        for (int m = 0; m < kTiles; ++m) {
+          if (m < tiles_) multiply_keys(m, j + i, own_low, own_high, score[m]);
+        }
       }
     }
   }
