@@ -236,8 +236,8 @@ class AttentionBlock {
     for (int p = 0; p < kAttentionWarps; ++p) values[p] = load_values(p, shared_pages, first_column());
 
     find_maxima(first, score);
+    __syncthreads();  // everybody is done with the chunk before this one
     if (thread() < kAttentionWarps) shared_.pages[1 - parity_][thread()] = next;
-    __syncthreads();
     const float chunk_maximum = largest_of_chunk(thread());
     find_weights(score);
     __syncthreads();

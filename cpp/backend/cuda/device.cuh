@@ -108,8 +108,8 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(std::uint32_t (&r)[4], co
                : "memory");
 }
 
-/// Reads 16 bytes of global memory, aligned to 16, past the first-level cache. Compilers leave it where it is among others
-/// of its kind and matrix instructions: what is under way at a time is what a kernel says.
+/// Reads 16 bytes of global memory, aligned to 16, past the first-level cache. Compilers leave it where it is among
+/// others of its kind and matrix instructions: what is under way at a time is what a kernel says.
 __device__ __forceinline__ uint4 load_16(const void* global) {
   uint4 x;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
