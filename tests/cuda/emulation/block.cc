@@ -25,7 +25,7 @@ dim3 grid_size;
 
 namespace {
 
-enum class State : std::uint8_t { ready, at_block_barrier, at_warp_barrier, ended };
+enum class State : std::uint8_t { running, at_block_barrier, at_warp_barrier, ended };
 
 struct Copy {
   void* to;
@@ -39,11 +39,13 @@ struct Thread {
   Copies open_copies;
   std::deque<Copies> closed_copies;
   uint3 index{};
-  State state = State::ready;
+  State state = State::running;
   std::uint32_t warp_mask = 0;  ///< that it waits for
 };
 
 struct Warp {
+  std::uint32_t ready = 0;    ///< lanes that can run
+  std::uint32_t waiting = 0;  ///< lanes at a barrier of the warp
   std::uint32_t shown[kWarpSize][kShownWords];
 };
 
@@ -68,7 +70,8 @@ class Device {
     grid_size = grid;
     body_ = &body;
     const std::vector<unsigned> blocks = in_order(grid.x * grid.y * grid.z);
-    thread_order_ = in_order(count);
+    warp_order_ = in_order(static_cast<unsigned>(warps_.size()));
+    lane_order_ = in_order(kWarpSize);
     for (const unsigned b : blocks) {
       block_index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
       shared_.assign(shared_bytes + kSharedAlignment, std::byte{0xFF});
@@ -86,27 +89,23 @@ class Device {
     true_ += predicate;
     thread.state = State::at_block_barrier;
     ++at_barrier_;
-    wait(thread);
+    thread.fiber.yield();
     return counted_;
   }
 
   void sync_warp(std::uint32_t mask) {
     Thread& thread = *threads_[running_];
-    if ((mask >> lane() & 1U) == 0) fail("a lane waits for a mask of lanes that it is not in");
+    const std::uint32_t own = 1U << lane();
+    if ((mask & own) == 0) fail("a lane waits for a mask of lanes that it is not in");
+    Warp& warp = warps_[running_ / kWarpSize];
     thread.state = State::at_warp_barrier;
     thread.warp_mask = mask;
-    const unsigned first = running_ / kWarpSize * kWarpSize;
-    for (std::uint32_t left = mask; left != 0; left &= left - 1) {
-      const unsigned other = first + static_cast<unsigned>(std::countr_zero(left));
-      if (other >= count_ || threads_[other]->state != State::at_warp_barrier ||
-          threads_[other]->warp_mask != mask) {
-        return wait(thread);
-      }
+    warp.waiting |= own;
+    if ((warp.waiting & mask) == mask && all_wait_for(mask)) {
+      warp.waiting &= ~mask;
+      warp.ready |= mask;  // this one too: that it came last is no right to go first
     }
-    for (std::uint32_t left = mask; left != 0; left &= left - 1) {
-      threads_[first + static_cast<unsigned>(std::countr_zero(left))]->state = State::ready;
-    }
-    wait(thread);  // the lane that came last has no right to go first
+    thread.fiber.yield();
   }
 
   void copy_later(const Copy& copy) { threads_[running_]->open_copies.push_back(copy); }
@@ -138,43 +137,57 @@ class Device {
     for (unsigned t = 0; t < count_; ++t) {
       Thread& thread = *threads_[t];
       thread.index = {t % block_size.x, t / block_size.x % block_size.y, t / block_size.x / block_size.y};
-      thread.state = State::ready;
+      thread.state = State::running;
       thread.open_copies.clear();
       thread.closed_copies.clear();
       thread.fiber.start([](void* body) { (*static_cast<const std::function<void()>*>(body))(); },
                          const_cast<std::function<void()>*>(body_));
     }
     at_barrier_ = true_ = 0;
+    for (std::size_t w = 0; w < warps_.size(); ++w) {
+      const unsigned lanes = std::min(count_ - static_cast<unsigned>(w) * kWarpSize, kWarpSize);
+      warps_[w].ready = lanes == kWarpSize ? 0xFFFFFFFFU : (1U << lanes) - 1;
+      warps_[w].waiting = 0;
+    }
     unsigned left = count_;
     while (left > 0) {
-      bool any = false;
-      for (const unsigned t : thread_order_) {
-        Thread& thread = *threads_[t];
-        if (thread.state != State::ready) continue;
-        any = true;
-        running_ = t;
-        thread_index = thread.index;
-        thread.fiber.resume();
-        if (thread.fiber.finished()) {
-          thread.state = State::ended;
-          --left;
-        }
-      }
-      if (left > 0 && at_barrier_ == left) {
-        counted_ = true_;
-        at_barrier_ = true_ = 0;
-        for (unsigned t = 0; t < count_; ++t) {
-          if (threads_[t]->state == State::at_block_barrier) threads_[t]->state = State::ready;
-        }
-      } else if (!any) {
-        throw std::logic_error(deadlock());
+      for (const unsigned w : warp_order_) left -= run_warp(w);
+      if (left == 0) return;
+      if (at_barrier_ < left) throw std::logic_error(deadlock());
+      counted_ = true_;
+      at_barrier_ = true_ = 0;
+      for (unsigned t = 0; t < count_; ++t) {
+        if (threads_[t]->state == State::at_block_barrier) warps_[t / kWarpSize].ready |= 1U << t % kWarpSize;
       }
     }
   }
 
-  void wait(Thread& thread) {
-    thread.fiber.yield();
-    thread.state = State::ready;
+  /// Runs a warp until all its lanes wait for others or have ended; returns how many have.
+  unsigned run_warp(unsigned w) {
+    Warp& warp = warps_[w];
+    unsigned ended = 0;
+    while (warp.ready != 0) {
+      for (const unsigned l : lane_order_) {
+        if ((warp.ready >> l & 1U) == 0) continue;
+        warp.ready &= ~(1U << l);
+        running_ = w * kWarpSize + l;
+        Thread& thread = *threads_[running_];
+        thread_index = thread.index;
+        thread.fiber.resume();
+        if (!thread.fiber.finished()) continue;
+        thread.state = State::ended;
+        ++ended;
+      }
+    }
+    return ended;
+  }
+
+  [[nodiscard]] bool all_wait_for(std::uint32_t mask) const {
+    const unsigned first = running_ / kWarpSize * kWarpSize;
+    for (std::uint32_t left = mask; left != 0; left &= left - 1) {
+      if (threads_[first + static_cast<unsigned>(std::countr_zero(left))]->warp_mask != mask) return false;
+    }
+    return true;
   }
 
   std::string deadlock() {
@@ -203,7 +216,8 @@ class Device {
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<Warp> warps_;
   std::vector<std::byte> shared_;
-  std::vector<unsigned> thread_order_;
+  std::vector<unsigned> warp_order_;
+  std::vector<unsigned> lane_order_;
   const std::function<void()>* body_ = nullptr;
   unsigned count_ = 0;    ///< threads of a block
   unsigned running_ = 0;  ///< thread

@@ -1,5 +1,5 @@
-// The part of CUDA that the backend uses, on the host: device memory is the host's, a stream runs what it was given when
-// somebody waits for it, and kernels run as block.h has it. Stands in for the toolkit's header of the same name.
+// The part of CUDA that the backend uses, on the host: device memory is the host's, a stream runs what it was given
+// when somebody waits for it, and kernels run as block.h has it. Stands in for the toolkit's header of the same name.
 #pragma once
 
 #define DRAFTWERK_CUDA_EMULATION 1

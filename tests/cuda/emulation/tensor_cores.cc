@@ -4,15 +4,6 @@
 
 namespace emulation {
 
-float f16_to_float(std::uint16_t x) {
-  const float sign = (x & 0x8000U) != 0 ? -1.0F : 1.0F;
-  const int exponent = x >> 10 & 0x1F;
-  const auto fraction = static_cast<float>(x & 0x3FFU);
-  if (exponent == 0x1F) return fraction != 0.0F ? NAN : sign * INFINITY;
-  if (exponent == 0) return sign * std::ldexp(fraction, -24);
-  return sign * std::ldexp(1024.0F + fraction, exponent - 25);
-}
-
 std::uint16_t float_to_f16(float x) {
   if (std::isnan(x)) return 0x7FFF;
   const std::uint16_t sign = std::signbit(x) ? 0x8000U : 0U;
@@ -22,7 +13,8 @@ std::uint16_t float_to_f16(float x) {
   std::frexp(size, &exponent);  // size < 2^exponent
   exponent = exponent < -13 ? -13 : exponent;
   const auto units = static_cast<std::uint32_t>(std::nearbyint(std::ldexp(size, 11 - exponent)));  // <= 2048
-  return sign | static_cast<std::uint16_t>(units < 1024 ? units : (static_cast<std::uint32_t>(exponent + 13) << 10) + units);
+  return sign |
+         static_cast<std::uint16_t>(units < 1024 ? units : (static_cast<std::uint32_t>(exponent + 13) << 10) + units);
 }
 
 }  // namespace emulation

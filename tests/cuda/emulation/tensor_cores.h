@@ -19,7 +19,12 @@ inline std::uint16_t float_to_bf16(float x) {
   const auto bits = std::bit_cast<std::uint32_t>(x);
   return static_cast<std::uint16_t>((bits + 0x7FFFU + (bits >> 16 & 1U)) >> 16);
 }
-float f16_to_float(std::uint16_t x);
+/// Its bits as those of a float are the number divided by 2^112, which multiplying takes back exactly.
+inline float f16_to_float(std::uint16_t x) {
+  const std::uint32_t sign = (x & 0x8000U) << 16;
+  if ((x & 0x7C00U) == 0x7C00U) return std::bit_cast<float>(sign | 0x7F800000U | (x & 0x3FFU) << 13);
+  return std::bit_cast<float>(sign | (x & 0x7FFFU) << 13) * 0x1p112F;
+}
 /// To nearest, ties to even; infinity where it is too large; NaN becomes 0x7FFF.
 std::uint16_t float_to_f16(float x);
 
@@ -87,8 +92,8 @@ inline void mma_s8(int (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t
 inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
   std::uint32_t d = 0;
   for (unsigned i = 0; i < 2; ++i) {
-    const float difference = bf16_to_float(static_cast<std::uint16_t>(a >> 16 * i)) -
-                             bf16_to_float(static_cast<std::uint16_t>(b >> 16 * i));
+    const float difference =
+        bf16_to_float(static_cast<std::uint16_t>(a >> 16 * i)) - bf16_to_float(static_cast<std::uint16_t>(b >> 16 * i));
     d |= static_cast<std::uint32_t>(float_to_bf16(difference)) << 16 * i;
   }
   return d;
