@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -233,6 +234,12 @@ struct VerifyResult {
   std::vector<std::vector<TokenLogprob>> top;  ///< the n most probable at each token, descending, if asked for
 };
 
+/// Bytes of a device's memory.
+struct MemoryInfo {
+  std::size_t free = 0;
+  std::size_t total = 0;
+};
+
 class Backend {
  public:
   Backend() = default;
@@ -242,12 +249,20 @@ class Backend {
   Backend& operator=(Backend&&) = delete;
   virtual ~Backend() = default;
 
-  /// For people: "cpu avx512, 2 threads".
+  /// For people: "cpu avx512, 2 threads". What stands before the first comma says how it rounds: others may choose
+  /// other tokens.
   [[nodiscard]] virtual std::string description() const = 0;
+  /// Memory of the device's own; nothing where the device computes in the memory of the machine.
+  [[nodiscard]] virtual std::optional<MemoryInfo> memory() const = 0;
 
   // --- memory, at load time only -----------------------------------------------------------------------------
-  /// Zeroed device memory, aligned to 4096 bytes. Pages of it that are never touched cost nothing.
+  /// Zeroed device memory, aligned to 4096 bytes, for the backend's operations alone. On the CPU, pages of it that are
+  /// never touched cost nothing.
   virtual std::unique_ptr<Buffer> allocate(std::size_t bytes) = 0;
+  /// Zeroed memory that the host fills before the first step and the device reads: what "host-visible" means here.
+  virtual std::unique_ptr<Buffer> allocate_constants(std::size_t bytes) = 0;
+  /// Rows that a step of up to `rows` rows may be computed as: activations need room for so many. At least `rows`.
+  [[nodiscard]] virtual int padded_rows(int rows) const = 0;
   /// An empty matrix to be filled by upload_rows. `columns` is a multiple of 32 (of 256 for q4_k and q6_k) for the
   /// quantised types and free for the others.
   virtual std::unique_ptr<Weight> create_weight(WeightType type, std::int64_t rows, std::int64_t columns) = 0;

@@ -220,7 +220,8 @@ void Decoder::allocate_activations(int max_rows) {
     mlp = std::max(mlp, c.mlp);
   }
   const auto tensor = [&](int columns) {
-    const auto elements = static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(columns);
+    const auto rows = static_cast<std::size_t>(backend_.padded_rows(max_rows));
+    const std::size_t elements = rows * static_cast<std::size_t>(columns);
     buffers_.push_back(backend_.allocate(elements * backend_.activation_bytes()));
     return Tensor{buffers_.back()->data(), columns};
   };
@@ -258,7 +259,7 @@ const float* Decoder::inverse_frequencies(const RopeConfig& rope, int head_dim) 
 }
 
 float* Decoder::floats(std::size_t count) {
-  buffers_.push_back(backend_.allocate(count * sizeof(float)));
+  buffers_.push_back(backend_.allocate_constants(count * sizeof(float)));
   return static_cast<float*>(buffers_.back()->data());
 }
 

@@ -77,7 +77,7 @@ void Gemma::find_per_layer_inputs(const Weights& weights) {
 }
 
 Tensor Gemma::tensor(int rows, int columns) {
-  const auto elements = static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns);
+  const std::size_t elements = static_cast<std::size_t>(backend_.padded_rows(rows)) * static_cast<std::size_t>(columns);
   buffers_.push_back(backend_.allocate(elements * backend_.activation_bytes()));
   return {buffers_.back()->data(), columns};
 }

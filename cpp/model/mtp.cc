@@ -79,7 +79,7 @@ void MtpModel::find_head(const Weights& weights) {
   sparse_head_.weight = &head;
   sparse_head_.tokens =
       weights.indices(of_target ? "draft_token_ids" : "masked_embedding.token_ordering", tokens, vocabulary);
-  buffers_.push_back(backend_.allocate(static_cast<std::size_t>(vocabulary) * sizeof(std::int32_t)));
+  buffers_.push_back(backend_.allocate_constants(static_cast<std::size_t>(vocabulary) * sizeof(std::int32_t)));
   auto* row_of = static_cast<std::int32_t*>(buffers_.back()->data());
   std::fill_n(row_of, vocabulary, -1);
   for (std::int32_t i = 0; i < tokens; ++i) row_of[sparse_head_.tokens[i]] = i;
@@ -121,7 +121,8 @@ void MtpModel::draft() {
 }
 
 Tensor MtpModel::tensor(int columns) {
-  const auto elements = static_cast<std::size_t>(target_.max_outputs()) * static_cast<std::size_t>(columns);
+  const auto rows = static_cast<std::size_t>(backend_.padded_rows(target_.max_outputs()));
+  const std::size_t elements = rows * static_cast<std::size_t>(columns);
   buffers_.push_back(backend_.allocate(elements * backend_.activation_bytes()));
   return {buffers_.back()->data(), columns};
 }

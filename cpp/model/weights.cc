@@ -62,7 +62,7 @@ void Weights::set_indices(const std::string& name, std::span<const std::int32_t>
 
 void Weights::store_vector(const std::string& name, std::span<const std::byte> bytes) {
   if (bytes.empty()) throw std::invalid_argument("tensor " + name + " is empty");
-  auto buffer = backend_.allocate(bytes.size());
+  auto buffer = backend_.allocate_constants(bytes.size());
   std::memcpy(buffer->data(), bytes.data(), bytes.size());
   vectors_[name] = std::move(buffer);
 }

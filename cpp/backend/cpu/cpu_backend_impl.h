@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <variant>
@@ -30,8 +31,11 @@ class CpuBackend final : public Backend {
   CpuBackend(int threads, Isa isa);
 
   [[nodiscard]] std::string description() const override;
+  [[nodiscard]] std::optional<MemoryInfo> memory() const override { return std::nullopt; }
 
   std::unique_ptr<Buffer> allocate(std::size_t bytes) override;
+  std::unique_ptr<Buffer> allocate_constants(std::size_t bytes) override { return allocate(bytes); }
+  [[nodiscard]] int padded_rows(int rows) const override { return rows; }
   std::unique_ptr<Weight> create_weight(WeightType type, std::int64_t rows, std::int64_t columns) override;
   void upload_rows(Weight& weight, std::int64_t first_row, std::int64_t count, WeightType source_type,
                    const std::byte* source) override;
