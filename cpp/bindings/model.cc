@@ -156,7 +156,7 @@ void PyWeights::seal() {
 
 // --- target ------------------------------------------------------------------------------------------------------
 
-PyModel::PyModel(const py::dict& config, int threads, int max_step_rows, int max_outputs)
+PyModel::PyModel(const py::dict& config, const PyGpu* gpu, int threads, int max_step_rows, int max_outputs)
     : config_(parse_config(config)),
       max_rows_(max_step_rows),
       max_outputs_(max_outputs == 0 ? std::min(max_step_rows, kDefaultOutputs) : max_outputs) {
@@ -168,7 +168,7 @@ PyModel::PyModel(const py::dict& config, int threads, int max_step_rows, int max
     throw std::invalid_argument("max_outputs is " + std::to_string(max_outputs) + ", must be 1 to max_step_rows (" +
                                 std::to_string(max_step_rows) + "), or 0 for the default");
   }
-  backend_ = make_cpu_backend(threads);
+  backend_ = gpu != nullptr ? gpu->library->make_backend(gpu->number) : make_cpu_backend(threads);
   weights_ = std::make_unique<PyWeights>(*backend_);
 }
 
@@ -176,6 +176,12 @@ void PyModel::finish() {
   weights_->seal();
   model_.emplace(*backend_, config_, weights_->weights(), max_rows_, max_outputs_);
   trim_heap();
+}
+
+std::optional<std::pair<std::size_t, std::size_t>> PyModel::memory() const {
+  const std::optional<MemoryInfo> memory = backend_->memory();
+  if (!memory) return std::nullopt;
+  return std::pair(memory->free, memory->total);
 }
 
 Gemma& PyModel::model() {
@@ -264,6 +270,17 @@ std::vector<double> PyMtpModel::time_drafts(int sequences, int count, int repeat
 
 namespace {
 
+/// The GPUs that the CUDA backend in the file `path` can run on.
+std::vector<PyGpu> find_gpus(const std::string& path) {
+  const py::gil_scoped_release release;
+  const auto library = std::make_shared<const CudaLibrary>(path);
+  std::vector<PyGpu> gpus;
+  for (std::string& name : library->devices()) {
+    gpus.push_back({library, static_cast<int>(gpus.size()), std::move(name)});
+  }
+  return gpus;
+}
+
 /// The methods that fill a model with tensors.
 template <typename Model, typename Class>
 void bind_tensors(Class& bound) {
@@ -294,9 +311,15 @@ void bind_tensors(Class& bound) {
 }  // namespace
 
 void bind_models(py::module_& m) {
-  py::class_<PyModel, std::shared_ptr<PyModel>> model(m, "Model", "A target model on this machine's processor.");
-  model.def(py::init<const py::dict&, int, int, int>(), py::arg("config"), py::kw_only(), py::arg("threads") = 0,
-            py::arg("max_step_rows") = 512, py::arg("max_outputs") = 0);
+  py::class_<PyGpu>(m, "Gpu", "A GPU of this machine.")
+      .def_readonly("number", &PyGpu::number)
+      .def_readonly("name", &PyGpu::name);
+  m.def("gpus", &find_gpus, py::arg("library"));
+
+  py::class_<PyModel, std::shared_ptr<PyModel>> model(m, "Model", "A target model on a GPU or the processor.");
+  model.def(py::init<const py::dict&, const PyGpu*, int, int, int>(), py::arg("config"), py::kw_only(),
+            py::arg("gpu").none(true) = nullptr, py::arg("threads") = 0, py::arg("max_step_rows") = 512,
+            py::arg("max_outputs") = 0);
   bind_tensors<PyModel>(model);
   model
       .def(
@@ -306,6 +329,7 @@ void bind_models(py::module_& m) {
           py::arg("name"), py::arg("type"), py::arg("rows"), py::arg("columns"), py::arg("data"))
       .def("logits", &PyModel::logits, py::arg("token_ids"), py::arg("chunk") = 0)
       .def("time_rows", &PyModel::time_rows, py::arg("rows"), py::arg("repeats"), py::arg("context"))
+      .def_property_readonly("memory", &PyModel::memory)
       .def_property_readonly("description", &PyModel::description);
 
   py::class_<PyMtpModel, std::shared_ptr<PyMtpModel>> mtp(m, "MtpModel", "The MTP drafter of a finished model.");

@@ -8,8 +8,10 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "backend/cuda_library.h"
 #include "model/gemma.h"
 #include "model/mtp.h"
 #include "model/weights.h"
@@ -44,10 +46,18 @@ class PyWeights {
   bool sealed_ = false;
 };
 
+/// A GPU, and the library that computes on it.
+struct PyGpu {
+  std::shared_ptr<const CudaLibrary> library;
+  int number = 0;
+  std::string name;
+};
+
 /// Backend, weights and activations of a target in one.
 class PyModel {
  public:
-  PyModel(const pybind11::dict& config, int threads, int max_step_rows, int max_outputs);
+  /// On `gpu`, or on the processor if that is null.
+  PyModel(const pybind11::dict& config, const PyGpu* gpu, int threads, int max_step_rows, int max_outputs);
 
   [[nodiscard]] PyWeights& weights() { return *weights_; }
   void finish();
@@ -61,6 +71,8 @@ class PyModel {
   std::vector<double> time_rows(int rows, int repeats, int context);
 
   [[nodiscard]] std::string description() const { return backend_->description(); }
+  /// (free, total) bytes of a GPU's memory; None on the processor.
+  [[nodiscard]] std::optional<std::pair<std::size_t, std::size_t>> memory() const;
   [[nodiscard]] std::size_t weight_bytes() const { return weights_->weights().bytes(); }
   [[nodiscard]] Backend& backend() { return *backend_; }
 

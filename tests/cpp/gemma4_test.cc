@@ -165,7 +165,7 @@ TEST(MtpDrafter, ReadsTheStateOfTheRowThatChoseTheToken) {
 
 TEST(MtpDrafter, IsRefusedIfItDoesNotFit) {
   TinyModel tiny(WeightType::f32, 1, 16, testing::tiny_edge_config());
-  auto backend = make_cpu_backend(1);
+  auto backend = testing::make_test_backend(1);
   Weights weights(*backend);
   const auto message = [&](const MtpConfig& config) -> std::string {
     try {

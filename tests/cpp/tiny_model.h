@@ -12,13 +12,13 @@
 #include <utility>
 #include <vector>
 
-#include "backend/cpu/cpu_backend.h"
 #include "drafting/lookup.h"
 #include "drafting/mtp.h"
 #include "drafting/random.h"
 #include "engine/engine.h"
 #include "model/gemma.h"
 #include "model/mtp.h"
+#include "test_backend.h"
 
 namespace draftwerk::testing {
 
@@ -214,7 +214,7 @@ class TinyModel {
  public:
   explicit TinyModel(WeightType type = WeightType::q8_0, int threads = 1, int max_rows = 128,
                      const ModelConfig& config = tiny_config())
-      : backend_(make_cpu_backend(threads)), weights_(*backend_), drafter_weights_(*backend_), type_(type) {
+      : backend_(make_test_backend(threads)), weights_(*backend_), drafter_weights_(*backend_), type_(type) {
     TensorMaker(weights_, type, 7).target(config);
     model_ = std::make_unique<Gemma>(*backend_, config, weights_, max_rows, max_rows);
   }

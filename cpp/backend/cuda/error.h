@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 
@@ -27,5 +28,8 @@ inline void check(cudaError_t code, const char* what) {
   static_cast<void>(cudaGetLastError());  // an error that is reported here is not the next call's
   throw CudaError(code, what);
 }
+
+/// Throws unless an allocation of so many bytes of the device's memory went well; says how much there is.
+void check_allocation(cudaError_t code, std::size_t bytes);
 
 }  // namespace draftwerk::cuda

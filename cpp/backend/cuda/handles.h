@@ -80,7 +80,7 @@ class DeviceMemory : public Owned<void*, cudaFree> {
   using Owned::Owned;
   static DeviceMemory of(std::size_t bytes) {
     void* pointer = nullptr;
-    check(cudaMalloc(&pointer, bytes), "allocating device memory");
+    check_allocation(cudaMalloc(&pointer, bytes), bytes);
     return DeviceMemory(pointer);
   }
 };
@@ -91,7 +91,7 @@ class ManagedMemory : public Owned<void*, cudaFree> {
   using Owned::Owned;
   static ManagedMemory of(std::size_t bytes) {
     void* pointer = nullptr;
-    check(cudaMallocManaged(&pointer, bytes, cudaMemAttachGlobal), "allocating managed memory");
+    check_allocation(cudaMallocManaged(&pointer, bytes, cudaMemAttachGlobal), bytes);
     return ManagedMemory(pointer);
   }
 };

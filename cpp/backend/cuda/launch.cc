@@ -24,6 +24,7 @@ constexpr std::size_t rounded_up(std::size_t bytes) { return (bytes + kAlignment
 }  // namespace
 
 void LaunchList::append(const void* kernel, const LaunchShape& shape, const void* arguments, std::size_t bytes) {
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
   const Entry entry{kernel,
                     {shape.grid.x, shape.grid.y, shape.grid.z},
                     {shape.block.x, shape.block.y, shape.block.z},

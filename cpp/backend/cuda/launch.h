@@ -49,7 +49,8 @@ void allow_shared(void (*kernel)(Arguments), std::size_t bytes) {
 /// of the same kernels, shapes and arguments as an earlier one is the same bytes.
 class LaunchList {
  public:
-  /// Appends kernel(arguments). The struct should have no padding: its bytes would be compared too.
+  /// Appends kernel(arguments); nothing where the grid is empty. The struct should have no padding: its bytes would be
+  /// compared too.
   template <typename Arguments>
   void add(void (*kernel)(Arguments), const LaunchShape& shape, const std::type_identity_t<Arguments>& arguments) {
     static_assert(std::is_trivially_copyable_v<Arguments> && alignof(Arguments) <= 16);

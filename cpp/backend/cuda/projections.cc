@@ -141,10 +141,20 @@ Tensor Projections::product(LaunchList& launches, int rows, Tensor input, const 
 
 void Projections::head(LaunchList& launches, int outputs, Tensor states, const Weight& weight, float softcap) {
   require(weight.columns() == states.columns && weight.rows() == vocabulary_, "a head of the reserved vocabulary");
-  if (outputs == 0) return;
-  operands(launches, outputs, states, nullptr);
-  const Output part[] = {{&weight, nullptr, logits(), {}, Epilogue::softcap}};
-  multiply(launches, outputs, part, softcap);
+  scores(launches, outputs, states, weight, softcap, logits());
+}
+
+void Projections::scores(LaunchList& launches, int rows, Tensor states, const Weight& weight, float softcap,
+                         Tensor output) {
+  if (rows == 0) return;
+  operands(launches, rows, states, nullptr);
+  const Output part[] = {{&weight, nullptr, output, {}, Epilogue::softcap}};
+  multiply(launches, rows, part, softcap);
+}
+
+OperandView Projections::round(LaunchList& launches, int rows, Tensor input) {
+  operands(launches, rows, input, nullptr);
+  return {static_cast<const std::byte*>(operands_.get()), static_cast<std::int64_t>(operand_bytes(1, input.columns))};
 }
 
 Tensor Projections::logits() const { return {logits_.get(), vocabulary_, logit_stride_}; }

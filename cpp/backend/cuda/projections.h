@@ -33,6 +33,11 @@ class Projections {
   /// softcap * tanh(W * states / softcap), or W * states when softcap is 0, for `outputs` states, to logits().
   void head(LaunchList& launches, int outputs, Tensor states, const Weight& weight, float softcap);
 
+  /// The same to any tensor.
+  void scores(LaunchList& launches, int rows, Tensor states, const Weight& weight, float softcap, Tensor output);
+  /// The rows as operands of products, until the next call of any of these.
+  OperandView round(LaunchList& launches, int rows, Tensor input);
+
   /// What the last head() computed: [outputs, vocabulary] float32.
   [[nodiscard]] Tensor logits() const;
   /// Bytes of device memory that it has.

@@ -1,5 +1,5 @@
-// What kernels know of a step: arrays on the device, filled by one copy when it begins. They lie at the same addresses in
-// every step, and rows are padded to one of a few counts, so that steps of equal shape are the same launches.
+// What kernels know of a step: arrays on the device, filled by one copy when it begins. They lie at the same addresses
+// in every step, and rows are padded to one of a few counts, so that steps of equal shape are the same launches.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace draftwerk::cuda {
 
-/// Most drafts of a tree between its first row and any other.
-inline constexpr int kMaxPath = 32;
+/// Room for the rows that a row of a tree descends from, and itself.
+inline constexpr int kMaxPath = 80;
 
 /// Rows of one sequence, as Segment has them.
 struct StepSegment {

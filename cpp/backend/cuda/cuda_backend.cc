@@ -1,0 +1,317 @@
+#include "backend/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+#include "backend/cpu/worker_pool.h"
+#include "backend/cuda/cuda_backend_impl.h"
+#include "backend/cuda/device_table.h"
+#include "backend/cuda/device_weight.h"
+#include "backend/cuda/embed.h"
+#include "backend/cuda/kv.h"
+#include "backend/cuda/rows.h"
+
+namespace draftwerk {
+namespace cuda {
+namespace {
+
+// Graphs of steps: some tens of kilobytes each, on either side.
+constexpr std::size_t kGraphs = 256;
+// Partial results of attention, for each multiprocessor: 12 rows of 32 heads of 512 at position 128k take 107 MB in
+// all.
+constexpr std::size_t kAttentionScratch = std::size_t{2} << 20;
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::logic_error(std::string("cuda backend: needs ") + what);
+}
+
+/// Device memory of a Buffer, zeroed.
+class DeviceBuffer final : public Buffer {
+ public:
+  DeviceBuffer(std::size_t bytes, cudaStream_t stream) : memory_(DeviceMemory::of(bytes)), bytes_(bytes) {
+    check(cudaMemsetAsync(memory_.get(), 0, bytes, stream), "clearing memory");
+  }
+  [[nodiscard]] void* data() const override { return memory_.get(); }
+  [[nodiscard]] std::size_t bytes() const override { return bytes_; }
+
+ private:
+  DeviceMemory memory_;
+  std::size_t bytes_;
+};
+
+class ManagedBuffer final : public Buffer {
+ public:
+  explicit ManagedBuffer(std::size_t bytes) : memory_(ManagedMemory::of(bytes)), bytes_(bytes) {
+    std::fill_n(static_cast<std::byte*>(memory_.get()), bytes, std::byte{});
+  }
+  [[nodiscard]] void* data() const override { return memory_.get(); }
+  [[nodiscard]] std::size_t bytes() const override { return bytes_; }
+
+ private:
+  ManagedMemory memory_;
+  std::size_t bytes_;
+};
+
+}  // namespace
+
+CudaBackend::CudaBackend(DeviceInfo device)
+    : device_(std::move(device)),
+      stream_(Stream::create()),
+      graphs_(kGraphs),
+      projections_(device_.shared_bytes),
+      experts_(device_.shared_bytes),
+      attention_(device_.multiprocessors, static_cast<std::size_t>(device_.multiprocessors) * kAttentionScratch) {}
+
+CudaBackend::~CudaBackend() {
+  // Whatever still runs reads memory that is about to go. An error has been reported where it was found.
+  static_cast<void>(cudaStreamSynchronize(stream_.get()));
+}
+
+std::string CudaBackend::description() const {
+  return "cuda sm_" + std::to_string(device_.major * 10 + device_.minor) + ", " + device_.name;
+}
+
+std::optional<MemoryInfo> CudaBackend::memory() const {
+  MemoryInfo memory;
+  check(cudaMemGetInfo(&memory.free, &memory.total), "asking for the memory of the GPU");
+  return memory;
+}
+
+// --- memory ------------------------------------------------------------------------------------------------------
+
+std::unique_ptr<Buffer> CudaBackend::allocate(std::size_t bytes) {
+  return std::make_unique<DeviceBuffer>(std::max<std::size_t>(bytes, 1), stream_.get());
+}
+
+std::unique_ptr<Buffer> CudaBackend::allocate_constants(std::size_t bytes) {
+  return std::make_unique<ManagedBuffer>(std::max<std::size_t>(bytes, 1));
+}
+
+Uploader& CudaBackend::uploader() {
+  if (uploader_ == nullptr) uploader_ = std::make_unique<Uploader>(cpu::default_threads());
+  return *uploader_;
+}
+
+std::unique_ptr<Weight> CudaBackend::create_weight(WeightType type, std::int64_t rows, std::int64_t columns) {
+  return std::make_unique<DeviceWeight>(type, rows, columns, uploader());
+}
+
+void CudaBackend::upload_rows(Weight& weight, std::int64_t first_row, std::int64_t count, WeightType source_type,
+                              const std::byte* source) {
+  static_cast<DeviceWeight&>(weight).upload(first_row, count, source_type, source, uploader());
+}
+
+std::unique_ptr<RowTable> CudaBackend::map_table(WeightType type, std::int64_t rows, std::int64_t columns,
+                                                 const std::byte* data, std::shared_ptr<const void>) {
+  return std::make_unique<DeviceTable>(type, rows, columns, data, uploader());
+}
+
+void CudaBackend::reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) {
+  if (max_rows < 1 || max_outputs < 1 || max_columns < 1 || vocabulary < 1) {
+    throw std::invalid_argument("cuda backend: a step needs at least one row, output, column and token");
+  }
+  if (vocabulary_ != 0 && vocabulary != vocabulary_) {
+    throw std::invalid_argument("cuda backend: a vocabulary of " + std::to_string(vocabulary) + " beside one of " +
+                                std::to_string(vocabulary_));
+  }
+  wait();
+  max_rows_ = std::max(max_rows_, max_rows);
+  max_outputs_ = std::max(max_outputs_, max_outputs);
+  vocabulary_ = vocabulary;
+  const int rows = padded_count(std::max(max_rows_, max_outputs_));
+  const int outputs = padded_count(max_outputs_);
+  upload_.reserve(rows, outputs);
+  projections_.reserve(rows, outputs, max_columns, vocabulary);
+  sparse_.reserve(outputs);
+  sampler_.reserve(outputs, vocabulary);
+  graphs_.clear();
+  launches_.clear();
+  logits_ = {};
+}
+
+void CudaBackend::reserve_experts(int max_rows, int chosen, const Experts& experts) {
+  if (max_rows < 1 || chosen < 1 || chosen > experts.count) {
+    throw std::invalid_argument("cuda backend: " + std::to_string(chosen) + " of " + std::to_string(experts.count) +
+                                " experts for " + std::to_string(max_rows) + " rows");
+  }
+  wait();
+  experts_.reserve(padded_count(max_rows), chosen, experts);
+  graphs_.clear();
+}
+
+std::size_t CudaBackend::kv_bytes(int heads, int head_dim, KvType type) const {
+  return cuda::kv_bytes(heads, head_dim, type);
+}
+
+// --- the step ----------------------------------------------------------------------------------------------------
+
+void CudaBackend::begin(const StepRows& rows, KvArena arena) {
+  require(rows.tokens.size() <= static_cast<std::size_t>(max_rows_), "at most as many rows as were reserved");
+  require(rows.output_rows.size() <= static_cast<std::size_t>(max_outputs_),
+          "at most as many outputs as were reserved");
+  require(rows.positions.size() == rows.tokens.size(), "a position for every row");
+  if (uploader_ != nullptr) {
+    uploader_->wait();
+    uploader_.reset();
+  }
+  // A step that nobody has asked anything of.
+  run();
+  wait();
+  upload_.fill(rows, arena);
+  copies_in_.clear();
+  copies_out_.clear();
+  copies_in_.push_back({});  // the upload's own, whose size is known when the step runs
+  step_outputs_ = static_cast<int>(rows.output_rows.size());
+  logits_ = {};
+  moves_.forget();
+}
+
+void CudaBackend::run() {
+  if (launches_.empty()) return;
+  copies_in_.front() = upload_.copy();
+  for (const Copy& copy : copies_in_) {
+    check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice, stream_.get()), "copying a step");
+  }
+  graphs_.run(launches_, stream_.get());
+  for (const Copy& copy : copies_out_) {
+    check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyDeviceToHost, stream_.get()), "copying results");
+  }
+  launches_.clear();
+  copies_in_.resize(1);
+  copies_out_.clear();
+}
+
+void CudaBackend::embed(const Weight& table, float scale, Tensor out) {
+  cuda::embed(launches_, upload_.view(), table, scale, out);
+}
+
+void CudaBackend::mix_token_rows(const RowTable& table, float table_scale, const Norm& norm, int width, float scale,
+                                 Tensor inout) {
+  cuda::mix_token_rows(launches_, upload_.view(), static_cast<const DeviceTable&>(table).view(), table_scale, norm,
+                       width, scale, inout);
+}
+
+void CudaBackend::gather(Tensor source, std::span<const int> rows, Tensor out) {
+  const int padded = padded_count(static_cast<int>(rows.size()));
+  cuda::gather(launches_, source, upload_.add_rows(rows, padded), padded, out);
+}
+
+void CudaBackend::project(Tensor input, const Norm* norm, std::span<const Projection> outputs) {
+  projections_.project(launches_, rows(), input, norm, outputs);
+}
+
+void CudaBackend::project_geglu(Tensor input, const Norm& norm, const Weight& gate, const Weight& up, Tensor output) {
+  projections_.project_geglu(launches_, rows(), input, norm, gate, up, output);
+}
+
+void CudaBackend::project_gelu(Tensor input, const Weight& weight, Tensor factor, Tensor output) {
+  projections_.project_gelu(launches_, rows(), input, weight, factor, output);
+}
+
+void CudaBackend::project_add(Tensor input, const Weight& weight, const Norm& norm, Tensor residual, float scale) {
+  const Tensor product = projections_.product(launches_, rows(), input, weight);
+  add_norm(launches_, upload_.view(), product, norm, residual, scale);
+}
+
+void CudaBackend::experts(Tensor input, const Router& router, const Norm& norm, const Experts& experts, Tensor output) {
+  experts_.run(launches_, upload_.view(), input, router, norm, experts, output);
+}
+
+void CudaBackend::add_normed(Tensor a, const Norm& norm_a, Tensor b, const Norm& norm_b, const Norm& norm,
+                             Tensor residual, float scale) {
+  cuda::add_normed(launches_, upload_.view(), a, norm_a, b, norm_b, norm, residual, scale);
+}
+
+void CudaBackend::append_kv(Tensor query, Tensor key, Tensor value, int query_heads, const Norm& query_norm,
+                            const Norm& key_norm, const Norm* value_norm, const Rope& rope, const KvLayer& kv) {
+  cuda::append_kv(launches_, upload_.view(), query, key, value, query_heads, query_norm, key_norm, value_norm, rope,
+                  kv);
+}
+
+void CudaBackend::prepare_queries(Tensor query, int query_heads, const Norm& query_norm, const Rope& rope) {
+  cuda::prepare_queries(launches_, upload_.view(), query, query_heads, query_norm, rope);
+}
+
+void CudaBackend::attend(Tensor query, int query_heads, const KvLayer& kv, const Visibility& sees, float scale,
+                         Tensor output) {
+  attention_.attend(launches_, upload_.view(), query, query_heads, kv, sees, scale, output);
+}
+
+void CudaBackend::gather_outputs(Tensor hidden, const Norm& norm, Tensor states) {
+  cuda::gather_outputs(launches_, upload_.view(), hidden, norm, states);
+}
+
+// --- logits ------------------------------------------------------------------------------------------------------
+
+void CudaBackend::head(Tensor states, const Weight& weight, float softcap) {
+  projections_.head(launches_, outputs(), states, weight, softcap);
+  const Tensor logits = projections_.logits();
+  logits_ = {};
+  logits_.values = static_cast<float*>(logits.data);
+  logits_.stride = logits.row_stride();
+  logits_.columns = logits_.vocabulary = vocabulary_;
+}
+
+void CudaBackend::head(Tensor states, const SparseHead& head) {
+  logits_ = sparse_.record(launches_, projections_, outputs(), states, head, vocabulary_);
+}
+
+void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
+  if (!groups.empty()) {
+    require(logits_.values != nullptr && logits_.tokens == nullptr, "a head of all tokens before a choice is verified");
+    sampler_.stage_verify(groups, outputs(), copies_in_);
+    sampler_.record_verify(launches_, logits_, outputs(), copies_out_);
+  }
+  run();
+  wait();
+  if (!groups.empty()) sampler_.finish_verify(groups, outputs(), results);
+}
+
+void CudaBackend::propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) {
+  require(logits_.values != nullptr, "a head before a draft is proposed");
+  require(static_cast<int>(rows.size()) == step_outputs_ && count >= 1 && count <= kMaxCandidates &&
+              candidates.size() >= rows.size() * static_cast<std::size_t>(count),
+          "a row to propose for and room for its few candidates for every output");
+  sampler_.stage_propose(rows, count, outputs(), copies_in_);
+  sampler_.record_propose(launches_, logits_, count, outputs(), copies_out_);
+  run();
+  wait();
+  sampler_.finish_propose(rows, count, candidates);
+}
+
+void CudaBackend::move_kv(const KvLayer& kv, std::span<const KvMove> moves) {
+  run();
+  moves_.run(kv, moves, {upload_.view().arena}, stream_.get());
+}
+
+void CudaBackend::read_logits(std::span<float> out) {
+  require(logits_.values != nullptr, "a head before its logits are read");
+  const auto columns = static_cast<std::size_t>(vocabulary_);
+  require(out.size() >= static_cast<std::size_t>(step_outputs_) * columns, "room for the logits of every output");
+  run();
+  wait();
+  std::vector<float> row(static_cast<std::size_t>(logits_.columns));
+  for (int r = 0; r < step_outputs_; ++r) {
+    check(
+        cudaMemcpy(row.data(), logits_.values + r * logits_.stride, row.size() * sizeof(float), cudaMemcpyDeviceToHost),
+        "reading logits");
+    const std::span<float> to = out.subspan(static_cast<std::size_t>(r) * columns, columns);
+    if (logits_.tokens == nullptr) {
+      std::copy_n(row.begin(), columns, to.begin());
+      continue;
+    }
+    std::fill(to.begin(), to.end(), -std::numeric_limits<float>::infinity());
+    const std::vector<std::int32_t> tokens = sparse_.tokens(logits_, r);
+    for (std::size_t i = 0; i < row.size(); ++i) to[static_cast<std::size_t>(tokens[i])] = row[i];
+  }
+}
+
+}  // namespace cuda
+
+std::unique_ptr<Backend> make_cuda_backend(int device) {
+  return std::make_unique<cuda::CudaBackend>(cuda::use_device(device));
+}
+
+}  // namespace draftwerk

@@ -1,0 +1,40 @@
+// Runs what was recorded as a graph, and keeps the graphs: a step of the same launches as an earlier one is one call.
+#pragma once
+
+#include <cstddef>
+#include <list>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+
+#include "backend/cuda/launch.h"
+
+namespace draftwerk::cuda {
+
+/// The graphs of the launch lists that were run last.
+class GraphCache {
+ public:
+  /// Keeps at most so many.
+  explicit GraphCache(std::size_t capacity) : capacity_(capacity) {}
+
+  /// Runs a list, none of whose graphs may be under way in another stream. A list that is seen for the first time is
+  /// launched kernel by kernel: many are never seen again, and instantiating a graph takes longer than it saves.
+  void run(const LaunchList& launches, cudaStream_t stream);
+  /// Forgets all graphs, as their arguments point to memory that is gone.
+  void clear();
+  [[nodiscard]] std::size_t graphs() const { return graphs_; }
+
+ private:
+  struct Entry {
+    std::string key;  ///< the bytes of the list
+    GraphExec graph;  ///< none until the list was seen twice
+  };
+  using Entries = std::list<Entry>;
+
+  std::size_t capacity_;
+  std::size_t graphs_ = 0;
+  Entries entries_;  ///< the latest first
+  std::unordered_map<std::string_view, Entries::iterator> by_key_;
+};
+
+}  // namespace draftwerk::cuda

@@ -1,0 +1,146 @@
+#include "backend/cuda/sparse_logits.h"
+
+#include <algorithm>
+
+#include "backend/cuda/activation.cuh"
+#include "backend/cuda/device.cuh"
+#include "backend/cuda/device_weight.h"
+#include "backend/cuda/error.h"
+#include "backend/cuda/multiply_chunk.cuh"
+#include "backend/cuda/sparse_head.h"
+
+namespace draftwerk::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+
+struct ClusterProducts {
+  OperandView operands;
+  const std::byte* weight;
+  const std::int32_t* chosen;  ///< [outputs, clusters]
+  float* logits;               ///< [outputs, stride]
+  std::int64_t panel_bytes;
+  std::int64_t stride;
+  std::int32_t chunks;
+  std::int32_t clusters;        ///< of a row
+  std::int32_t cluster_size;    ///< rows of the head
+  std::int32_t cluster_panels;  ///< that a cluster may touch
+  float softcap;
+  std::int32_t unused = 0;
+};
+
+// A warp multiplies a panel of a chosen cluster with the tile of rows that its row is in, of which it keeps that row:
+// every row has clusters of its own. Bound by latency: 32 clusters of 128 rows by 256 columns are 2 MB in bf16, in 256
+// warps a row.
+template <WeightFormat kFormat>
+__global__ void __launch_bounds__(kWarps* kWarp) multiply_clusters(const ClusterProducts a) {
+  constexpr int kBlocks = Chunk<kFormat>::kColumns / kBlockColumns;
+  const int row = static_cast<int>(blockIdx.y);
+  const int work = static_cast<int>(blockIdx.x) * kWarps + warp();
+  if (work >= a.clusters * a.cluster_panels) return;
+  const int place = work / a.cluster_panels;
+  const int first = a.chosen[static_cast<std::int64_t>(row) * a.clusters + place] * a.cluster_size;
+  const int panel = first / kPanelRows + work % a.cluster_panels;
+  if (panel * kPanelRows >= first + a.cluster_size) return;
+
+  const std::byte* weight = a.weight + panel * a.panel_bytes;
+  const std::byte* operands = a.operands.data + row / 8 * a.operands.tile_bytes;
+  float sums[1][1][4] = {};
+  for (int chunk = 0; chunk < a.chunks; ++chunk) {
+    multiply_chunk<kFormat>(weight + static_cast<std::int64_t>(chunk) * Chunk<kFormat>::kBytes,
+                            operands + static_cast<std::int64_t>(chunk) * kBlocks * kFragmentBytes, sums);
+  }
+  if (lane() % 4 != row % 8 / 2) return;
+  for (int half = 0; half < 2; ++half) {
+    const int in_cluster = panel * kPanelRows + lane() / 4 + half * 8 - first;
+    if (in_cluster < 0 || in_cluster >= a.cluster_size) continue;
+    a.logits[row * a.stride + place * a.cluster_size + in_cluster] =
+        softcapped(sums[0][0][half * 2 + row % 2], a.softcap);
+  }
+}
+
+constexpr std::int64_t padded(std::int64_t columns) { return (columns + 31) / 32 * 32; }
+
+}  // namespace
+
+void* SparseLogits::Scratch::of(std::size_t wanted) {
+  if (wanted > bytes) {
+    memory = DeviceMemory();  // the old one first
+    memory = DeviceMemory::of(wanted);
+    bytes = wanted;
+  }
+  return memory.get();
+}
+
+void SparseLogits::reserve(int max_outputs) { max_outputs_ = std::max(max_outputs_, max_outputs); }
+
+LogitRows SparseLogits::record(LaunchList& launches, Projections& projections, int outputs, Tensor states,
+                               const SparseHead& head, int vocabulary) {
+  const MatrixView& weight = view_of(*head.weight);
+  const auto rows = static_cast<std::size_t>(max_outputs_);
+  LogitRows result;
+  result.tokens = head.tokens;
+  result.row_of = head.row_of;
+  result.vocabulary = vocabulary;
+  if (head.centroids == nullptr) {
+    result.columns = weight.rows;
+    result.stride = padded(weight.rows);
+    result.values = static_cast<float*>(logits_.of(rows * static_cast<std::size_t>(result.stride) * sizeof(float)));
+    projections.scores(launches, outputs, states, *head.weight, head.softcap,
+                       {result.values, weight.rows, static_cast<int>(result.stride)});
+    return result;
+  }
+
+  const int clusters = view_of(*head.centroids).rows;
+  result.clusters = head.chosen;
+  result.cluster_size = weight.rows / clusters;
+  result.columns = head.chosen * result.cluster_size;
+  result.stride = padded(result.columns);
+  result.values = static_cast<float*>(logits_.of(rows * static_cast<std::size_t>(result.stride) * sizeof(float)));
+  auto* chosen =
+      static_cast<std::int32_t*>(chosen_.of(rows * static_cast<std::size_t>(head.chosen) * sizeof(std::int32_t)));
+  result.chosen = chosen;
+  const auto score_stride = static_cast<int>(padded(clusters));
+  const Tensor scores{scores_.of(rows * static_cast<std::size_t>(score_stride) * sizeof(float)), clusters,
+                      score_stride};
+  projections.scores(launches, outputs, states, *head.centroids, 0.0F, scores);
+  record_choose_clusters(
+      launches, {static_cast<const float*>(scores.data), chosen, score_stride, clusters, head.chosen}, outputs);
+  const int size = result.cluster_size;
+  const int panels = size % kPanelRows == 0 ? size / kPanelRows : (size - 1) / kPanelRows + 2;
+  const ClusterProducts products{projections.round(launches, outputs, states),
+                                 weight.data,
+                                 chosen,
+                                 result.values,
+                                 weight.panel_bytes(),
+                                 result.stride,
+                                 weight.chunks,
+                                 head.chosen,
+                                 size,
+                                 panels,
+                                 head.softcap};
+  const auto blocks = static_cast<unsigned>((head.chosen * panels + kWarps - 1) / kWarps);
+  const LaunchShape shape{dim3(blocks, static_cast<unsigned>(outputs)), dim3(kWarps * kWarp)};
+  with_format(weight.format,
+              [&]<WeightFormat kFormat>() { launches.add(multiply_clusters<kFormat>, shape, products); });
+  return result;
+}
+
+std::vector<std::int32_t> SparseLogits::tokens(const LogitRows& logits, int row) {
+  std::vector<std::int32_t> tokens(static_cast<std::size_t>(logits.columns));
+  if (logits.chosen == nullptr) {
+    std::copy_n(logits.tokens, tokens.size(), tokens.begin());
+    return tokens;
+  }
+  std::vector<std::int32_t> chosen(static_cast<std::size_t>(logits.clusters));
+  check(cudaMemcpy(chosen.data(), logits.chosen + static_cast<std::int64_t>(row) * logits.clusters,
+                   chosen.size() * sizeof(std::int32_t), cudaMemcpyDeviceToHost),
+        "reading clusters");
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    const auto size = static_cast<std::size_t>(logits.cluster_size);
+    tokens[i] = logits.tokens[static_cast<std::size_t>(chosen[i / size]) * size + i % size];
+  }
+  return tokens;
+}
+
+}  // namespace draftwerk::cuda

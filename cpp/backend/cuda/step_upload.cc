@@ -1,0 +1,139 @@
+#include "backend/cuda/step_upload.h"
+
+#include <algorithm>
+#include <bit>
+#include <stdexcept>
+
+namespace draftwerk::cuda {
+namespace {
+
+constexpr std::size_t kAlignment = 256;
+
+constexpr std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+std::size_t pages_of(const Segment& segment) {
+  return static_cast<std::size_t>((segment.first_position + segment.rows + kPageSize - 1) / kPageSize);
+}
+
+/// The rows that each row of a tree descends from, and itself, in their order.
+void fill_paths(const Segment& segment, std::uint8_t* paths) {
+  int depth[kMaxPath] = {};
+  paths[0] = 0;
+  for (int row = 1; row < segment.rows; ++row) {
+    const int parent = segment.parents[static_cast<std::size_t>(row - 1)] + 1;
+    depth[row] = depth[parent] + 1;
+    std::copy_n(paths + parent * kMaxPath, depth[row], paths + row * kMaxPath);
+    paths[row * kMaxPath + depth[row]] = static_cast<std::uint8_t>(row);
+  }
+}
+
+}  // namespace
+
+int padded_count(int count) {
+  if (count <= 2) return count;
+  if (count <= 4) return 4;
+  const int step = count <= 32 ? 8 : count <= 128 ? 32 : 128;
+  return (count + step - 1) / step * step;
+}
+
+void StepUpload::reserve(int max_rows, int max_outputs) {
+  max_rows_ = std::max(max_rows_, padded_count(max_rows));
+  max_outputs_ = std::max(max_outputs_, padded_count(max_outputs));
+  capacity_ = 0;  // fill() makes room
+}
+
+template <typename T>
+const T* StepUpload::place(std::size_t count, T*& on_host) {
+  on_host = reinterpret_cast<T*>(static_cast<std::byte*>(pinned_.get()) + used_);
+  const auto* on_device = reinterpret_cast<const T*>(static_cast<std::byte*>(device_.get()) + used_);
+  used_ += aligned(count * sizeof(T));
+  return on_device;
+}
+
+void StepUpload::fill(const StepRows& rows, KvArena arena) {
+  std::size_t pages = 0;
+  for (const Segment& segment : rows.segments) pages += kPageTables * pages_of(segment);
+  const auto max_rows = static_cast<std::size_t>(max_rows_);
+  if (capacity_ == 0 || pages > page_capacity_) {
+    page_capacity_ = std::bit_ceil(std::max<std::size_t>({pages, page_capacity_, 1024}));
+    const std::size_t per_row = 3 * aligned(max_rows * 4) + aligned(max_rows * sizeof(StepSegment)) +
+                                aligned(max_rows * kMaxPath) + aligned(static_cast<std::size_t>(max_outputs_) * 4) +
+                                aligned(kRowLists * max_rows * 4);
+    capacity_ = per_row + aligned(page_capacity_ * sizeof(PageId));
+    pinned_ = PinnedMemory::of(capacity_);
+    device_ = DeviceMemory::of(capacity_);
+  }
+
+  const auto count = static_cast<int>(rows.tokens.size());
+  const auto outputs = static_cast<int>(rows.output_rows.size());
+  const int segments_padded = std::min(padded_count(static_cast<int>(rows.segments.size())), max_rows_);
+  used_ = 0;
+  std::int32_t* tokens = nullptr;
+  std::int32_t* positions = nullptr;
+  std::int32_t* row_segment = nullptr;
+  std::int32_t* output_rows = nullptr;
+  StepSegment* segments = nullptr;
+  std::uint8_t* paths = nullptr;
+  PageId* tables = nullptr;
+  view_.tokens = place(max_rows, tokens);
+  view_.positions = place(max_rows, positions);
+  view_.row_segment = place(max_rows, row_segment);
+  view_.output_rows = place(static_cast<std::size_t>(max_outputs_), output_rows);
+  view_.segments = place(max_rows, segments);
+  view_.paths = place(max_rows * kMaxPath, paths);
+  lists_on_device_ = place(kRowLists * max_rows, lists_on_host_);
+  row_lists_ = 0;
+  view_.pages = place(pages, tables);  // last: only what is used is copied
+  view_.arena = arena.base;
+  view_.rows = std::min(padded_count(count), max_rows_);
+  view_.outputs = std::min(padded_count(outputs), max_outputs_);
+
+  std::fill_n(tokens, view_.rows, 0);
+  std::fill_n(positions, view_.rows, 0);
+  std::fill_n(row_segment, view_.rows, -1);
+  std::fill_n(output_rows, view_.outputs, 0);
+  std::fill_n(segments, segments_padded, StepSegment{count, 0, 0, {}, 0});
+  for (int row = 0; row < count; ++row) {
+    const auto at = static_cast<std::size_t>(row);
+    tokens[row] = rows.tokens[at];
+    positions[row] = static_cast<std::int32_t>(rows.positions[at]);
+  }
+  std::copy(rows.output_rows.begin(), rows.output_rows.end(), output_rows);
+  std::int64_t longest = 1;
+  std::size_t page = 0;
+  for (std::size_t s = 0; s < rows.segments.size(); ++s) {
+    const Segment& segment = rows.segments[s];
+    StepSegment& its = segments[s];
+    its = {segment.first_row, segment.rows, static_cast<std::int32_t>(segment.first_position), {}, 0};
+    std::fill_n(row_segment + segment.first_row, segment.rows, static_cast<std::int32_t>(s));
+    for (int table = 0; table < kPageTables; ++table) {
+      its.pages[table] = static_cast<std::int32_t>(page);
+      const std::size_t held = pages_of(segment);
+      if (segment.pages[table] == nullptr) {
+        std::fill_n(tables + page, held, kNoPage);
+      } else {
+        std::copy_n(segment.pages[table], held, tables + page);
+      }
+      page += held;
+    }
+    if (!segment.parents.empty()) {
+      its.tree = 1;
+      fill_paths(segment, paths + static_cast<std::size_t>(segment.first_row) * kMaxPath);
+    }
+    longest = std::max(longest, segment.first_position + segment.rows);
+  }
+  view_.segment_count = segments_padded;
+  view_.context = static_cast<std::int32_t>(std::bit_ceil(static_cast<std::uint64_t>(longest)));
+}
+
+const std::int32_t* StepUpload::add_rows(std::span<const int> rows, int padded) {
+  if (row_lists_ == kRowLists || padded > max_rows_ || rows.size() > static_cast<std::size_t>(padded)) {
+    throw std::logic_error("cuda backend: more lists of rows in a step, or longer ones, than there is room for");
+  }
+  const auto first = static_cast<std::ptrdiff_t>(row_lists_++) * max_rows_;
+  std::fill_n(lists_on_host_ + first, padded, 0);
+  std::copy(rows.begin(), rows.end(), lists_on_host_ + first);
+  return lists_on_device_ + first;
+}
+
+}  // namespace draftwerk::cuda

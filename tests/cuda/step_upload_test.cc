@@ -1,0 +1,137 @@
+#include "backend/cuda/step_upload.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "backend/cuda/graph_cache.h"
+
+namespace draftwerk::cuda {
+namespace {
+
+TEST(PaddedCount, IsOneOfAFew) {
+  const std::pair<int, int> want[] = {{0, 0}, {1, 1}, {2, 2}, {3, 4}, {5, 8}, {17, 24}, {33, 64}, {129, 256}};
+  for (const auto& [count, padded] : want) EXPECT_EQ(padded_count(count), padded);
+  int before = 0;
+  for (int count = 0; count < 2000; ++count) {
+    const int padded = padded_count(count);
+    EXPECT_GE(padded, count);
+    EXPECT_GE(padded, before);
+    EXPECT_EQ(padded_count(padded), padded);
+    before = padded;
+  }
+}
+
+/// What a step looks like from the device once its copy was made.
+const StepView& arrived(StepUpload& upload) {
+  const Copy copy = upload.copy();
+  check(cudaMemcpy(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice), "copying");
+  return upload.view();
+}
+
+TEST(StepUpload, BringsChainsTreesAndPadding) {
+  const std::vector<TokenId> tokens = {7, 8, 9, 4, 5, 6};
+  const std::vector<std::int64_t> positions = {30, 31, 32, 17, 18, 18};
+  const std::vector<int> outputs = {2, 3, 4, 5};
+  const std::vector<PageId> sliding = {kNoPage, 11, 12};
+  const std::vector<PageId> full = {20, 21, 22};
+  const std::vector<std::int32_t> parents = {-1, -1};
+  const std::vector<Segment> segments = {{0, 3, 30, {sliding.data(), full.data()}},
+                                         {3, 3, 17, {nullptr, full.data()}, parents}};
+  std::byte arena[1];
+  StepUpload upload;
+  upload.reserve(20, 5);
+  upload.fill({tokens, positions, segments, outputs}, {arena});
+  const std::int32_t* listed = upload.add_rows(std::vector<int>{5, 3}, 4);
+  const StepView& view = arrived(upload);
+  EXPECT_EQ(view.rows, 8);
+  EXPECT_EQ(view.outputs, 4);
+  EXPECT_EQ(view.arena, arena);
+  EXPECT_EQ(view.segment_count, 2);
+  EXPECT_EQ(view.context, 64);
+  EXPECT_EQ(std::vector<std::int32_t>(view.tokens, view.tokens + 8),
+            (std::vector<std::int32_t>{7, 8, 9, 4, 5, 6, 0, 0}));
+  EXPECT_EQ(std::vector<std::int32_t>(view.positions, view.positions + 6),
+            (std::vector<std::int32_t>{30, 31, 32, 17, 18, 18}));
+  EXPECT_EQ(std::vector<std::int32_t>(view.row_segment, view.row_segment + 8),
+            (std::vector<std::int32_t>{0, 0, 0, 1, 1, 1, -1, -1}));
+  EXPECT_EQ(std::vector<std::int32_t>(view.output_rows, view.output_rows + 4), (std::vector<std::int32_t>{2, 3, 4, 5}));
+  EXPECT_EQ(std::vector<std::int32_t>(listed, listed + 4), (std::vector<std::int32_t>{5, 3, 0, 0}));
+  const StepSegment& chain = view.segments[0];
+  EXPECT_EQ(chain.tree, 0);
+  EXPECT_EQ(std::vector<PageId>(view.pages + chain.pages[0], view.pages + chain.pages[0] + 3), sliding);
+  EXPECT_EQ(std::vector<PageId>(view.pages + chain.pages[1], view.pages + chain.pages[1] + 3), full);
+  const StepSegment& tree = view.segments[1];
+  EXPECT_EQ(tree.tree, 1);
+  EXPECT_EQ(view.pages[tree.pages[0]], kNoPage);
+  EXPECT_EQ(view.pages[tree.pages[1] + 1], 21U);
+  const auto path = [&](int row, int at) { return int{view.paths[row * kMaxPath + at]}; };
+  EXPECT_EQ(path(3, 0), 0);
+  EXPECT_EQ(path(4, 0), 0);
+  EXPECT_EQ(path(4, 1), 1);
+  EXPECT_EQ(path(5, 0), 0);
+  EXPECT_EQ(path(5, 1), 2);
+}
+
+TEST(StepUpload, StaysWhereItIsUntilPageTablesGrow) {
+  StepUpload upload;
+  upload.reserve(4, 1);
+  const std::vector<TokenId> tokens = {1};
+  const std::vector<int> outputs = {0};
+  const auto fill = [&](std::int64_t position) {
+    const std::vector<std::int64_t> positions = {position};
+    const std::vector<PageId> pages(static_cast<std::size_t>(position / kPageSize + 1), 3);
+    const std::vector<Segment> segments = {{0, 1, position, {pages.data(), pages.data()}}};
+    upload.fill({tokens, positions, segments, outputs}, {nullptr});
+    return arrived(upload);
+  };
+  const StepView first = fill(300);
+  const StepView second = fill(500);
+  EXPECT_EQ(std::memcmp(&first, &second, sizeof first), 0);
+  const StepView long_one = fill(200'000);
+  EXPECT_EQ(long_one.pages[long_one.segments[0].pages[1] + 12'500], 3U);
+  EXPECT_THROW(upload.add_rows(std::vector<int>(5), 5), std::logic_error);
+}
+
+struct Add {
+  int* sum;
+  std::int64_t number;
+};
+__global__ void add(const Add a) { *a.sum += static_cast<int>(a.number); }
+
+TEST(GraphCache, RunsListsAndKeepsTheLatestGraphs) {
+  GraphCache cache(2);
+  const Stream stream = Stream::create();
+  int sum = 0;
+  const auto run = [&](int number) {
+    LaunchList list;
+    list.add(add, {dim3(1), dim3(1)}, {&sum, number});
+    list.add(add, {dim3(1), dim3(1)}, {&sum, 100 * number});
+    cache.run(list, stream.get());
+    stream.wait();
+    return std::exchange(sum, 0);
+  };
+  EXPECT_EQ(run(1), 101);
+  EXPECT_EQ(cache.graphs(), 0U) << "a list that is seen once has no graph";
+  EXPECT_EQ(run(1), 101);
+  EXPECT_EQ(run(1), 101);
+  EXPECT_EQ(cache.graphs(), 1U);
+  EXPECT_EQ(run(2), 202);
+  EXPECT_EQ(run(2), 202);
+  EXPECT_EQ(cache.graphs(), 2U);
+  EXPECT_EQ(run(3), 303);  // takes the place of 1
+  EXPECT_EQ(cache.graphs(), 1U);
+  EXPECT_EQ(run(1), 101);
+  EXPECT_EQ(cache.graphs(), 0U);
+  LaunchList of_nothing;
+  of_nothing.add(add, {dim3(0), dim3(1)}, {&sum, 1});
+  EXPECT_TRUE(of_nothing.empty());
+  cache.run(of_nothing, stream.get());
+  cache.clear();
+  EXPECT_EQ(run(2), 202);
+}
+
+}  // namespace
+}  // namespace draftwerk::cuda
