@@ -16,13 +16,36 @@ class QueueFull(RuntimeError):
 class EngineClosed(RuntimeError):
     """The engine was closed."""
 
+class Gpu:
+    @property
+    def number(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+
+def gpus(library: str) -> list[Gpu]:
+    """The GPUs that the CUDA backend in the file `library` can run on, by their numbers.
+
+    Raises:
+        RuntimeError: it cannot be loaded, or runs on none; says why.
+    """
+
 class Model:
     @property
     def description(self) -> str: ...
     @property
+    def memory(self) -> tuple[int, int] | None:
+        """(free, total) bytes of a GPU's memory; None on the processor."""
+
+    @property
     def weight_bytes(self) -> int: ...
     def __init__(
-        self, config: Mapping[str, object], *, threads: int = 0, max_step_rows: int = 512, max_outputs: int = 0
+        self,
+        config: Mapping[str, object],
+        *,
+        gpu: Gpu | None = None,
+        threads: int = 0,
+        max_step_rows: int = 512,
+        max_outputs: int = 0,
     ) -> None: ...
     def create_weight(self, name: str, type: str, rows: int, columns: int) -> None: ...
     def upload_rows(

@@ -14,6 +14,7 @@ from draftwerk import _core
 from draftwerk.acceptance import MODEL_DRAFTERS, AcceptanceWatch
 from draftwerk.acceptance_causes import Evidence, quantisation, turn_marker
 from draftwerk.conversation import Conversation
+from draftwerk.devices import find_gpu
 from draftwerk.dispatcher import Dispatcher
 from draftwerk.drafters import Drafter, choose_drafters
 from draftwerk.generation import Generation
@@ -69,9 +70,11 @@ class Engine:
             "lookup", "none", "random" (for tests: drafts are noise), or the directory, GGUF file or hub name of an MTP
             drafter. Never changes the output, only the speed.
         lookup: whether an MTP drafter has lookup beside it.
-        threads: kernel threads; 0 uses every core this process may run on.
+        device: where it computes: "cpu", "cuda" (the first GPU), "cuda:N", or "auto" (the first GPU if there is one).
+        threads: kernel threads of the processor; 0 uses every core this process may run on.
         kv_memory: bytes for the KV cache, or a size such as "512MiB". Default: 1 GiB, or a quarter of the free memory
-            if that is less.
+            if that is less; on a GPU what `gpu_memory_fraction` leaves.
+        gpu_memory_fraction: share of a GPU's memory that may be in use, weights, KV cache and other processes together.
         weights: "auto" keeps the checkpoint's types; "int8", "int4", "f32", "f16", "bf16" convert float matrices on
             loading, those of an MTP drafter too.
         draft_length: drafts per step; None lets the measured costs decide.
@@ -95,8 +98,10 @@ class Engine:
         *,
         drafter: Drafter = "auto",
         lookup: bool = True,
+        device: str = "auto",
         threads: int = 0,
         kv_memory: int | str | None = None,
+        gpu_memory_fraction: float = 0.9,
         weights: str = "auto",
         draft_length: int | None = None,
         max_draft_length: int = 16,
@@ -110,13 +115,14 @@ class Engine:
     ) -> None:
         if draft_length is not None and not 0 <= draft_length <= max_draft_length:
             raise ValueError(f"draft_length = {draft_length}: must be 0 to max_draft_length = {max_draft_length}")
+        gpu = find_gpu(device)
         checkpoint = model if isinstance(model, Checkpoint) else open_model(model, progress)
         self._tokenizer = checkpoint.tokenizer
         self._chat_template = checkpoint.chat_template
         # Before the weights are read: what does not fit fails at once.
         drafters = choose_drafters(drafter, checkpoint, lookup=lookup)
         core_model = load_model(
-            checkpoint, weights=weights, threads=threads, max_step_rows=max_step_rows, progress=progress
+            checkpoint, weights=weights, gpu=gpu, threads=threads, max_step_rows=max_step_rows, progress=progress
         )
         mtp = drafters.load(checkpoint, core_model, weights=weights, progress=progress)
         model_fingerprint = fingerprint(checkpoint, weights, core_model.description.partition(",")[0])
@@ -125,7 +131,7 @@ class Engine:
         options.drafters = list(drafters.names)
         options.draft_length = -1 if draft_length is None else draft_length
         options.max_draft_length = max_draft_length
-        options.kv_memory_bytes = _kv_memory_bytes(kv_memory)
+        options.kv_memory_bytes = _kv_memory_bytes(kv_memory, core_model.memory, gpu_memory_fraction)
         options.max_sequences = max_sequences
         options.prefill_chunk = prefill_chunk or max_step_rows
         options.max_queued_tokens = max_queued_tokens
@@ -468,9 +474,21 @@ def _is_batch(prompt: object) -> bool:
     return len(prompt) == 0 or isinstance(prompt[0], (str, Sequence, Chat))
 
 
-def _kv_memory_bytes(kv_memory: int | str | None) -> int:
+def _kv_memory_bytes(kv_memory: int | str | None, of_gpu: tuple[int, int] | None, fraction: float) -> int:
+    """Bytes of the KV cache. `of_gpu`: (free, total) bytes of a GPU's memory, with the weights in it."""
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"gpu_memory_fraction = {fraction}: must be more than 0 and at most 1")
     if kv_memory is None:
-        return min(1 << 30, available_memory() // 4)
+        if of_gpu is None:
+            return min(1 << 30, available_memory() // 4)
+        free, total = of_gpu
+        left = free - int((1.0 - fraction) * total)
+        if left <= 0:
+            raise ValueError(
+                f"gpu_memory_fraction = {fraction}: with the weights loaded, {(total - free) / 1e9:.1f} of the GPU's "
+                f"{total / 1e9:.1f} GB are in use, which leaves nothing for a KV cache"
+            )
+        return left
     size = parse_size(kv_memory) if isinstance(kv_memory, str) else int(kv_memory)
     if size <= 0:
         raise ValueError(f"kv_memory = {kv_memory}: must be more than 0 bytes")

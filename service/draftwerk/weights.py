@@ -51,6 +51,7 @@ def load_model(
     checkpoint: Checkpoint,
     *,
     weights: str = "auto",
+    gpu: _core.Gpu | None = None,
     threads: int = 0,
     max_step_rows: int = 512,
     progress: Progress | None = None,
@@ -66,6 +67,7 @@ def load_model(
             (GGUF's Q8_0). "int4" quantises those of the layers to int4 (Q4_0) and the others, the head among them, to
             int8. Both leave quantised matrices as they are; "f32", "f16" and "bf16" convert float matrices. Routers of
             experts always stay as they are.
+        gpu: where it computes; None: on the processor, with so many `threads`.
 
     Raises:
         CheckpointError: the core does not support the model's sizes.
@@ -73,7 +75,9 @@ def load_model(
     """
     _check_choice(weights)
     with _refusals(checkpoint.path):
-        model = _core.Model(dataclasses.asdict(checkpoint.config), threads=threads, max_step_rows=max_step_rows)
+        model = _core.Model(
+            dataclasses.asdict(checkpoint.config), gpu=gpu, threads=threads, max_step_rows=max_step_rows
+        )
     tensors = []
     for tensor in checkpoint.tensors():
         if tensor.name == _PER_LAYER_TABLE:

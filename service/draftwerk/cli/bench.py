@@ -48,6 +48,7 @@ _ENGINE_OPTIONS = (
     "no_lookup",
     "draft_length",
     "weights",
+    "device",
     "threads",
     "kv_memory",
     "no_prefix_cache",
@@ -95,6 +96,7 @@ def bench(
     chat: options.Chat = False,
     draft_length: options.DraftLength = None,
     weights: options.Weights = "auto",
+    device: options.Device = "auto",
     threads: options.Threads = 0,
     kv_memory: options.KvMemory = None,
     no_prefix_cache: options.NoPrefixCache = False,
@@ -138,6 +140,7 @@ def bench(
             drafter=drafter,
             no_lookup=no_lookup,
             draft_length=draft_length,
+            device=device,
             threads=threads,
             kv_memory=kv_memory,
             weights=weights,
@@ -162,16 +165,20 @@ def rows(
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Passes for each count; the median counts.")] = 30,
     context: Annotated[int, typer.Option("--context", min=0, help="Positions before the rows.", metavar="N")] = 64,
     weights: options.Weights = "auto",
+    device: options.Device = "auto",
     threads: options.Threads = 0,
     json_file: JsonFile = None,
 ) -> None:
     """Time one pass of the model at 1 to 16 rows: what verifying drafts costs."""
+    from draftwerk.devices import find_gpu
     from draftwerk.measurement import time_rows
     from draftwerk.weights import load_model, open_model
 
     check_writable(json_file)
     with options.loading_progress(model) as progress:
-        core_model = load_model(open_model(model, progress), weights=weights, threads=threads, progress=progress)
+        core_model = load_model(
+            open_model(model, progress), weights=weights, gpu=find_gpu(device), threads=threads, progress=progress
+        )
     time_rows(core_model, most_rows, 2, context)  # warms caches and clocks
     with options.messages.status("timing passes"):
         measured = time_rows(core_model, most_rows, repeats, context)

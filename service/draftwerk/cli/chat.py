@@ -31,7 +31,7 @@ EPILOG = """
 """
 
 # What a server that runs already has settled.
-_ENGINE_OPTIONS = ("model", "drafter", "draft_length", "weights", "threads", "kv_memory")
+_ENGINE_OPTIONS = ("model", "drafter", "draft_length", "weights", "device", "threads", "kv_memory")
 
 
 @reports_failures
@@ -74,6 +74,7 @@ def chat(
     drafter: options.Drafter = "auto",
     draft_length: options.DraftLength = None,
     weights: options.Weights = "auto",
+    device: options.Device = "auto",
     threads: options.Threads = 0,
     kv_memory: options.KvMemory = None,
 ) -> None:
@@ -108,6 +109,7 @@ def chat(
             draft_length=draft_length,
             max_draft_length=max(16, draft_length or 0),
             weights=weights,
+            device=device,
             threads=threads,
             kv_memory=kv_memory,
         )

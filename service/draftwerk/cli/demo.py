@@ -51,10 +51,11 @@ def demo(
     ] = PROMPT,
     max_tokens: options.MaxTokens = 128,
     drafter: options.Drafter = "auto",
+    device: options.Device = "auto",
     threads: options.Threads = 0,
 ) -> None:
     """Serve a model, generate with and without drafting; show what was drafted, both speeds, and that both agree."""
-    show(Console(), model, prompt=prompt, max_tokens=max_tokens, drafter=drafter, threads=threads)
+    show(Console(), model, prompt=prompt, max_tokens=max_tokens, drafter=drafter, device=device, threads=threads)
 
 
 def show(
@@ -64,6 +65,7 @@ def show(
     prompt: str = PROMPT,
     max_tokens: int = 128,
     drafter: str = "auto",
+    device: str = "auto",
     threads: int = 0,
 ) -> None:
     """The demo on any console.
@@ -75,7 +77,7 @@ def show(
         console.print(TERMS, style="dim", highlight=False, soft_wrap=True)
         console.print()
     with (
-        options.server(model, drafter=drafter, threads=threads, prefix_cache=False) as address,
+        options.server(model, drafter=drafter, device=device, threads=threads, prefix_cache=False) as address,
         reports_server_failures(),
     ):
         from draftwerk_client import Client

@@ -39,6 +39,9 @@ DraftLength = Annotated[
         "--draft-length", min=0, max=64, help="Drafts per step. Default: decided by measured costs.", metavar="N"
     ),
 ]
+Device = Annotated[
+    str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:N.", metavar="DEVICE")
+]
 Threads = Annotated[int, typer.Option("--threads", "-t", min=0, help="Kernel threads; 0 uses all cores.")]
 KvMemory = Annotated[
     Optional[str],
@@ -143,6 +146,7 @@ def open_engine(
     drafter: str,
     no_lookup: bool,
     draft_length: int | None,
+    device: str,
     threads: int,
     kv_memory: str | None,
     weights: str,
@@ -158,6 +162,7 @@ def open_engine(
             lookup=not no_lookup,
             draft_length=draft_length,
             max_draft_length=max(16, draft_length or 0),
+            device=device,
             threads=threads,
             kv_memory=kv_memory,
             weights=weights,

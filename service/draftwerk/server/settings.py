@@ -82,7 +82,14 @@ class Settings(BaseModel):
     weights: str = _setting(
         "auto", "Model", "TYPE", "auto, int8, int4, f32, f16 or bf16: the type to hold float weights in."
     )
-    threads: int = _setting(0, "Model", "N", "Kernel threads; 0 uses all cores.", ge=0)
+    device: str = _setting(
+        "auto",
+        "Model",
+        "DEVICE",
+        "auto (a GPU if there is one), cpu, cuda or cuda:N.",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+    )
+    threads: int = _setting(0, "Model", "N", "Kernel threads on the processor; 0 uses all cores.", ge=0)
 
     listen: Address = _setting("127.0.0.1:50051", "Network", "ADDRESS", "HOST:PORT or unix:PATH of the service.")
     operations_listen: OptionalAddress = _setting(
@@ -107,6 +114,14 @@ class Settings(BaseModel):
 
     kv_memory: Optional[Size] = _setting(
         None, "Budgets", "SIZE", "Size of the KV cache, e.g. 512MiB. Default: 1GiB, or 25% of free memory.", gt=0
+    )
+    gpu_memory_fraction: float = _setting(
+        0.9,
+        "Budgets",
+        "SHARE",
+        "Share of a GPU's memory to use; without --kv-memory, the KV cache gets what is left.",
+        gt=0,
+        le=1,
     )
     max_context: Optional[int] = _setting(
         None, "Budgets", "N", "Longest sequence in tokens, prompt and output. Default: the model's.", ge=1
