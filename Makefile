@@ -1,5 +1,5 @@
 # make demo    see it work: sets up everything that is missing, then runs `draftwerk demo`
-# make test    every test, Python and C++
+# make test    every test, Python and C++, and those of the CUDA backend on an emulated device
 # make lint    ruff, mypy, buf, clang-format, clang-tidy
 # make api     what is made from the protos: stubs, docs/api.md, the API to which later changes are held
 # make build   the packages, installed into .venv
@@ -16,12 +16,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD := build/cpp
 
 PACKAGE_SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
-	$(shell find cpp service -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \) \
+	$(shell find cpp service -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \) \
 	-o -path 'service/draftwerk/shipped/*' -type f)
 CLIENT_SOURCES := $(shell find client -type f \( -name '*.py' -o -name '*.pyi' -o -name py.typed -o -name pyproject.toml -o -name README.md \))
-CPP_SOURCES := $(shell find cpp tests/cpp -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' \))
+CPP_SOURCES := $(shell find cpp tests/cpp tests/cuda -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: demo test test-cpp test-python lint api build clean
+# Those of the Python tests that say what a model computes, whatever it computes on.
+CUDA_PYTHON_TESTS := tests/python/test_devices.py tests/python/test_cuda_parity.py \
+	tests/python/test_gemma4_promise.py::test_random_setups
+# Minutes each, for threads that are emulated.
+CUDA_SLOW_TESTS := *Gemma4Promise*:MtpDrafter.ReadsTheStateOfTheRowThatChoseTheToken
+
+.PHONY: demo test test-cpp test-cuda test-python lint api build clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/weights
@@ -29,7 +35,7 @@ demo: $(STAMPS)/package $(STAMPS)/weights
 
 build: $(STAMPS)/package
 
-test: test-cpp test-python
+test: test-cpp test-cuda test-python
 
 test-python: $(STAMPS)/dev $(STAMPS)/package
 	$(BIN)/python -m pytest
@@ -37,6 +43,13 @@ test-python: $(STAMPS)/dev $(STAMPS)/package
 test-cpp: $(STAMPS)/cpp-tests
 	$(BIN)/cmake --build $(BUILD) --target draftwerk_tests
 	$(BIN)/python tests/run_cpp_tests.py $(BUILD)/draftwerk_tests
+
+# The CUDA backend on an emulated device: its own tests, and the models' and engine's on it.
+test-cuda: $(STAMPS)/cpp-tests
+	$(BIN)/cmake --build $(BUILD) --target draftwerk_cuda_tests draftwerk_cuda_emulated
+	$(BIN)/python tests/run_cpp_tests.py $(BUILD)/tests/cuda/draftwerk_cuda_tests --gtest_filter=-$(CUDA_SLOW_TESTS)
+	DRAFTWERK_CUDA_LIBRARY=$(abspath $(BUILD))/tests/cuda/libdraftwerk_cuda_emulated.so DRAFTWERK_PROMISE_EXAMPLES=2 \
+	  $(BIN)/python -m pytest $(CUDA_PYTHON_TESTS)
 
 lint: $(STAMPS)/dev $(STAMPS)/package
 	$(BIN)/ruff check

@@ -50,6 +50,8 @@ TARGETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 1,
         "num_kv_shared_layers": 20,
         "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 256,
+        "vocab_size_per_layer_input": VOCABULARY,
         "full_every": 5,
     },
     "E4B": {
@@ -59,11 +61,48 @@ TARGETS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "num_kv_shared_layers": 18,
-        "use_double_wide_mlp": False,
+        "hidden_size_per_layer_input": 256,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "full_every": 6,
+    },
+    "12B": {
+        "num_hidden_layers": 48,
+        "hidden_size": 3840,
+        "intermediate_size": 15_360,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "sliding_window": 1024,
+        "full_every": 6,
+    },
+    "26B-A4B": {
+        "num_hidden_layers": 30,
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "sliding_window": 1024,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+        "full_every": 6,
+    },
+    "31B": {
+        "num_hidden_layers": 60,
+        "hidden_size": 5376,
+        "intermediate_size": 21_504,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+        "attention_k_eq_v": True,
+        "sliding_window": 1024,
         "full_every": 6,
     },
 }
-PER_LAYER = 256
 
 
 def target_config(size: str) -> dict[str, Any]:
@@ -74,31 +113,36 @@ def target_config(size: str) -> dict[str, Any]:
         "architectures": ["Gemma4ForCausalLM"],
         "model_type": "gemma4_text",
         **_SHARED,
-        **values,
-        "layer_types": [FULL if (index + 1) % every == 0 else SLIDING for index in range(layers)],
-        "hidden_size_per_layer_input": PER_LAYER,
-        "vocab_size_per_layer_input": VOCABULARY,
+        "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
         "attention_k_eq_v": False,
         "enable_moe_block": False,
+        **values,
+        "layer_types": [FULL if (index + 1) % every == 0 else SLIDING for index in range(layers)],
     }
 
 
 def assistant_config(size: str) -> dict[str, Any]:
     """config.json of its drafter."""
-    target = TARGETS[size]
+    target = target_config(size)
+    small = target["hidden_size_per_layer_input"] > 0
     text = {
         "model_type": "gemma4_text",
         **_SHARED,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 4,
-        "hidden_size": 256,
-        "intermediate_size": 2048,
-        "num_attention_heads": 4,
+        "hidden_size": 256 if small else 1024,
+        "intermediate_size": 2048 if small else 4096,
+        "num_attention_heads": 4 if small else target["num_attention_heads"],
         "num_key_value_heads": target["num_key_value_heads"],
+        "num_global_key_value_heads": target.get("num_global_key_value_heads"),
+        "sliding_window": target["sliding_window"],
         "layer_types": [SLIDING, SLIDING, SLIDING, FULL],
         "hidden_size_per_layer_input": 0,
         "vocab_size_per_layer_input": 0,
-        "attention_k_eq_v": False,
+        "attention_k_eq_v": target["attention_k_eq_v"],
         "enable_moe_block": False,
         "use_double_wide_mlp": False,
         "final_logit_softcapping": None,
@@ -108,7 +152,7 @@ def assistant_config(size: str) -> dict[str, Any]:
         "model_type": "gemma4_assistant",
         "text_config": text,
         "backbone_hidden_size": target["hidden_size"],
-        "use_ordered_embeddings": True,
+        "use_ordered_embeddings": small,
         "num_centroids": 2048,
         "centroid_intermediate_top_k": 32,
         "tie_word_embeddings": True,
@@ -119,15 +163,18 @@ def assistant_config(size: str) -> dict[str, Any]:
 def layer_tensors(config: dict[str, Any], index: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of one layer."""
     prefix, hidden = f"model.layers.{index}.", config["hidden_size"]
-    head = config["global_head_dim"] if config["layer_types"][index] == FULL else config["head_dim"]
+    full = config["layer_types"][index] == FULL
+    head = config["global_head_dim"] if full else config["head_dim"]
+    kv_heads = (full and config.get("num_global_key_value_heads")) or config["num_key_value_heads"]
     shared = index >= config["num_hidden_layers"] - config["num_kv_shared_layers"]
-    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    queries, keys = config["num_attention_heads"] * head, kv_heads * head
     mlp = config["intermediate_size"] * (2 if shared and config["use_double_wide_mlp"] else 1)
     yield prefix + "self_attn.q_proj.weight", (queries, hidden)
     yield prefix + "self_attn.q_norm.weight", (head,)
     if not shared:
         yield prefix + "self_attn.k_proj.weight", (keys, hidden)
-        yield prefix + "self_attn.v_proj.weight", (keys, hidden)
+        if not (full and config["attention_k_eq_v"]):
+            yield prefix + "self_attn.v_proj.weight", (keys, hidden)
         yield prefix + "self_attn.k_norm.weight", (head,)
     yield prefix + "self_attn.o_proj.weight", (hidden, queries)
     yield prefix + "mlp.gate_proj.weight", (mlp, hidden)
@@ -136,19 +183,30 @@ def layer_tensors(config: dict[str, Any], index: int) -> Iterator[tuple[str, tup
     for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
         yield f"{prefix}{norm}_layernorm.weight", (hidden,)
     yield prefix + "layer_scalar", (1,)
-    if config["hidden_size_per_layer_input"]:
-        yield prefix + "per_layer_input_gate.weight", (PER_LAYER, hidden)
-        yield prefix + "per_layer_projection.weight", (hidden, PER_LAYER)
+    if per_layer := config["hidden_size_per_layer_input"]:
+        yield prefix + "per_layer_input_gate.weight", (per_layer, hidden)
+        yield prefix + "per_layer_projection.weight", (hidden, per_layer)
         yield prefix + "post_per_layer_input_norm.weight", (hidden,)
+    if config["enable_moe_block"]:
+        experts, wide = config["num_experts"], config["moe_intermediate_size"]
+        yield prefix + "router.proj.weight", (experts, hidden)
+        yield prefix + "router.scale", (hidden,)
+        yield prefix + "router.per_expert_scale", (experts,)
+        yield prefix + "experts.gate_up_proj", (experts, 2 * wide, hidden)
+        yield prefix + "experts.down_proj", (experts, hidden, wide)
+        for norm in ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2"):
+            yield f"{prefix}{norm}.weight", (hidden,)
 
 
 def target_tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of a target."""
-    hidden, packed = config["hidden_size"], config["num_hidden_layers"] * PER_LAYER
+    hidden = config["hidden_size"]
     yield "model.embed_tokens.weight", (VOCABULARY, hidden)
-    yield "model.embed_tokens_per_layer.weight", (VOCABULARY, packed)
-    yield "model.per_layer_model_projection.weight", (packed, hidden)
-    yield "model.per_layer_projection_norm.weight", (PER_LAYER,)
+    if per_layer := config["hidden_size_per_layer_input"]:
+        packed = config["num_hidden_layers"] * per_layer
+        yield "model.embed_tokens_per_layer.weight", (VOCABULARY, packed)
+        yield "model.per_layer_model_projection.weight", (packed, hidden)
+        yield "model.per_layer_projection_norm.weight", (per_layer,)
     for index in range(config["num_hidden_layers"]):
         yield from layer_tensors(config, index)
     yield "model.norm.weight", (hidden,)
@@ -161,8 +219,9 @@ def assistant_tensors(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, 
     yield "model.embed_tokens.weight", (VOCABULARY, hidden)
     yield "pre_projection.weight", (hidden, 2 * backbone)
     yield "post_projection.weight", (backbone, hidden)
-    yield "masked_embedding.centroids.weight", (config["num_centroids"], hidden)
-    yield "masked_embedding.token_ordering", (VOCABULARY,)
+    if config["use_ordered_embeddings"]:
+        yield "masked_embedding.centroids.weight", (config["num_centroids"], hidden)
+        yield "masked_embedding.token_ordering", (VOCABULARY,)
     for index in range(text["num_hidden_layers"]):
         yield from layer_tensors(text, index)
     yield "model.norm.weight", (hidden,)

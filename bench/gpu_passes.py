@@ -1,0 +1,166 @@
+"""What a pass of a Gemma and a draft of its MTP drafter take on a GPU, against what reading the weights takes.
+
+    python bench/gpu_passes.py E2B 12B 31B --weights auto int8 int4 --json passes.json
+
+Weights are random and of the published sizes; they are made in memory and go straight to the device. The bandwidth that
+figures are compared with is that of a copy on the same device, measured before (with torch, if it is there). A model
+that does not fit the device is left out, and said to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from random_gemma4 import TARGETS, RandomTensors, assistant_config, assistant_tensors, target_config, target_tensors
+
+from draftwerk import _core
+from draftwerk.devices import find_gpu
+from draftwerk.loading.hugging_face_config import assistant_config_from_hugging_face, config_from_hugging_face
+from draftwerk.loading.tensors import TensorView
+from draftwerk.weights import load_assistant, load_model
+
+ROWS = (1, 4, 8, 16, 32)
+DRAFTS = (1, 8)
+PREFILL = 8192
+_NUMBERS = 1 << 24  # random values that all matrices are cut from
+
+
+class RandomCheckpoint:
+    """A target or a drafter of random weights, as far as loading it asks for one."""
+
+    path = "random weights"
+    name = "random"
+    tokenizer = None
+    chat_template = None
+    bos_token_id = 2
+    eos_token_ids = (1,)
+
+    def __init__(self, config: Any, tensors: list[tuple[str, tuple[int, ...]]], seed: int = 0) -> None:
+        self.config = config
+        self._tensors = tensors
+        self._random = RandomTensors(seed)
+        self.head_token_ids: npt.NDArray[np.int32] | None = None
+        if any(name.endswith("token_ordering") for name, _ in tensors):
+            self.head_token_ids = np.random.default_rng(seed).permutation(config.text.vocab_size).astype(np.int32)
+
+    def tensors(self) -> Iterator[TensorView]:
+        """Every tensor once."""
+        for name, shape in self._tensors:
+            if name.endswith("token_ordering"):
+                continue
+            if len(shape) == 1:
+                values = next(self._random.chunks(name, shape)).astype(np.uint32) << 16
+                yield TensorView(name, "f32", shape, (values.view(np.uint8),))
+                continue
+            count = int(np.prod(shape))
+            part = next(self._random.chunks(name, (min(count, _NUMBERS),)))
+            matrix = (int(np.prod(shape[:-1])), shape[-1])
+            parts = [part.view(np.uint8)] * (count // part.size)
+            if count % part.size:
+                parts.append(part[: count % part.size].view(np.uint8))
+            whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            yield TensorView("model.embed_tokens.weight" if name == "embed" else name, "bf16", matrix, (whole,))
+
+
+def copy_bandwidth() -> float | None:
+    """Bytes a second that a copy on the device reads and writes."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(10):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(10):
+            target.copy_(source)
+        torch.cuda.synchronize()
+        best = max(best, 10 * 2 * source.nbytes / (time.perf_counter() - started))
+    del source, target
+    torch.cuda.empty_cache()
+    return best
+
+
+def measure(size: str, weights: str, gpu: _core.Gpu, context: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds and bytes of one model with one choice of weights."""
+    target_values, drafter_values = target_config(size), assistant_config(size)
+    config = config_from_hugging_face(size, target_values)
+    checkpoint: Any = RandomCheckpoint(config, list(target_tensors(target_values)))
+    started = time.perf_counter()
+    target = load_model(checkpoint, weights=weights, gpu=gpu, max_step_rows=2048)
+    loaded = time.perf_counter() - started
+    drafter_config = assistant_config_from_hugging_face(size, drafter_values)
+    assistant: Any = RandomCheckpoint(drafter_config, list(assistant_tensors(drafter_values)), seed=1)
+    drafter = load_assistant(assistant, checkpoint, target, weights=weights)
+    target.time_rows(1, 5, context)
+    passes: dict[int, list[float]] = defaultdict(list)
+    drafts: dict[int, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for rows in ROWS:
+            passes[rows].append(statistics.median(target.time_rows(rows, 10, context)))
+        for count in DRAFTS:
+            drafts[count].append(statistics.median(drafter.time_drafts(1, count, 10, context)) / count)
+    report = {
+        "backend": target.description,
+        "weight_bytes": target.weight_bytes,
+        "drafter_bytes": drafter.weight_bytes,
+        "loading_seconds": loaded,
+        "pass_ms": {rows: statistics.median(seconds) * 1e3 for rows, seconds in passes.items()},
+        "draft_ms": {count: statistics.median(seconds) * 1e3 for count, seconds in drafts.items()},
+        "gpu_memory": target.memory,
+        "config": {field: value for field, value in dataclasses.asdict(config).items() if field != "layer_types"},
+    }
+    del target, drafter
+    gc.collect()
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="+", choices=sorted(TARGETS))
+    parser.add_argument("--weights", nargs="+", default=["auto"])
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    gpu = find_gpu("cuda")
+    assert gpu is not None
+    bandwidth = copy_bandwidth()
+    report: dict[str, Any] = {"gpu": gpu.name, "copy_bytes_per_second": bandwidth, "context": arguments.context}
+    for size in arguments.sizes:
+        for weights in arguments.weights:
+            name = f"{size} {weights}"
+            try:
+                figures = measure(size, weights, gpu, arguments.context, arguments.rounds)
+            except (RuntimeError, ValueError) as error:
+                report[name] = {"failed": str(error)}
+                print(f"{name}: {error}", flush=True)
+                continue
+            report[name] = figures
+            one = figures["pass_ms"][1]
+            line = f"{name}: {figures['weight_bytes'] / 1e9:.2f} GB, 1 row {one:.3f} ms"
+            if bandwidth:
+                line += f" ({figures['weight_bytes'] / bandwidth * 1e5 / one:.0f}% of the copy's speed)"
+            for rows in ROWS[1:]:
+                line += f", {rows} rows {figures['pass_ms'][rows] / one:.2f}x"
+            line += f", a draft {figures['draft_ms'][8] / one * 100:.1f}%"
+            print(line, flush=True)
+            if arguments.json is not None:
+                arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
