@@ -53,7 +53,7 @@ def _gpus() -> list[_core.Gpu]:
     library = os.environ.get(LIBRARY_VARIABLE) or str(_LIBRARY)
     if not Path(library).exists():
         raise DeviceError(
-            f"this build has no CUDA backend ({library} is missing); install draftwerk[cuda], or build with nvcc, or "
+            f"this build has no CUDA backend ({library} is missing); build it with nvcc and DRAFTWERK_BUILD_CUDA=ON, or "
             "use --device cpu"
         )
     try:

@@ -1,0 +1,65 @@
+"""Builds the CUDA backend with nvcc and looks at what ptxas says of its kernels: one that spills registers is slow.
+
+    python tests/compile_cuda.py build/cuda --architectures 80-real 90a-real
+
+Needs no GPU. Without nvcc (on the PATH or in /usr/local/cuda) there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Known, and of architectures that the kernels are not tuned for.
+ALLOWED = {"sm_80"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--architectures", nargs="+", default=["80-real", "90a-real", "90-virtual"])
+    arguments = parser.parse_args()
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        print("nvcc is not there: the CUDA backend is not compiled", file=sys.stderr)
+        return 0
+    binaries = ROOT / ".venv" / "bin"
+    environment = {**os.environ, "CUDACXX": nvcc}
+    configure = [binaries / "cmake", "-S", ROOT, "-B", arguments.directory, "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={binaries / 'ninja'}", "-DDRAFTWERK_BUILD_PYTHON=OFF"]
+    configure += ["-DDRAFTWERK_BUILD_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(arguments.architectures)}"]
+    subprocess.run(configure, check=True, env=environment, stdout=subprocess.DEVNULL)
+    build = [binaries / "cmake", "--build", arguments.directory, "--target", "draftwerk_cuda"]
+    done = subprocess.run(build, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode != 0:
+        print(done.stdout)
+        return done.returncode
+    kernels, spilling = read_report(done.stdout)
+    print(f"nvcc: {kernels} kernels, {len(spilling)} of them spill registers")
+    for kernel, architecture, stores in spilling:
+        print(f"  {architecture} {stores} bytes: {kernel}")
+    return 1 if any(architecture not in ALLOWED for _, architecture, _ in spilling) else 0
+
+
+def read_report(output: str) -> tuple[int, list[tuple[str, str, int]]]:
+    """The number of kernels that ptxas names, and (name, architecture, bytes stored) of those that spill."""
+    kernels = 0
+    spilling: list[tuple[str, str, int]] = []
+    name = architecture = ""
+    for line in output.splitlines():
+        if compiled := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            name, architecture = compiled[1], compiled[2]
+            kernels += 1
+        elif (spilled := re.search(r"(\d+) bytes spill stores", line)) and int(spilled[1]) > 0:
+            spilling.append((name, architecture, int(spilled[1])))
+    return kernels, spilling
+
+
+if __name__ == "__main__":
+    sys.exit(main())
