@@ -53,8 +53,8 @@ def _gpus() -> list[_core.Gpu]:
     library = os.environ.get(LIBRARY_VARIABLE) or str(_LIBRARY)
     if not Path(library).exists():
         raise DeviceError(
-            f"this build has no CUDA backend ({library} is missing); build it with nvcc and DRAFTWERK_BUILD_CUDA=ON, or "
-            "use --device cpu"
+            f"this build has no CUDA backend ({library} is missing); build it with nvcc and DRAFTWERK_BUILD_CUDA=ON, "
+            "or use --device cpu"
         )
     try:
         return _core.gpus(library)

@@ -74,6 +74,7 @@ std::string CudaBackend::description() const {
 }
 
 std::optional<MemoryInfo> CudaBackend::memory() const {
+  use_device();
   MemoryInfo memory;
   check(cudaMemGetInfo(&memory.free, &memory.total), "asking for the memory of the GPU");
   return memory;
@@ -81,15 +82,21 @@ std::optional<MemoryInfo> CudaBackend::memory() const {
 
 // --- memory ------------------------------------------------------------------------------------------------------
 
+// Which GPU is meant is a property of the calling thread, and an engine has one of its own.
+void CudaBackend::use_device() const { check(cudaSetDevice(device_.number), "choosing a GPU"); }
+
 std::unique_ptr<Buffer> CudaBackend::allocate(std::size_t bytes) {
+  use_device();
   return std::make_unique<DeviceBuffer>(std::max<std::size_t>(bytes, 1), stream_.get());
 }
 
 std::unique_ptr<Buffer> CudaBackend::allocate_constants(std::size_t bytes) {
+  use_device();
   return std::make_unique<ManagedBuffer>(std::max<std::size_t>(bytes, 1));
 }
 
 Uploader& CudaBackend::uploader() {
+  use_device();
   if (uploader_ == nullptr) uploader_ = std::make_unique<Uploader>(cpu::default_threads());
   return *uploader_;
 }
@@ -116,6 +123,7 @@ void CudaBackend::reserve(int max_rows, int max_outputs, int max_columns, int vo
     throw std::invalid_argument("cuda backend: a vocabulary of " + std::to_string(vocabulary) + " beside one of " +
                                 std::to_string(vocabulary_));
   }
+  use_device();
   wait();
   max_rows_ = std::max(max_rows_, max_rows);
   max_outputs_ = std::max(max_outputs_, max_outputs);
@@ -136,6 +144,7 @@ void CudaBackend::reserve_experts(int max_rows, int chosen, const Experts& exper
     throw std::invalid_argument("cuda backend: " + std::to_string(chosen) + " of " + std::to_string(experts.count) +
                                 " experts for " + std::to_string(max_rows) + " rows");
   }
+  use_device();
   wait();
   experts_.reserve(padded_count(max_rows), chosen, experts);
   graphs_.clear();
@@ -152,6 +161,7 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
   require(rows.output_rows.size() <= static_cast<std::size_t>(max_outputs_),
           "at most as many outputs as were reserved");
   require(rows.positions.size() == rows.tokens.size(), "a position for every row");
+  use_device();
   if (uploader_ != nullptr) {
     uploader_->wait();
     uploader_.reset();

@@ -74,6 +74,7 @@ class CudaBackend final : public Backend {
  private:
   [[nodiscard]] int rows() const { return upload_.view().rows; }
   [[nodiscard]] int outputs() const { return upload_.view().outputs; }
+  void use_device() const;
   [[nodiscard]] Uploader& uploader();
   /// Runs what was recorded since the last time, if that is anything; does not wait.
   void run();
