@@ -25,9 +25,13 @@ class QueueFull(RuntimeError):
 class Model:
     description = "fake backend"
     weight_bytes = 1234
+    memory: tuple[int, int] | None = None
 
-    def __init__(self, config: dict[str, object], *, threads: int = 0, max_step_rows: int = 512) -> None:
+    def __init__(
+        self, config: dict[str, object], *, gpu: object = None, threads: int = 0, max_step_rows: int = 512
+    ) -> None:
         self.config = config
+        self.gpu = gpu
         self.threads = threads
         self.matrices: dict[str, dict[str, Any]] = {}
         self.vectors: dict[str, Any] = {}
