@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_writer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_writer import OPTIONS, tiny_engine, with_tokenizer
 
@@ -303,6 +303,7 @@ texts = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(texts)
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, written_texts: list[Text]) -> None:
     directory = tmp_path_factory.getbasetemp()
