@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "backend/backend_checks.h"
 #include "backend/cpu/cpu_backend_impl.h"
 #include "backend/cpu/operands.h"
 #include "backend/cpu/packing.h"
@@ -14,26 +15,8 @@ namespace draftwerk {
 namespace cpu {
 namespace {
 
-void check_shape(const char* what, WeightType type, std::int64_t rows, std::int64_t columns) {
-  constexpr std::int64_t kMost = std::int64_t{1} << 31;
-  if (rows > 0 && columns > 0 && rows <= kMost && columns <= kMost && columns % block_columns(type) == 0) return;
-  throw std::invalid_argument(std::string(what) + " [" + std::to_string(rows) + ", " + std::to_string(columns) +
-                              "] of type " + weight_type_name(type) +
-                              ": rows and columns must be positive, columns a multiple of " +
-                              std::to_string(block_columns(type)));
-}
-
-bool is_tree_of(const Segment& segment, std::span<const std::int64_t> positions) {
-  if (segment.parents.size() + 1 != static_cast<std::size_t>(segment.rows) || !is_tree(segment.parents)) return false;
-  const auto own = positions.subspan(static_cast<std::size_t>(segment.first_row));
-  if (own[0] != segment.first_position) return false;
-  for (std::size_t i = 0; i < segment.parents.size(); ++i) {
-    if (own[i + 1] != own[static_cast<std::size_t>(segment.parents[i] + 1)] + 1) return false;
-  }
-  return true;
-}
-
-bool is_float(WeightType type) { return block_columns(type) == 1; }
+constexpr const char* kName = "cpu backend";
+constexpr std::int64_t kMostRows = std::int64_t{1} << 31;
 
 }  // namespace
 
@@ -53,7 +36,7 @@ std::string CpuBackend::description() const {
 std::unique_ptr<Buffer> CpuBackend::allocate(std::size_t bytes) { return std::make_unique<MappedMemory>(bytes); }
 
 std::unique_ptr<Weight> CpuBackend::create_weight(WeightType type, std::int64_t rows, std::int64_t columns) {
-  check_shape("weight", type, rows, columns);
+  check_shape("weight", type, rows, columns, kMostRows);
   if (takes_quantized(type) && columns > kMaxQuantizedColumns) {
     throw std::invalid_argument("weight [" + std::to_string(rows) + ", " + std::to_string(columns) + "] of type " +
                                 weight_type_name(type) + ": at most " + std::to_string(kMaxQuantizedColumns) +
@@ -69,17 +52,7 @@ void CpuBackend::upload_rows(Weight& weight, std::int64_t first_row, std::int64_
                              const std::byte* source) {
   auto& target = static_cast<CpuWeight&>(weight);
   const PackedMatrix& matrix = target.matrix();
-  const bool whole_panels = first_row % kPanel == 0 && (count % kPanel == 0 || first_row + count == matrix.rows);
-  if (first_row < 0 || count < 0 || first_row > matrix.rows - count || !whole_panels) {
-    throw std::invalid_argument("rows " + std::to_string(first_row) + " .. " + std::to_string(first_row + count) +
-                                " of " + std::to_string(matrix.rows) + ": not whole groups of 16");
-  }
-  const bool converts = is_float(source_type) &&
-                        (matrix.type == WeightType::q8_0 || matrix.type == WeightType::q4_0 || is_float(matrix.type));
-  if (source_type != matrix.type && !converts) {
-    throw std::invalid_argument(std::string("rows of type ") + weight_type_name(source_type) +
-                                " for a weight of type " + weight_type_name(matrix.type));
-  }
+  check_upload(weight, first_row, count, source_type);
   const std::size_t row_bytes = stored_row_bytes(source_type, matrix.columns);
   std::byte* panels = target.data() + static_cast<std::size_t>(first_row / kPanel) * matrix.panel_bytes;
   // Everything that pack_rows could refuse is checked above: the body of a parallel loop must not throw.
@@ -93,7 +66,7 @@ void CpuBackend::upload_rows(Weight& weight, std::int64_t first_row, std::int64_
 
 std::unique_ptr<RowTable> CpuBackend::map_table(WeightType type, std::int64_t rows, std::int64_t columns,
                                                 const std::byte* data, std::shared_ptr<const void> owner) {
-  check_shape("table", type, rows, columns);
+  check_shape("table", type, rows, columns, kMostRows);
   table_columns_ = std::max(table_columns_, round_up(columns, kPanel));
   table_rows_.resize(pool_.size() * table_columns_);
   return std::make_unique<CpuRowTable>(type, rows, columns, data, std::move(owner));
@@ -104,19 +77,13 @@ std::size_t CpuBackend::kv_bytes(int heads, int head_dim, KvType type) const {
 }
 
 void CpuBackend::reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) {
-  if (max_rows < 1 || max_outputs < 1 || max_columns < 1 || vocabulary < 1) {
-    throw std::invalid_argument("cpu backend: a step needs at least one row, output, column and token");
-  }
-  if (vocabulary_ != 0 && vocabulary != vocabulary_) {
-    throw std::invalid_argument("cpu backend: a vocabulary of " + std::to_string(vocabulary) + " beside one of " +
-                                std::to_string(vocabulary_));
-  }
+  check_sizes(kName, max_rows, max_outputs, max_columns, vocabulary, vocabulary_);
   max_rows_ = std::max(max_rows_, max_rows);
   max_outputs_ = std::max(max_outputs_, max_outputs);
-  max_columns_ = std::max(max_columns_, round_up(max_columns, 64));
+  max_columns_ = std::max(max_columns_, round_up<std::int64_t>(max_columns, 64));
   vocabulary_ = vocabulary;
   // One vector more than needed: rows a power of two apart would share cache sets.
-  logit_stride_ = round_up(vocabulary, 16) + 16;
+  logit_stride_ = round_up<std::int64_t>(vocabulary, 16) + 16;
   logit_chunks_ = (vocabulary + kLogitChunk - 1) / kLogitChunk;
   const std::int64_t rows = std::max(max_rows_, max_outputs_);
   inputs_.resize(rows, max_columns_);
@@ -132,29 +99,19 @@ void CpuBackend::reserve(int max_rows, int max_outputs, int max_columns, int voc
 }
 
 void CpuBackend::reserve_experts(int max_rows, int chosen, const Experts& experts) {
-  if (max_rows < 1 || chosen < 1 || chosen > experts.count) {
-    throw std::invalid_argument("cpu backend: " + std::to_string(chosen) + " of " + std::to_string(experts.count) +
-                                " experts for " + std::to_string(max_rows) + " rows");
-  }
+  check_experts(kName, max_rows, chosen, experts);
   experts_.reserve(max_rows, chosen, static_cast<int>(experts.gate_up->columns()), experts);
 }
 
 void CpuBackend::begin(const StepRows& rows, KvArena arena) {
-  require(rows.tokens.size() <= static_cast<std::size_t>(max_rows_), "more rows than reserved");
-  require(rows.output_rows.size() <= static_cast<std::size_t>(max_outputs_), "more outputs than reserved");
-  require(rows.positions.size() == rows.tokens.size(), "a position for every row");
+  check_step(kName, rows, max_rows_, max_outputs_);
   step_ = rows;
   arena_ = arena;
   ropes_used_ = 0;
-  int row = 0;
   for (std::size_t s = 0; s < rows.segments.size(); ++s) {
     const Segment& segment = rows.segments[s];
-    require(segment.first_row == row && segment.rows > 0 && segment.rows <= step_rows() - row,
-            "segments that cover the rows in order");
-    require(segment.parents.empty() || is_tree_of(segment, rows.positions), "a tree behind the segment's first row");
-    for (const int end = row + segment.rows; row < end; ++row) row_segment_[row] = static_cast<int>(s);
+    std::fill_n(row_segment_.begin() + segment.first_row, segment.rows, static_cast<int>(s));
   }
-  require(row == step_rows(), "segments that cover all rows");
   attention_->begin(step_);
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "backend/backend_checks.h"
 #include "backend/cpu/cpu_backend_impl.h"
 #include "backend/cpu/operands.h"
 #include "backend/cpu/sampler_kernels.h"
@@ -59,12 +60,7 @@ void CpuBackend::head(Tensor states, const SparseHead& head) {
 void CpuBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
   const auto* logits = std::get_if<LogitRows>(&head_logits_);
   require(logits != nullptr, "a head of all tokens before a choice is verified");
-  require(std::all_of(groups.begin(), groups.end(),
-                      [](const VerifyGroup& group) {
-                        return group.parents.empty() ||
-                               (group.parents.size() == group.drafts.size() && is_tree(group.parents));
-                      }),
-          "a tree of drafts");
+  check_groups("cpu backend", groups);
   sampler_->verify_logits(*logits, groups, results, pool_);
 }
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <new>
 
+#include "backend/round_up.h"
+
 namespace draftwerk::cpu {
 namespace {
 
@@ -15,10 +17,6 @@ constexpr std::size_t kChunk = std::size_t{64} << 20;
 // From here on the part of a huge page that a mapping of its own wastes is below 1/8.
 constexpr std::size_t kLarge = std::size_t{16} << 20;
 constexpr std::size_t kWeightAlignment = 64;
-
-constexpr std::size_t round_up(std::size_t value, std::size_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 }  // namespace
 

@@ -13,24 +13,13 @@
 #include "backend/backend.h"
 #include "backend/cpu/memory.h"
 #include "backend/cpu/packing.h"
+#include "backend/round_up.h"
 
 namespace draftwerk::cpu {
 
 /// A broken call by our own code, not a user's mistake.
 inline void require(bool condition, const char* what) {
   if (!condition) throw std::logic_error(std::string("cpu backend: ") + what);
-}
-
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-/// Parents of drafts, as of Segment and VerifyGroup: each an earlier draft or -1.
-inline bool is_tree(std::span<const std::int32_t> parents) {
-  for (std::size_t i = 0; i < parents.size(); ++i) {
-    if (parents[i] < -1 || parents[i] >= static_cast<std::int64_t>(i)) return false;
-  }
-  return true;
 }
 
 class CpuWeight final : public Weight {

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <limits>
-#include <stdexcept>
 #include <utility>
 
+#include "backend/backend_checks.h"
 #include "backend/cpu/worker_pool.h"
 #include "backend/cuda/cuda_backend_impl.h"
 #include "backend/cuda/device_table.h"
@@ -23,9 +23,7 @@ constexpr std::size_t kGraphs = 256;
 // all.
 constexpr std::size_t kAttentionScratch = std::size_t{2} << 20;
 
-void require(bool condition, const char* what) {
-  if (!condition) throw std::logic_error(std::string("cuda backend: needs ") + what);
-}
+constexpr const char* kName = "cuda backend";
 
 /// Device memory of a Buffer, zeroed.
 class DeviceBuffer final : public Buffer {
@@ -116,13 +114,7 @@ std::unique_ptr<RowTable> CudaBackend::map_table(WeightType type, std::int64_t r
 }
 
 void CudaBackend::reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) {
-  if (max_rows < 1 || max_outputs < 1 || max_columns < 1 || vocabulary < 1) {
-    throw std::invalid_argument("cuda backend: a step needs at least one row, output, column and token");
-  }
-  if (vocabulary_ != 0 && vocabulary != vocabulary_) {
-    throw std::invalid_argument("cuda backend: a vocabulary of " + std::to_string(vocabulary) + " beside one of " +
-                                std::to_string(vocabulary_));
-  }
+  check_sizes(kName, max_rows, max_outputs, max_columns, vocabulary, vocabulary_);
   use_device();
   wait();
   max_rows_ = std::max(max_rows_, max_rows);
@@ -140,10 +132,7 @@ void CudaBackend::reserve(int max_rows, int max_outputs, int max_columns, int vo
 }
 
 void CudaBackend::reserve_experts(int max_rows, int chosen, const Experts& experts) {
-  if (max_rows < 1 || chosen < 1 || chosen > experts.count) {
-    throw std::invalid_argument("cuda backend: " + std::to_string(chosen) + " of " + std::to_string(experts.count) +
-                                " experts for " + std::to_string(max_rows) + " rows");
-  }
+  check_experts(kName, max_rows, chosen, experts);
   use_device();
   wait();
   experts_.reserve(padded_count(max_rows), chosen, experts);
@@ -157,10 +146,10 @@ std::size_t CudaBackend::kv_bytes(int heads, int head_dim, KvType type) const {
 // --- the step ----------------------------------------------------------------------------------------------------
 
 void CudaBackend::begin(const StepRows& rows, KvArena arena) {
-  require(rows.tokens.size() <= static_cast<std::size_t>(max_rows_), "at most as many rows as were reserved");
-  require(rows.output_rows.size() <= static_cast<std::size_t>(max_outputs_),
-          "at most as many outputs as were reserved");
-  require(rows.positions.size() == rows.tokens.size(), "a position for every row");
+  check_step(kName, rows, max_rows_, max_outputs_);
+  for (const Segment& segment : rows.segments) {
+    require(segment.parents.size() < kMaxPath, "a tree of fewer drafts than there is room for in a path");
+  }
   use_device();
   if (uploader_ != nullptr) {
     uploader_->wait();
@@ -269,6 +258,7 @@ void CudaBackend::head(Tensor states, const SparseHead& head) {
 }
 
 void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
+  check_groups(kName, groups);
   if (!groups.empty()) {
     require(logits_.values != nullptr && logits_.tokens == nullptr, "a head of all tokens before a choice is verified");
     sampler_.stage_verify(groups, outputs(), copies_in_);

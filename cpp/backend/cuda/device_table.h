@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "backend/backend.h"
 #include "backend/cuda/handles.h"
@@ -36,7 +37,7 @@ class DeviceTable final : public RowTable {
   TableView view_;
 };
 
-/// Throws std::invalid_argument unless a matrix of this shape can be stored in `type`; `what` names it.
-void check_shape(const char* what, WeightType type, std::int64_t rows, std::int64_t columns);
+/// Rows and columns that kernels number by 32 bits.
+inline constexpr std::int64_t kMostRows = std::numeric_limits<std::int32_t>::max() / 2;
 
 }  // namespace draftwerk::cuda

@@ -5,12 +5,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "backend/backend_checks.h"
 #include "backend/cuda/device_table.h"
 
 namespace draftwerk::cuda {
 
 DeviceWeight::DeviceWeight(WeightType type, std::int64_t rows, std::int64_t columns, Uploader& uploader) : type_(type) {
-  check_shape("weight", type, rows, columns);
+  check_shape("weight", type, rows, columns, kMostRows);
   const WeightFormat format = format_of(type);
   const int chunk = chunk_columns(format);
   view_ = {nullptr, static_cast<std::int32_t>(rows), static_cast<std::int32_t>(columns),
@@ -28,19 +29,7 @@ DeviceWeight::DeviceWeight(WeightType type, std::int64_t rows, std::int64_t colu
 
 void DeviceWeight::upload(std::int64_t first_row, std::int64_t count, WeightType source_type, const std::byte* source,
                           Uploader& uploader) {
-  const std::int64_t rows = view_.rows;
-  const bool whole_panels = first_row % kPanelRows == 0 && (count % kPanelRows == 0 || first_row + count == rows);
-  if (first_row < 0 || count < 0 || first_row > rows - count || !whole_panels) {
-    throw std::invalid_argument("rows " + std::to_string(first_row) + " .. " + std::to_string(first_row + count) +
-                                " of " + std::to_string(rows) + ": not whole groups of 16");
-  }
-  const auto is_float = [](WeightType type) { return block_columns(type) == 1; };
-  const bool converts =
-      is_float(source_type) && (type_ == WeightType::q8_0 || type_ == WeightType::q4_0 || is_float(type_));
-  if (source_type != type_ && !converts) {
-    throw std::invalid_argument(std::string("rows of type ") + weight_type_name(source_type) +
-                                " for a weight of type " + weight_type_name(type_));
-  }
+  check_upload(*this, first_row, count, source_type);
   const auto panel_bytes = static_cast<std::size_t>(view_.panel_bytes());
   const std::size_t row_bytes = stored_row_bytes(source_type, view_.columns);
   auto* to = static_cast<std::byte*>(memory_.get()) + static_cast<std::size_t>(first_row / kPanelRows) * panel_bytes;

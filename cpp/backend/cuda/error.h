@@ -22,6 +22,11 @@ class CudaError : public std::runtime_error {
   cudaError_t code_;
 };
 
+/// A broken call by our own code, not a user's mistake.
+inline void require(bool condition, const char* what) {
+  if (!condition) throw std::logic_error(std::string("cuda backend: ") + what);
+}
+
 /// Throws unless a call went well.
 inline void check(cudaError_t code, const char* what) {
   if (code == cudaSuccess) return;

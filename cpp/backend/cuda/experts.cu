@@ -271,11 +271,6 @@ __global__ void __launch_bounds__(kThreads) sum_experts(const SumArguments a) {
 
 // --- host ---------------------------------------------------------------------------------------------------------
 
-/// A broken call by our own code, not a user's mistake.
-void require(bool condition, const char* what) {
-  if (!condition) throw std::logic_error(std::string("cuda backend: ") + what);
-}
-
 /// Tiles of `tile` rows that `pairs` rows of experts can need.
 std::int64_t tiles_for(std::int64_t pairs, int experts, int tile) {
   const std::int64_t begun = std::min<std::int64_t>(pairs, experts);  // tiles that may not be full
@@ -301,22 +296,16 @@ void ExpertMixture::reserve(int max_rows, int chosen, const Experts& experts) {
   // More rows have larger tiles, of which fewer are full.
   const int tile = expert_tile_rows(max_pairs_, 1, shared_bytes_);
   max_slots_ = max_pairs_ + std::min<std::int64_t>(max_pairs_, max_experts_) * (tile - 1);
-  bytes_ = 0;
-  const auto allocate = [this](DeviceMemory& memory, std::size_t bytes) {
-    memory = DeviceMemory();  // the old one first
-    memory = DeviceMemory::of(bytes);
-    bytes_ += bytes;
-  };
   const auto floats = [](std::int64_t a, std::int64_t b) { return static_cast<std::size_t>(a * b) * sizeof(float); };
-  allocate(scores_, floats(max_rows_, max_experts_));
-  allocate(ids_, floats(max_pairs_, 1));
-  allocate(weights_, floats(max_pairs_, 1));
-  allocate(tiles_, static_cast<std::size_t>(max_pairs_) * sizeof(ExpertTile));
-  allocate(slots_, floats(max_slots_, 1));
-  allocate(operands_, std::max(operand_bytes(static_cast<int>(max_rows_), max_hidden_),
-                               operand_bytes(static_cast<int>(max_pairs_), max_mlp_)));
-  allocate(gated_, floats(max_pairs_, max_mlp_));
-  allocate(outputs_, floats(max_pairs_, max_hidden_));
+  scores_.reserve(floats(max_rows_, max_experts_));
+  ids_.reserve(floats(max_pairs_, 1));
+  weights_.reserve(floats(max_pairs_, 1));
+  tiles_.reserve(static_cast<std::size_t>(max_pairs_) * sizeof(ExpertTile));
+  slots_.reserve(floats(max_slots_, 1));
+  operands_.reserve(std::max(operand_bytes(static_cast<int>(max_rows_), max_hidden_),
+                             operand_bytes(static_cast<int>(max_pairs_), max_mlp_)));
+  gated_.reserve(floats(max_pairs_, max_mlp_));
+  outputs_.reserve(floats(max_pairs_, max_hidden_));
 }
 
 void ExpertMixture::score(LaunchList& launches, int rows, Tensor input, const Router& router) {

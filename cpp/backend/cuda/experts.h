@@ -6,9 +6,9 @@
 #include <cstdint>
 
 #include "backend/backend.h"
-#include "backend/cuda/handles.h"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/matmul.h"
+#include "backend/cuda/memory.h"
 #include "backend/cuda/step.h"
 
 namespace draftwerk::cuda {
@@ -28,9 +28,6 @@ class ExpertMixture {
   void run(LaunchList& launches, const StepView& step, Tensor input, const Router& router, const Norm& norm,
            const Experts& experts, Tensor output);
 
-  /// Bytes of device memory that it has.
-  [[nodiscard]] std::size_t bytes() const { return bytes_; }
-
  private:
   void score(LaunchList& launches, int rows, Tensor input, const Router& router);
   void choose(LaunchList& launches, const StepView& step, const Router& router, int experts);
@@ -38,21 +35,20 @@ class ExpertMixture {
   int sort(LaunchList& launches, int rows, int chosen, int experts, int tile_rows);
 
   std::size_t shared_bytes_;
-  std::size_t bytes_ = 0;
   std::int64_t max_rows_ = 0;
   std::int64_t max_pairs_ = 0;  ///< of a row and an expert that it goes to
   std::int64_t max_slots_ = 0;  ///< places for pairs in tiles of one expert
   int max_experts_ = 0;
   int max_hidden_ = 0;
   int max_mlp_ = 0;
-  DeviceMemory scores_;    ///< [rows, experts]
-  DeviceMemory ids_;       ///< [rows, chosen], ascending; -1: a row of padding
-  DeviceMemory weights_;   ///< [rows, chosen]
-  DeviceMemory tiles_;     ///< ExpertTile
-  DeviceMemory slots_;     ///< [tiles, rows of a tile]: index of a pair
-  DeviceMemory operands_;  ///< of rows [rows, hidden], then of pairs [pairs, mlp]
-  DeviceMemory gated_;     ///< [pairs, mlp]
-  DeviceMemory outputs_;   ///< [pairs, hidden]
+  GrowingMemory scores_;    ///< [rows, experts]
+  GrowingMemory ids_;       ///< [rows, chosen], ascending; -1: a row of padding
+  GrowingMemory weights_;   ///< [rows, chosen]
+  GrowingMemory tiles_;     ///< ExpertTile
+  GrowingMemory slots_;     ///< [tiles, rows of a tile]: index of a pair
+  GrowingMemory operands_;  ///< of rows [rows, hidden], then of pairs [pairs, mlp]
+  GrowingMemory gated_;     ///< [pairs, mlp]
+  GrowingMemory outputs_;   ///< [pairs, hidden]
 };
 
 }  // namespace draftwerk::cuda

@@ -1,21 +1,20 @@
 #include "backend/cuda/kv_moves.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
+
+#include "backend/round_up.h"
 
 namespace draftwerk::cuda {
 namespace {
 
-bool equal(const KvMove& a, const KvMove& b) {
-  return std::equal(std::begin(a.pages), std::end(a.pages), std::begin(b.pages)) && a.from == b.from && a.to == b.to;
-}
+constexpr std::size_t kAlignment = 16;
 
 bool of_one_sequence(const KvMove& a, const KvMove& b) {
   return std::equal(std::begin(a.pages), std::end(a.pages), std::begin(b.pages));
 }
 
-constexpr std::size_t aligned(std::size_t bytes) { return (bytes + 15) / 16 * 16; }
+bool equal(const KvMove& a, const KvMove& b) { return of_one_sequence(a, b) && a.from == b.from && a.to == b.to; }
 
 }  // namespace
 
@@ -49,25 +48,21 @@ void KvMoves::stage(std::span<const KvMove> moves, KvArena arena, cudaStream_t s
     }
     sequences.push_back(its);
   }
-  const std::size_t of_positions = aligned(positions.size() * sizeof(PositionMove));
-  const std::size_t of_sequences = aligned(sequences.size() * sizeof(SequenceMoves));
+  const std::size_t of_positions = round_up(positions.size() * sizeof(PositionMove), kAlignment);
+  const std::size_t of_sequences = round_up(sequences.size() * sizeof(SequenceMoves), kAlignment);
   const std::size_t bytes = of_positions + of_sequences + pages.size() * sizeof(PageId);
-  if (bytes > capacity_) {
-    capacity_ = std::bit_ceil(std::max<std::size_t>(bytes, 16384));
-    pinned_ = PinnedMemory::of(capacity_);
-    device_ = DeviceMemory::of(capacity_);
-  }
-  auto* host = static_cast<std::byte*>(pinned_.get());
+  memory_.reserve_more(std::max<std::size_t>(bytes, 16384));
+  std::byte* const host = memory_.host();
   std::memcpy(host, positions.data(), positions.size() * sizeof(PositionMove));
   std::memcpy(host + of_positions, sequences.data(), sequences.size() * sizeof(SequenceMoves));
   std::memcpy(host + of_positions + of_sequences, pages.data(), pages.size() * sizeof(PageId));
-  auto* device = static_cast<std::byte*>(device_.get());
+  const std::byte* const device = memory_.device();
   view_.moves = reinterpret_cast<const PositionMove*>(device);
   view_.sequences = reinterpret_cast<const SequenceMoves*>(device + of_positions);
   view_.pages = reinterpret_cast<const PageId*>(device + of_positions + of_sequences);
   view_.arena = arena.base;
   view_.sequence_count = static_cast<std::int64_t>(sequences.size());
-  check(cudaMemcpyAsync(device_.get(), pinned_.get(), bytes, cudaMemcpyHostToDevice, stream), "copying moves");
+  check(cudaMemcpyAsync(memory_.device(), host, bytes, cudaMemcpyHostToDevice, stream), "copying moves");
   latest_.assign(moves.begin(), moves.end());
 }
 

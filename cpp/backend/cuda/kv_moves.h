@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/cuda/handles.h"
 #include "backend/cuda/kv.h"
 #include "backend/cuda/launch.h"
+#include "backend/cuda/memory.h"
 
 namespace draftwerk::cuda {
 
@@ -25,9 +25,7 @@ class KvMoves {
 
   std::vector<KvMove> latest_;  ///< what view_ is of; empty: nothing
   MoveView view_{};
-  std::size_t capacity_ = 0;
-  PinnedMemory pinned_;
-  DeviceMemory device_;
+  MirroredMemory memory_;
   LaunchList launches_;
 };
 

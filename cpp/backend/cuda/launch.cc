@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "backend/cuda/error.h"
+#include "backend/round_up.h"
 
 namespace draftwerk::cuda {
 
@@ -19,7 +20,7 @@ namespace {
 // Arguments hold pointers and vectors of four words at most.
 constexpr std::size_t kAlignment = 16;
 
-constexpr std::size_t rounded_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+constexpr std::size_t rounded_up(std::size_t bytes) { return round_up(bytes, kAlignment); }
 
 }  // namespace
 

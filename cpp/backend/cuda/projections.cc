@@ -6,17 +6,9 @@
 #include <vector>
 
 #include "backend/cuda/device_weight.h"
+#include "backend/round_up.h"
 
 namespace draftwerk::cuda {
-namespace {
-
-/// A broken call by our own code, not a user's mistake.
-void require(bool condition, const char* what) {
-  if (!condition) throw std::logic_error(std::string("cuda backend: ") + what);
-}
-
-}  // namespace
-
 /// A product and where it goes.
 struct Projections::Output {
   const Weight* weight = nullptr;
@@ -32,20 +24,14 @@ void Projections::reserve(int max_rows, int max_outputs, int max_columns, int vo
   max_columns_ = std::max(max_columns_, max_columns);
   vocabulary_ = vocabulary;
   const int rows = std::max(max_rows_, max_outputs_);
-  logit_stride_ = (vocabulary + 31) / 32 * 32;
-  bytes_ = 0;
-  const auto allocate = [this](DeviceMemory& memory, std::size_t bytes) {
-    memory = DeviceMemory();  // the old one first
-    memory = DeviceMemory::of(bytes);
-    bytes_ += bytes;
-  };
-  allocate(operands_, operand_bytes(rows, max_columns_));
-  allocate(partials_, partial_floats() * sizeof(float));
-  allocate(counters_, counter_count() * sizeof(unsigned));
+  logit_stride_ = round_up(vocabulary, 32);
+  operands_.reserve(operand_bytes(rows, max_columns_));
+  partials_.reserve(partial_floats() * sizeof(float));
+  counters_.reserve(counter_count() * sizeof(unsigned));
   check(cudaMemset(counters_.get(), 0, counter_count() * sizeof(unsigned)), "clearing device memory");
   check(cudaDeviceSynchronize(), "clearing device memory");
-  allocate(product_, static_cast<std::size_t>(rows) * static_cast<std::size_t>(max_columns_) * sizeof(float));
-  allocate(logits_, static_cast<std::size_t>(max_outputs_) * static_cast<std::size_t>(logit_stride_) * sizeof(float));
+  product_.reserve(static_cast<std::size_t>(rows) * static_cast<std::size_t>(max_columns_) * sizeof(float));
+  logits_.reserve(static_cast<std::size_t>(max_outputs_) * static_cast<std::size_t>(logit_stride_) * sizeof(float));
 }
 
 void Projections::operands(LaunchList& launches, int rows, Tensor input, const Norm* norm) {

@@ -6,9 +6,9 @@
 #include <span>
 
 #include "backend/backend.h"
-#include "backend/cuda/handles.h"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/matmul.h"
+#include "backend/cuda/memory.h"
 
 namespace draftwerk::cuda {
 
@@ -40,8 +40,6 @@ class Projections {
 
   /// What the last head() computed: [outputs, vocabulary] float32.
   [[nodiscard]] Tensor logits() const;
-  /// Bytes of device memory that it has.
-  [[nodiscard]] std::size_t bytes() const { return bytes_; }
 
  private:
   struct Output;
@@ -53,12 +51,11 @@ class Projections {
   int max_outputs_ = 0;
   int max_columns_ = 0;
   int vocabulary_ = 0;
-  std::size_t bytes_ = 0;
-  DeviceMemory operands_;  ///< of matmul.h
-  DeviceMemory partials_;
-  DeviceMemory counters_;
-  DeviceMemory product_;  ///< [rows, columns]
-  DeviceMemory logits_;   ///< [outputs, logit_stride_]
+  GrowingMemory operands_;  ///< of matmul.h
+  GrowingMemory partials_;
+  GrowingMemory counters_;
+  GrowingMemory product_;  ///< [rows, columns]
+  GrowingMemory logits_;   ///< [outputs, logit_stride_]
   int logit_stride_ = 0;
 };
 

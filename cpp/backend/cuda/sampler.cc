@@ -30,20 +30,6 @@ float log_probability(float logit, double normalizer) {
 
 }  // namespace
 
-void Sampler::Scratch::reserve(std::size_t wanted) {
-  if (wanted <= bytes) return;
-  device = {};
-  device = DeviceMemory::of(wanted);
-  bytes = wanted;
-}
-
-void Sampler::Mirror::reserve(std::size_t wanted) {
-  if (wanted <= bytes) return;
-  host = PinnedMemory::of(wanted);
-  device = DeviceMemory::of(wanted);
-  bytes = wanted;
-}
-
 void Sampler::reserve(int max_outputs, int vocabulary) {
   vocabulary_ = vocabulary;
   const auto outputs = static_cast<std::size_t>(max_outputs);
@@ -144,24 +130,23 @@ void Sampler::stage_row(int output, SampledRow row, const ProposeRow& group, int
 void Sampler::finish_staging(std::vector<Copy>& in) {
   const std::size_t row_bytes = rows_.size() * sizeof(SampledRow);
   const std::size_t adjustment_bytes = adjustments_.size() * sizeof(Adjustment);
-  if (row_bytes + adjustment_bytes > in_.bytes) in_.reserve(std::bit_ceil(row_bytes + adjustment_bytes));
-  auto* to = static_cast<std::byte*>(in_.host.get());
-  std::memcpy(to, rows_.data(), row_bytes);
-  if (adjustment_bytes > 0) std::memcpy(to + row_bytes, adjustments_.data(), adjustment_bytes);
-  in.push_back({in_.device.get(), in_.host.get(), row_bytes + adjustment_bytes});
+  in_.reserve_more(row_bytes + adjustment_bytes);
+  std::memcpy(in_.host(), rows_.data(), row_bytes);
+  if (adjustment_bytes > 0) std::memcpy(in_.host() + row_bytes, adjustments_.data(), adjustment_bytes);
+  in.push_back(in_.to_device(row_bytes + adjustment_bytes));
   if (originals_count_ > 0) originals_.reserve(std::bit_ceil(originals_count_) * sizeof(float));
 }
 
 SamplerView Sampler::view(const LogitRows& logits, int outputs) const {
   SamplerView view{};
   view.logits = logits;
-  view.rows = static_cast<const SampledRow*>(in_.device.get());
+  view.rows = reinterpret_cast<const SampledRow*>(in_.device());
   view.adjustments = reinterpret_cast<const Adjustment*>(view.rows + outputs);
-  view.best = static_cast<std::uint64_t*>(best_.device.get());
-  view.winners = static_cast<std::uint64_t*>(winners_.device.get());
-  view.masses = static_cast<std::uint64_t*>(masses_.device.get());
-  view.originals = static_cast<float*>(originals_.device.get());
-  view.chosen = static_cast<std::int32_t*>(chosen_.device.get());
+  view.best = static_cast<std::uint64_t*>(best_.get());
+  view.winners = static_cast<std::uint64_t*>(winners_.get());
+  view.masses = static_cast<std::uint64_t*>(masses_.get());
+  view.originals = static_cast<float*>(originals_.get());
+  view.chosen = static_cast<std::int32_t*>(chosen_.get());
   return view;
 }
 
@@ -209,15 +194,15 @@ void Sampler::stage_verify(std::span<const VerifyGroup> groups, int outputs, std
 
 void Sampler::record_verify(LaunchList& list, const LogitRows& logits, int outputs, std::vector<Copy>& out) const {
   SamplerView verification = view(logits, outputs);
-  verification.accepted = static_cast<AcceptedToken*>(out_.device.get());
+  verification.accepted = reinterpret_cast<AcceptedToken*>(out_.device());
   verification.logprobs = reinterpret_cast<RowLogprobs*>(verification.accepted + outputs);
   cuda::record_verify(list, verification, outputs, needs_);
   const std::size_t each = sizeof(AcceptedToken) + (needs_.logprobs ? sizeof(RowLogprobs) : 0);
-  out.push_back({out_.host.get(), out_.device.get(), static_cast<std::size_t>(outputs) * each});
+  out.push_back(out_.to_host(static_cast<std::size_t>(outputs) * each));
 }
 
 void Sampler::finish_verify(std::span<const VerifyGroup> groups, int outputs, std::span<VerifyResult> results) const {
-  const auto* accepted = static_cast<const AcceptedToken*>(out_.host.get());
+  const auto* accepted = reinterpret_cast<const AcceptedToken*>(out_.host());
   const auto* logprobs = reinterpret_cast<const RowLogprobs*>(accepted + outputs);
   for (std::size_t g = 0; g < groups.size(); ++g) {
     const VerifyGroup& group = groups[g];
@@ -268,13 +253,13 @@ void Sampler::stage_propose(std::span<const ProposeRow> rows, int count, int out
 void Sampler::record_propose(LaunchList& list, const LogitRows& logits, int count, int outputs,
                              std::vector<Copy>& out) const {
   SamplerView proposal = view(logits, outputs);
-  proposal.proposed = static_cast<ProposedRow*>(out_.device.get());
+  proposal.proposed = reinterpret_cast<ProposedRow*>(out_.device());
   cuda::record_propose(list, proposal, outputs, count, needs_);
-  out.push_back({out_.host.get(), out_.device.get(), static_cast<std::size_t>(outputs) * sizeof(ProposedRow)});
+  out.push_back(out_.to_host(static_cast<std::size_t>(outputs) * sizeof(ProposedRow)));
 }
 
 void Sampler::finish_propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) const {
-  const auto* proposed = static_cast<const ProposedRow*>(out_.host.get());
+  const auto* proposed = reinterpret_cast<const ProposedRow*>(out_.host());
   const auto each = static_cast<std::size_t>(count);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const ProposedRow& found = proposed[i];

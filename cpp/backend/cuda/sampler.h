@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/cuda/handles.h"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/logits.h"
+#include "backend/cuda/memory.h"
 #include "backend/cuda/sampler_kernels.h"
 
 namespace draftwerk::cuda {
@@ -42,22 +42,6 @@ class Sampler {
   void finish_propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) const;
 
  private:
-  /// Device memory that grows while nothing is in it.
-  struct Scratch {
-    DeviceMemory device;
-    std::size_t bytes = 0;
-
-    void reserve(std::size_t wanted);
-  };
-  /// The same with as much pinned memory.
-  struct Mirror {
-    PinnedMemory host;
-    DeviceMemory device;
-    std::size_t bytes = 0;
-
-    void reserve(std::size_t wanted);
-  };
-
   void begin_staging(int outputs);
   SampledRow make_row(const ProposeRow& group, std::span<const TokenId> drafts, int count);
   void add_penalties(const ProposeRow& group, std::span<const TokenId> drafts);
@@ -68,14 +52,14 @@ class Sampler {
   [[nodiscard]] SamplerView view(const LogitRows& logits, int outputs) const;
 
   int vocabulary_ = 0;
-  Mirror in_;   ///< rows, then adjustments
-  Mirror out_;  ///< accepted tokens, then log-probabilities; or candidates
+  MirroredMemory in_;   ///< rows, then adjustments
+  MirroredMemory out_;  ///< accepted tokens, then log-probabilities; or candidates
   // As in SamplerView.
-  Scratch best_;
-  Scratch winners_;
-  Scratch masses_;
-  Scratch chosen_;
-  Scratch originals_;
+  GrowingMemory best_;
+  GrowingMemory winners_;
+  GrowingMemory masses_;
+  GrowingMemory chosen_;
+  GrowingMemory originals_;
 
   // What is being staged.
   std::vector<SampledRow> rows_;

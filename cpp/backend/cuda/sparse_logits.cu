@@ -8,6 +8,7 @@
 #include "backend/cuda/error.h"
 #include "backend/cuda/multiply_chunk.cuh"
 #include "backend/cuda/sparse_head.h"
+#include "backend/round_up.h"
 
 namespace draftwerk::cuda {
 namespace {
@@ -59,18 +60,16 @@ __global__ void __launch_bounds__(kWarps* kWarp) multiply_clusters(const Cluster
   }
 }
 
-constexpr std::int64_t padded(std::int64_t columns) { return (columns + 31) / 32 * 32; }
+constexpr std::int64_t padded(std::int64_t columns) { return round_up(columns, 32); }
+
+/// Memory for `rows` rows of `columns` values.
+template <typename T>
+T* rows_in(GrowingMemory& memory, std::size_t rows, std::int64_t columns) {
+  memory.reserve(rows * static_cast<std::size_t>(columns) * sizeof(T));
+  return static_cast<T*>(memory.get());
+}
 
 }  // namespace
-
-void* SparseLogits::Scratch::of(std::size_t wanted) {
-  if (wanted > bytes) {
-    memory = DeviceMemory();  // the old one first
-    memory = DeviceMemory::of(wanted);
-    bytes = wanted;
-  }
-  return memory.get();
-}
 
 void SparseLogits::reserve(int max_outputs) { max_outputs_ = std::max(max_outputs_, max_outputs); }
 
@@ -85,7 +84,7 @@ LogitRows SparseLogits::record(LaunchList& launches, Projections& projections, i
   if (head.centroids == nullptr) {
     result.columns = weight.rows;
     result.stride = padded(weight.rows);
-    result.values = static_cast<float*>(logits_.of(rows * static_cast<std::size_t>(result.stride) * sizeof(float)));
+    result.values = rows_in<float>(logits_, rows, result.stride);
     projections.scores(launches, outputs, states, *head.weight, head.softcap,
                        {result.values, weight.rows, static_cast<int>(result.stride)});
     return result;
@@ -96,13 +95,11 @@ LogitRows SparseLogits::record(LaunchList& launches, Projections& projections, i
   result.cluster_size = weight.rows / clusters;
   result.columns = head.chosen * result.cluster_size;
   result.stride = padded(result.columns);
-  result.values = static_cast<float*>(logits_.of(rows * static_cast<std::size_t>(result.stride) * sizeof(float)));
-  auto* chosen =
-      static_cast<std::int32_t*>(chosen_.of(rows * static_cast<std::size_t>(head.chosen) * sizeof(std::int32_t)));
+  result.values = rows_in<float>(logits_, rows, result.stride);
+  auto* const chosen = rows_in<std::int32_t>(chosen_, rows, head.chosen);
   result.chosen = chosen;
   const auto score_stride = static_cast<int>(padded(clusters));
-  const Tensor scores{scores_.of(rows * static_cast<std::size_t>(score_stride) * sizeof(float)), clusters,
-                      score_stride};
+  const Tensor scores{rows_in<float>(scores_, rows, score_stride), clusters, score_stride};
   projections.scores(launches, outputs, states, *head.centroids, 0.0F, scores);
   record_choose_clusters(
       launches, {static_cast<const float*>(scores.data), chosen, score_stride, clusters, head.chosen}, outputs);

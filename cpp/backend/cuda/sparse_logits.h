@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/cuda/handles.h"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/logits.h"
+#include "backend/cuda/memory.h"
 #include "backend/cuda/projections.h"
 
 namespace draftwerk::cuda {
@@ -24,18 +24,10 @@ class SparseLogits {
   [[nodiscard]] static std::vector<std::int32_t> tokens(const LogitRows& logits, int row);
 
  private:
-  /// Device memory that is large enough for every head so far.
-  struct Scratch {
-    DeviceMemory memory;
-    std::size_t bytes = 0;
-
-    void* of(std::size_t wanted);
-  };
-
   int max_outputs_ = 0;
-  Scratch logits_;
-  Scratch scores_;  ///< of clusters
-  Scratch chosen_;
+  GrowingMemory logits_;
+  GrowingMemory scores_;  ///< of clusters
+  GrowingMemory chosen_;
 };
 
 }  // namespace draftwerk::cuda

@@ -4,12 +4,14 @@
 #include <bit>
 #include <stdexcept>
 
+#include "backend/round_up.h"
+
 namespace draftwerk::cuda {
 namespace {
 
 constexpr std::size_t kAlignment = 256;
 
-constexpr std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+constexpr std::size_t aligned(std::size_t bytes) { return round_up(bytes, kAlignment); }
 
 std::size_t pages_of(const Segment& segment) {
   return static_cast<std::size_t>((segment.first_position + segment.rows + kPageSize - 1) / kPageSize);
@@ -32,20 +34,18 @@ void fill_paths(const Segment& segment, std::uint8_t* paths) {
 int padded_count(int count) {
   if (count <= 2) return count;
   if (count <= 4) return 4;
-  const int step = count <= 32 ? 8 : count <= 128 ? 32 : 128;
-  return (count + step - 1) / step * step;
+  return round_up(count, count <= 32 ? 8 : count <= 128 ? 32 : 128);
 }
 
 void StepUpload::reserve(int max_rows, int max_outputs) {
   max_rows_ = std::max(max_rows_, padded_count(max_rows));
   max_outputs_ = std::max(max_outputs_, padded_count(max_outputs));
-  capacity_ = 0;  // fill() makes room
 }
 
 template <typename T>
 const T* StepUpload::place(std::size_t count, T*& on_host) {
-  on_host = reinterpret_cast<T*>(static_cast<std::byte*>(pinned_.get()) + used_);
-  const auto* on_device = reinterpret_cast<const T*>(static_cast<std::byte*>(device_.get()) + used_);
+  on_host = reinterpret_cast<T*>(memory_.host() + used_);
+  const auto* on_device = reinterpret_cast<const T*>(memory_.device() + used_);
   used_ += aligned(count * sizeof(T));
   return on_device;
 }
@@ -54,15 +54,11 @@ void StepUpload::fill(const StepRows& rows, KvArena arena) {
   std::size_t pages = 0;
   for (const Segment& segment : rows.segments) pages += kPageTables * pages_of(segment);
   const auto max_rows = static_cast<std::size_t>(max_rows_);
-  if (capacity_ == 0 || pages > page_capacity_) {
-    page_capacity_ = std::bit_ceil(std::max<std::size_t>({pages, page_capacity_, 1024}));
-    const std::size_t per_row = 3 * aligned(max_rows * 4) + aligned(max_rows * sizeof(StepSegment)) +
-                                aligned(max_rows * kMaxPath) + aligned(static_cast<std::size_t>(max_outputs_) * 4) +
-                                aligned(kRowLists * max_rows * 4);
-    capacity_ = per_row + aligned(page_capacity_ * sizeof(PageId));
-    pinned_ = PinnedMemory::of(capacity_);
-    device_ = DeviceMemory::of(capacity_);
-  }
+  page_capacity_ = std::bit_ceil(std::max<std::size_t>({pages, page_capacity_, 1024}));
+  const std::size_t of_rows = 3 * aligned(max_rows * 4) + aligned(max_rows * sizeof(StepSegment)) +
+                              aligned(max_rows * kMaxPath) + aligned(static_cast<std::size_t>(max_outputs_) * 4) +
+                              aligned(kRowLists * max_rows * 4);
+  memory_.reserve(of_rows + aligned(page_capacity_ * sizeof(PageId)));
 
   const auto count = static_cast<int>(rows.tokens.size());
   const auto outputs = static_cast<int>(rows.output_rows.size());

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "backend/cuda/handles.h"
 #include "backend/cuda/launch.h"
+#include "backend/cuda/memory.h"
 #include "backend/cuda/step.h"
 
 namespace draftwerk::cuda {
@@ -33,7 +33,7 @@ class StepUpload {
 
   [[nodiscard]] const StepView& view() const { return view_; }
   /// What to copy in front of the step's launches.
-  [[nodiscard]] Copy copy() const { return {device_.get(), pinned_.get(), used_}; }
+  [[nodiscard]] Copy copy() const { return memory_.to_device(used_); }
 
  private:
   template <typename T>
@@ -47,9 +47,7 @@ class StepUpload {
   std::int32_t* lists_on_host_ = nullptr;
   const std::int32_t* lists_on_device_ = nullptr;
   std::size_t page_capacity_ = 0;
-  std::size_t capacity_ = 0;
-  PinnedMemory pinned_;
-  DeviceMemory device_;
+  MirroredMemory memory_;
   std::size_t used_ = 0;
   StepView view_{};
 };
