@@ -16,6 +16,7 @@
 #include "backend/cpu/quantized_blocks.h"
 #include "backend/cpu/reference.h"
 #include "random_blocks.h"
+#include "strided_rows.h"
 
 namespace draftwerk {
 
@@ -61,33 +62,6 @@ struct PlainStep {
   std::vector<std::int64_t> positions;
   std::vector<Segment> segments;
   std::vector<int> outputs;
-};
-
-/// Rows of float32 that lie further apart than they are wide, with a value between them that nobody may touch.
-struct Rows {
-  Rows(int rows, int columns, int gap = 0) : columns(columns), stride(columns + gap) {
-    values.assign(static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride), kUntouched);
-  }
-  /// The rows of `source` [rows, columns] in the order of `order`.
-  Rows(const std::vector<float>& source, int columns, const std::vector<int>& order, int gap = 0)
-      : Rows(static_cast<int>(order.size()), columns, gap) {
-    for (std::size_t r = 0; r < order.size(); ++r) {
-      std::copy_n(source.data() + std::ptrdiff_t{order[r]} * columns, columns, row(static_cast<int>(r)));
-    }
-  }
-  [[nodiscard]] Tensor tensor() { return {values.data(), columns, stride == columns ? 0 : stride}; }
-  [[nodiscard]] float* row(int r) { return values.data() + std::ptrdiff_t{r} * stride; }
-  [[nodiscard]] std::vector<float> copy(int r) { return {row(r), row(r) + columns}; }
-  void expect_gaps_untouched() const {
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      if (static_cast<int>(i) % stride < columns) continue;
-      ASSERT_EQ(values[i], kUntouched) << i;
-    }
-  }
-  static constexpr float kUntouched = -77;
-  int columns;
-  int stride;
-  std::vector<float> values;
 };
 
 /// One way to run the same rows: on so many threads, in this order, so far apart.

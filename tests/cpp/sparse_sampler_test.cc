@@ -15,6 +15,7 @@
 #include "backend/cpu/isa.h"
 #include "backend/cpu/worker_pool.h"
 #include "backend/reference_sampler.h"
+#include "sparse_place.h"
 
 namespace draftwerk {
 namespace {
@@ -81,24 +82,8 @@ TEST_P(SparseSamplerOnIsa, ChoosesWhatTheSpecificationChooses) {
           v = std::vector{-kInfinity, kInfinity, std::numeric_limits<float>::quiet_NaN()}[random_() % 3];
       }
     }
-    SamplingParams sampling;
-    if (below(3) != 0) sampling.temperature = 0.25F * static_cast<float>(1 + below(12));
-    if (below(2) != 0) sampling.top_k = 1 + below(2 * count);
-    if (below(3) == 0) sampling.top_p = 0.05F * static_cast<float>(1 + below(19));
-    if (below(4) == 0) sampling.min_p = 0.1F;
-    if (below(3) == 0) sampling.repetition_penalty = 1.5F;
-    if (below(3) == 0) sampling.presence_penalty = 1.0F;
-    if (below(3) == 0) sampling.frequency_penalty = 0.5F;
-    sampling.seed = random_();
-    for (int i = below(4); i > 0; --i) sampling.logit_bias.emplace_back(below(kVocabulary), 2.0F);
-    TokenHistory history;
-    for (int i = below(100); i > 0; --i) history[below(kVocabulary)] = {i % 2 == 0, i % 3};
-    std::vector<TokenId> drafts(static_cast<std::size_t>(below(4)));
-    for (TokenId& draft : drafts) draft = below(kVocabulary);
-    std::vector<TokenId> banned(static_cast<std::size_t>(below(20)));
-    for (TokenId& token : banned) token = below(kVocabulary + 20) - 10;
-    const ProposeRow row{drafts, trial * 7, &sampling, &history, banned, below(5)};
-    expect_reference(kVocabulary, tokens, values, row, 1 + below(8), "trial " + std::to_string(trial));
+    const testing::SparsePlace place(random_, kVocabulary, count, trial * 7);
+    expect_reference(kVocabulary, tokens, values, place.row(), 1 + below(8), "trial " + std::to_string(trial));
     if (HasFatalFailure()) return;
   }
 }
@@ -163,7 +148,7 @@ TEST_P(SparseSamplerOnIsa, FindsTheLogitsOfChosenClusters) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Isas, SparseSamplerOnIsa, testing::ValuesIn(cpu::available_isas()),
+INSTANTIATE_TEST_SUITE_P(Isas, SparseSamplerOnIsa, ::testing::ValuesIn(cpu::available_isas()),
                          [](const auto& info) { return std::string(cpu::isa_name(info.param)); });
 
 }  // namespace

@@ -13,11 +13,10 @@
 #include <string>
 #include <vector>
 
-#include "backend/cpu/quantized_blocks.h"
 #include "backend/cpu/reference.h"
-#include "backend/cuda/device_weight.h"
 #include "backend/cuda/projections.h"
-#include "random_blocks.h"
+#include "matrix_on_device.h"
+#include "strided_rows.h"
 
 namespace draftwerk::cuda {
 namespace {
@@ -28,45 +27,6 @@ void run(const LaunchList& launches) {
   launches.run(nullptr);
   check(cudaDeviceSynchronize(), "waiting");
 }
-
-float rounded(float value) { return cpu::bfloat_to_float(cpu::float_to_bfloat(value)); }
-
-/// A random matrix on the device, and its values there.
-struct Matrix {
-  Matrix(WeightType type, std::int64_t rows, std::int64_t columns, std::mt19937& random, Uploader& uploader)
-      : weight(type, rows, columns, uploader), values(static_cast<std::size_t>(rows * columns)) {
-    const std::vector<std::byte> blocks = cpu::random_blocks(type, rows * columns, random);
-    cpu::dequantize(type, blocks.data(), rows * columns, values.data());
-    if (format_of(type) == WeightFormat::bf16) std::transform(values.begin(), values.end(), values.begin(), rounded);
-    weight.upload(0, rows, type, blocks.data(), uploader);
-    uploader.wait();
-  }
-  DeviceWeight weight;
-  std::vector<float> values;
-};
-
-/// Rows of float32 that lie further apart than they are wide.
-struct Rows {
-  Rows(int rows, int columns, int gap = 0) : columns(columns), stride(columns + gap) {
-    values.assign(static_cast<std::size_t>(rows) * static_cast<std::size_t>(stride), kUntouched);
-  }
-  Rows(int rows, int columns, int gap, std::mt19937& random) : Rows(rows, columns, gap) {
-    std::normal_distribution<float> normal;
-    for (int r = 0; r < rows; ++r) std::generate_n(row(r), columns, [&] { return normal(random); });
-  }
-  [[nodiscard]] Tensor tensor() { return {values.data(), columns, stride == columns ? 0 : stride}; }
-  [[nodiscard]] float* row(int r) { return values.data() + std::ptrdiff_t{r} * stride; }
-  void expect_gaps_untouched() const {
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      if (static_cast<int>(i) % stride < columns) continue;
-      ASSERT_EQ(values[i], kUntouched) << i;
-    }
-  }
-  static constexpr float kUntouched = -77;
-  int columns;
-  int stride;
-  std::vector<float> values;
-};
 
 /// What the kernels multiply with: rows [rows, columns] after the norm and rounding.
 std::vector<float> operands_of(int rows, Tensor input, const Norm* norm) {

@@ -1,6 +1,8 @@
 // Runs the CUDA sampler as the backend does: parameters and logits go to the emulated device, results come back.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
@@ -13,6 +15,18 @@
 #include "sampler_fixture.h"
 
 namespace draftwerk::testing {
+
+/// Tests whose steps run in one order of threads after the other.
+class InAnyOrder : public ::testing::Test {
+ protected:
+  ~InAnyOrder() override { emulation::set_order(emulation::Order::forward); }
+
+  static void any_order(int step) {
+    constexpr emulation::Order kOrders[] = {emulation::Order::forward, emulation::Order::backward,
+                                            emulation::Order::shuffled};
+    emulation::set_order(kOrders[step % 3], static_cast<unsigned>(step));
+  }
+};
 
 /// Device memory that is filled from a vector, and stays where it is while it is large enough.
 template <typename T>

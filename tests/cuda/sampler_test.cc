@@ -38,16 +38,8 @@ using testing::Rows;
 using testing::rows_from;
 using testing::SamplerOnDevice;
 
-class CudaSampler : public ::testing::Test {
+class CudaSampler : public testing::InAnyOrder {
  protected:
-  ~CudaSampler() override { emulation::set_order(emulation::Order::forward); }
-
-  static void any_order(int step) {
-    constexpr emulation::Order kOrders[] = {emulation::Order::forward, emulation::Order::backward,
-                                            emulation::Order::shuffled};
-    emulation::set_order(kOrders[step % 3], static_cast<unsigned>(step));
-  }
-
   /// Steps of several groups, chains or trees, each against the specification.
   void check_random_steps(unsigned seed, int steps, const std::vector<int>& vocabularies, int most_groups,
                           int most_drafts) {

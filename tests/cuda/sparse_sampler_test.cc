@@ -19,6 +19,7 @@
 #include "backend/reference_sampler.h"
 #include "sampler_fixture.h"
 #include "sampler_on_device.h"
+#include "sparse_place.h"
 
 namespace draftwerk::cuda {
 namespace {
@@ -29,16 +30,8 @@ using testing::pick;
 using testing::Random;
 using testing::SamplerOnDevice;
 
-class CudaSparseSampler : public ::testing::Test {
+class CudaSparseSampler : public testing::InAnyOrder {
  protected:
-  ~CudaSparseSampler() override { emulation::set_order(emulation::Order::forward); }
-
-  void any_order(int step) {
-    constexpr emulation::Order kOrders[] = {emulation::Order::forward, emulation::Order::backward,
-                                            emulation::Order::shuffled};
-    emulation::set_order(kOrders[step % 3], static_cast<unsigned>(step));
-  }
-
   int below(int n) { return pick(random_, 0, n - 1); }
 
   /// The tokens of a head, and the row of each.
@@ -136,27 +129,9 @@ TEST_F(CudaSparseSampler, ChoosesWhatTheSpecificationChooses) {
     const int all_clusters = clustered ? 1 + below(kVocabulary / cluster_size) : 0;
     const int head_rows = clustered ? all_clusters * cluster_size : 1 + below(trial % 3 == 0 ? 20 : 600);
     const Head head = some_head(kVocabulary, head_rows);
-    std::vector<SamplingParams> samplings(2);
-    std::vector<TokenHistory> histories(2);
-    std::vector<std::vector<TokenId>> drafts(2);
-    std::vector<std::vector<TokenId>> banned(2);
-    std::vector<ProposeRow> places;
-    for (std::size_t r = 0; r < 2; ++r) {
-      SamplingParams& sampling = samplings[r];
-      if (below(3) != 0) sampling.temperature = 0.25F * static_cast<float>(1 + below(12));
-      if (below(2) != 0) sampling.top_k = 1 + below(2 * head_rows);
-      if (below(3) == 0) sampling.top_p = 0.05F * static_cast<float>(1 + below(19));
-      if (below(4) == 0) sampling.min_p = 0.1F;
-      if (below(3) == 0) sampling.repetition_penalty = 1.5F;
-      if (below(3) == 0) sampling.presence_penalty = 1.0F;
-      if (below(3) == 0) sampling.frequency_penalty = 0.5F;
-      sampling.seed = random_();
-      for (int i = below(4); i > 0; --i) sampling.logit_bias.emplace_back(below(kVocabulary), 2.0F);
-      for (int i = below(100); i > 0; --i) histories[r][below(kVocabulary)] = {i % 2 == 0, i % 3};
-      for (int i = below(4); i > 0; --i) drafts[r].push_back(below(kVocabulary));
-      for (int i = below(20); i > 0; --i) banned[r].push_back(below(kVocabulary + 20) - 10);
-      places.push_back({drafts[r], trial * 7, &sampling, &histories[r], banned[r], below(5)});
-    }
+    std::vector<testing::SparsePlace> all;
+    for (int r = 0; r < 2; ++r) all.emplace_back(random_, kVocabulary, head_rows, trial * 7);
+    const std::vector<ProposeRow> places = {all[0].row(), all[1].row()};
     check(trial, kVocabulary, head, clustered ? 1 + below(all_clusters) : 0, cluster_size, places,
           1 + below(kMaxCandidates));
     if (HasFatalFailure()) return;

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "block.h"
 
@@ -75,45 +76,31 @@ inline std::uint32_t __reduce_add_sync(std::uint32_t mask, std::uint32_t value) 
 
 template <typename T>
 T atomicAdd(T* address, T value) {
-  const T before = *address;
-  *address = before + value;
-  return before;
+  return std::exchange(*address, *address + value);
 }
 template <typename T>
 T atomicMax(T* address, T value) {
-  const T before = *address;
-  *address = std::max(before, value);
-  return before;
+  return std::exchange(*address, std::max(*address, value));
 }
 template <typename T>
 T atomicMin(T* address, T value) {
-  const T before = *address;
-  *address = std::min(before, value);
-  return before;
+  return std::exchange(*address, std::min(*address, value));
 }
 template <typename T>
 T atomicOr(T* address, T value) {
-  const T before = *address;
-  *address = before | value;
-  return before;
+  return std::exchange(*address, *address | value);
 }
 template <typename T>
 T atomicExch(T* address, T value) {
-  const T before = *address;
-  *address = value;
-  return before;
+  return std::exchange(*address, value);
 }
 template <typename T>
 T atomicCAS(T* address, T compare, T value) {
-  const T before = *address;
-  if (before == compare) *address = value;
-  return before;
+  return std::exchange(*address, *address == compare ? value : *address);
 }
 /// Counts up to `limit`, then from 0 again.
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
-  const unsigned before = *address;
-  *address = before >= limit ? 0 : before + 1;
-  return before;
+  return std::exchange(*address, *address >= limit ? 0 : *address + 1);
 }
 
 // --- memory and numbers -------------------------------------------------------------------------------------------
