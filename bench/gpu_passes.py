@@ -70,7 +70,7 @@ class RandomCheckpoint:
             if count % part.size:
                 parts.append(part[: count % part.size].view(np.uint8))
             whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
-            yield TensorView("model.embed_tokens.weight" if name == "embed" else name, "bf16", matrix, (whole,))
+            yield TensorView(name, "bf16", matrix, (whole,))
 
 
 def copy_bandwidth() -> float | None:

@@ -23,6 +23,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Pace:
     def add(self, record: StreamRecord, length: int) -> None:
         """Adds the steps of an answer that lie whole within its first `length` tokens."""
         tokens = record.arrivals[0][1]
-        for (before, _), (now, count) in zip(record.arrivals, record.arrivals[1:], strict=False):
+        for (before, _), (now, count) in pairwise(record.arrivals):
             tokens += count
             if tokens > length:
                 break

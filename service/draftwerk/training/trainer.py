@@ -101,7 +101,6 @@ class Trainer:
         own = drafter.head.get(HEAD)
         self._own_head = None if own is None else own.to(target.device, target.dtype)
         frequent = None if compared is None else compared.to(target.device)
-        self._gathered: tuple[Tensor, Tensor] | None = None
         self._choice = TokenChoice(drafter.draft_token_ids, frequent, target.config.vocab_size)
         self._weights = dict(drafter.named_parameters())
         self._clustered: ClusteredHead | None = None
@@ -216,8 +215,9 @@ class Trainer:
         width = token_ids.shape[1]
         features = self._target.features(token_ids)
         compared = self._choice.of_batch(token_ids, generator)
-        target_head = self._target.embedding if self._own_head is not None else self._head_of(compared.token_ids)
-        head = target_head if self._own_head is None else self._own_head
+        own = self._own_head
+        target_head = self._target.embedding[compared.token_ids] if own is None else self._target.embedding
+        head = target_head if own is None else own
         target = TargetDistribution.of(self._target.logits(features.states.flatten(0, 1), target_head))
         # [B * T]: the index of the token behind each position, -1 behind the last.
         following = compared.index[token_ids.roll(-1, 1)]
@@ -250,12 +250,6 @@ class Trainer:
             chain.add_clusters(clusters)
             loss = loss + clusters.mean()
         return loss
-
-    def _head_of(self, token_ids: Tensor) -> Tensor:
-        """Rows [n, hidden] of the target's embedding; the same ones as the time before are not gathered again."""
-        if self._gathered is None or self._gathered[0] is not token_ids:
-            self._gathered = token_ids, self._target.embedding[token_ids]
-        return self._gathered[1]
 
     def _cluster_loss(self, states: Tensor, at: Tensor, part: int) -> ClusterLoss | None:
         """Of some of the positions ``at``, others in every batch; None without centroids."""
