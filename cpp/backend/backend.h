@@ -14,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -232,6 +233,12 @@ struct VerifyResult {
   std::vector<int> drafts;                     ///< which drafts those are, in their order: ascending
   std::vector<float> logprobs;                 ///< of each token, if asked for
   std::vector<std::vector<TokenLogprob>> top;  ///< the n most probable at each token, descending, if asked for
+};
+
+/// The device has failed and computes nothing any more, after an illegal access or a fault of the hardware for
+/// instance: only a new process helps.
+class DeviceFailure : public std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 /// Bytes of a device's memory.

@@ -273,6 +273,7 @@ void bind_engine(py::module_& m) {
       .def("wait_events", &PyEngine::wait_events, py::arg("timeout"))
       .def("event_fd", [](PyEngine& e) { return e.engine().event_descriptor(); })
       .def("stats", [](PyEngine& e) { return to_dict(e.engine().statistics()); })
+      .def("failure", [](PyEngine& e) { return e.engine().failure(); })
       .def("close", &PyEngine::close, py::call_guard<py::gil_scoped_release>());
 }
 
@@ -281,6 +282,7 @@ void bind_errors(py::module_& m) {
   m.attr("RequestError") = py::reinterpret_borrow<py::object>(request_error);
   py::register_exception<QueueFull>(m, "QueueFull", PyExc_RuntimeError);
   py::register_exception<EngineClosed>(m, "EngineClosed", PyExc_RuntimeError);
+  py::register_exception<DeviceFailure>(m, "DeviceFailure", PyExc_RuntimeError);
   // By value, as pybind11's type of a translator has it. NOLINTNEXTLINE(performance-unnecessary-value-param)
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {

@@ -162,6 +162,7 @@ RequestId Engine::submit(Request request) {
   {
     const std::lock_guard lock(mutex_);
     if (closing_) throw EngineClosed("the engine is closed");
+    if (!failure_.empty()) throw DeviceFailure(failure_);
     if (queued_tokens_ > 0 && queued_tokens_ + prompt_tokens > options_.max_queued_tokens) {
       throw QueueFull("the queue holds " + std::to_string(queued_tokens_) + " prompt tokens and takes at most " +
                       std::to_string(options_.max_queued_tokens) + ": try again when requests have finished");
@@ -207,6 +208,11 @@ EngineStatistics Engine::statistics() const {
   return statistics;
 }
 
+std::string Engine::failure() const {
+  const std::lock_guard lock(mutex_);
+  return failure_;
+}
+
 void Engine::close() {
   {
     const std::lock_guard lock(mutex_);
@@ -223,13 +229,23 @@ void Engine::run() {
   while (take_commands()) {
     try {
       step();
+    } catch (const DeviceFailure& error) {
+      {
+        const std::lock_guard lock(mutex_);
+        failure_ = error.what();
+      }
+      fail_all(error.what());
     } catch (const std::exception& error) {
       // Only memory can run out here. The callers hear of it and the engine goes on with what comes next.
-      for (const RequestId id : scheduler_.ids()) abort(id, FinishReason::error, error.what());
+      fail_all(error.what());
     }
     publish_statistics();
     events_.publish(step_events_);
   }
+}
+
+void Engine::fail_all(const char* error) {
+  for (const RequestId id : scheduler_.ids()) abort(id, FinishReason::error, error);
 }
 
 // Waits while there is nothing to do; false when the engine closes.

@@ -108,7 +108,8 @@ class Engine {
   Engine& operator=(Engine&&) = delete;
   ~Engine();
 
-  /// Queues a request; its events follow. Throws RequestError, QueueFull or EngineClosed. Any thread.
+  /// Queues a request; its events follow. Throws RequestError, QueueFull or EngineClosed, and DeviceFailure once
+  /// failure() says something. Any thread.
   RequestId submit(Request request);
   /// Ends a request: its pages are free before the next step and one last event says so. As with all that follow, any
   /// thread may call it, and ids that are unknown or have ended are ignored.
@@ -127,6 +128,8 @@ class Engine {
   std::vector<Event> wait_events(std::chrono::duration<double> timeout) { return events_.take(timeout); }
   [[nodiscard]] int event_descriptor() const { return events_.descriptor(); }
   [[nodiscard]] EngineStatistics statistics() const;
+  /// Why nothing is computed any more, which every request since then has ended with; empty as long as all is well.
+  [[nodiscard]] std::string failure() const;
   /// Cancels what is left and ends the thread. Idempotent.
   void close();
 
@@ -172,6 +175,7 @@ class Engine {
   void append(Sequence& sequence, TokenId token);
   void retire(RequestId id);
   void abort(RequestId id, FinishReason reason, const std::string& error);
+  void fail_all(const char* error);
   RequestStatistics final_statistics(const Sequence& sequence) const;
   void release_queue_tokens(Sequence& sequence);
   void publish_statistics();
@@ -224,6 +228,7 @@ class Engine {
   std::int64_t queued_tokens_ = 0;
   std::int64_t next_id_ = 1;  // of requests and conversations
   bool closing_ = false;
+  std::string failure_;
   EngineStatistics published_;
 
   std::thread thread_;

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from draftwerk.engine import Engine, EngineInfo
     from draftwerk.generation import Generation
     from draftwerk.loading import CheckpointError
-    from draftwerk.requests import Chat, EngineClosed, Prompt, QueueFull, RequestError, SamplingParams
+    from draftwerk.requests import Chat, EngineClosed, EngineFailed, Prompt, QueueFull, RequestError, SamplingParams
     from draftwerk.results import Chunk, Completion, GenerationError, GenerationStats, TokenLogprobs
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "Conversation",
     "Engine",
     "EngineClosed",
+    "EngineFailed",
     "EngineInfo",
     "Generation",
     "GenerationError",
@@ -50,6 +51,7 @@ _HOMES = {
     "EngineInfo": "draftwerk.engine",
     "Generation": "draftwerk.generation",
     "EngineClosed": "draftwerk.requests",
+    "EngineFailed": "draftwerk.requests",
     "Prompt": "draftwerk.requests",
     "QueueFull": "draftwerk.requests",
     "RequestError": "draftwerk.requests",

@@ -16,6 +16,9 @@ class QueueFull(RuntimeError):
 class EngineClosed(RuntimeError):
     """The engine was closed."""
 
+class DeviceFailure(RuntimeError):
+    """The device computes nothing any more."""
+
 class Gpu:
     @property
     def number(self) -> int: ...
@@ -180,6 +183,9 @@ class Engine:
     def wait_events(self, timeout: float) -> list[Event]: ...
     def event_fd(self) -> int: ...
     def stats(self) -> dict[str, Any]: ...
+    def failure(self) -> str:
+        """Why nothing is computed any more; empty as long as all is well."""
+
     def close(self) -> None: ...
 
 def dequantize(type: str, data: Buffer | npt.NDArray[np.uint8], elements: int) -> npt.NDArray[np.float32]: ...

@@ -8,10 +8,11 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable
 
 from draftwerk import _core
 from draftwerk.generation import Generation
-from draftwerk.requests import EngineClosed, QueueFull, RequestError
+from draftwerk.requests import EngineClosed, EngineFailed, QueueFull, RequestError
 
 
 class Dispatcher:
@@ -31,6 +32,7 @@ class Dispatcher:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._thread_wake = -1
+        self._on_failure: Callable[[str], None] | None = None
 
     def submit(self, request: _core.Request, generation: Generation) -> None:
         # Under the lock, so that the first event cannot be routed before the generation is known.
@@ -44,6 +46,8 @@ class Dispatcher:
                 raise RequestError(*error.args) from None
             except _core.QueueFull as error:
                 raise QueueFull(*error.args) from None
+            except _core.DeviceFailure as error:
+                raise EngineFailed(*error.args) from None
             self._running[generation.request_id] = generation
 
     def cancel(self, request_id: int) -> None:
@@ -70,6 +74,12 @@ class Dispatcher:
             loop.add_reader(self.core.event_fd(), self._take_events, loop)
         if thread is not None:
             thread.join()
+
+    def when_failed(self, tell: Callable[[str], None] | None) -> None:
+        """Calls `tell` with the reason once the device has failed, where events are taken, or at once."""
+        with self.lock:
+            self._on_failure = tell
+            self._tell_of_failure()
 
     def check_may_block(self) -> None:
         """Raises RuntimeError where waiting would never end: on the thread of the loop that takes the events."""
@@ -113,6 +123,8 @@ class Dispatcher:
             events = self.core.wait_events(0.0)
             received_at = time.perf_counter()
             waiters = []
+            if any(event.finish_reason == "error" for event in events):
+                self._tell_of_failure()
             for event in events:
                 request_id, reason = event.request_id, event.finish_reason
                 generation = self._running.get(request_id)
@@ -124,6 +136,12 @@ class Dispatcher:
                     del self._running[request_id]
                 waiters.append(generation.deliver(event, received_at, reason != ""))
             _wake(waiters, loop)
+
+    def _tell_of_failure(self) -> None:
+        failure = self.core.failure()
+        if failure and self._on_failure is not None:
+            tell, self._on_failure = self._on_failure, None
+            tell(failure)
 
     def _start_thread(self) -> None:
         self._thread_wake = os.eventfd(0, os.EFD_CLOEXEC)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, overload
@@ -190,6 +190,7 @@ class Engine:
             RequestError: the request names something out of range.
             QueueFull: too much is waiting already.
             EngineClosed: the engine was closed.
+            EngineFailed: see `failure`.
         """
         prompt_ids = self.encode_prompt(prompt)
         request = native_request(prompt_ids, params)
@@ -421,6 +422,19 @@ class Engine:
             EngineClosed: the engine was closed.
         """
         self._dispatcher.deliver_on(loop)
+
+    @property
+    def failure(self) -> str:
+        """Why the device computes nothing any more; empty as long as it does.
+
+        What was running then ends with GenerationError, and what is submitted afterwards with EngineFailed.
+        """
+        return self._dispatcher.core.failure()
+
+    def when_failed(self, tell: Callable[[str], None] | None) -> None:
+        """Calls `tell` with that reason once there is one: on the event loop or thread that brings the tokens, or at
+        once if the device has failed already. None: nobody is told."""
+        self._dispatcher.when_failed(tell)
 
     def close(self) -> None:
         """Stops the engine and frees its memory. Requests that still run end with EngineClosed."""

@@ -63,6 +63,10 @@ class EngineClosed(RuntimeError):
     """The engine was closed before the request could finish."""
 
 
+class EngineFailed(RuntimeError):
+    """The device has failed and computes nothing any more: only a new process helps."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen and where they end.

@@ -18,6 +18,10 @@ class RequestError(ValueError):
     pass
 
 
+class DeviceFailure(RuntimeError):
+    pass
+
+
 class QueueFull(RuntimeError):
     pass
 
@@ -171,6 +175,7 @@ class Engine:
         self.next_token: Callable[[Request, int], int] = repeat_prompt
         self.fail_with = self.default_failure
         self.refuse_with: Exception | None = None
+        self.device_failure = ""
         self.waits = 0
         self.requests: list[Request] = []
         self.cancelled: list[int] = []
@@ -195,7 +200,12 @@ class Engine:
     def __del__(self) -> None:
         os.close(self._descriptor)
 
+    def failure(self) -> str:
+        return self.device_failure
+
     def submit(self, request: Request) -> int:
+        if self.device_failure:
+            raise DeviceFailure(self.device_failure)
         if self.refuse_with is not None:
             raise self.refuse_with
         if not request.prompt:

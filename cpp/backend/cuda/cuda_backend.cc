@@ -170,6 +170,16 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
 void CudaBackend::run() {
   if (launches_.empty()) return;
   copies_in_.front() = upload_.copy();
+  // However this ends: a step that failed must not run once more in front of the next one.
+  struct Forgotten {
+    CudaBackend& backend;
+    ~Forgotten() {
+      backend.launches_.clear();
+      backend.copies_in_.resize(1);
+      backend.copies_out_.clear();
+    }
+  };
+  const Forgotten at_the_end{*this};
   for (const Copy& copy : copies_in_) {
     check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice, stream_.get()), "copying a step");
   }
@@ -177,9 +187,6 @@ void CudaBackend::run() {
   for (const Copy& copy : copies_out_) {
     check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyDeviceToHost, stream_.get()), "copying results");
   }
-  launches_.clear();
-  copies_in_.resize(1);
-  copies_out_.clear();
 }
 
 void CudaBackend::embed(const Weight& table, float scale, Tensor out) {

@@ -13,6 +13,15 @@ std::string gigabytes(std::size_t bytes) {
 
 }  // namespace
 
+void fail(cudaError_t code, const char* what) {
+  static_cast<void>(cudaGetLastError());  // an error that is reported here is not the next call's
+  const CudaError error(code, what);
+  // An error that ends a device comes back from whatever is asked of it then. Memory that runs out does not end it.
+  if (cudaDeviceSynchronize() == cudaSuccess) throw error;
+  static_cast<void>(cudaGetLastError());
+  throw DeviceFailure(std::string(error.what()) + "; this GPU computes nothing more until the process is started anew");
+}
+
 void check_allocation(cudaError_t code, std::size_t bytes) {
   if (code != cudaErrorMemoryAllocation) return check(code, "allocating memory");
   static_cast<void>(cudaGetLastError());

@@ -7,9 +7,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "backend/backend.h"
+
 namespace draftwerk::cuda {
 
-/// A call of the CUDA runtime that failed. After some (an illegal access, for instance) nothing works any more.
+/// A call of the CUDA runtime that failed; the device still works.
 class CudaError : public std::runtime_error {
  public:
   CudaError(cudaError_t code, const char* what)
@@ -27,11 +29,12 @@ inline void require(bool condition, const char* what) {
   if (!condition) throw std::logic_error(std::string("cuda backend: ") + what);
 }
 
+/// Throws what a failed call calls for: DeviceFailure if nothing works after it, else CudaError.
+[[noreturn]] void fail(cudaError_t code, const char* what);
+
 /// Throws unless a call went well.
 inline void check(cudaError_t code, const char* what) {
-  if (code == cudaSuccess) return;
-  static_cast<void>(cudaGetLastError());  // an error that is reported here is not the next call's
-  throw CudaError(code, what);
+  if (code != cudaSuccess) fail(code, what);
 }
 
 /// Throws unless an allocation of so many bytes of the device's memory went well; says how much there is.

@@ -87,10 +87,10 @@ def reports_failures(command: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _is_expected(error: Exception) -> bool:
-    from draftwerk.requests import EngineClosed, QueueFull
+    from draftwerk.requests import EngineClosed, EngineFailed, QueueFull
     from draftwerk.results import GenerationError
 
-    return isinstance(error, (GenerationError, EngineClosed, QueueFull, MemoryError))
+    return isinstance(error, (GenerationError, EngineClosed, EngineFailed, QueueFull, MemoryError))
 
 
 def _say(message: str) -> None:

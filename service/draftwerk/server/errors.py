@@ -7,7 +7,7 @@ import re
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from draftwerk.requests import EngineClosed, QueueFull, RequestError
+from draftwerk.requests import EngineClosed, EngineFailed, QueueFull, RequestError
 from draftwerk.results import GenerationError
 from draftwerk_client.v1 import errors_pb2
 
@@ -119,6 +119,9 @@ def status_of(error: BaseException, request_id: str, retry_delay: float = RETRY_
         code = code_pb2.UNAVAILABLE
         message = str(error) if isinstance(error, ShuttingDown) else "the server is shutting down"
         details.append(_retry_info(retry_delay))
+    elif isinstance(error, EngineFailed):
+        code, message = code_pb2.UNAVAILABLE, f"the server has to be started anew: {error}"
+        details.append(_retry_info(retry_delay))
     elif isinstance(error, GenerationError):
         code, message = code_pb2.INTERNAL, str(error)
     else:
@@ -136,7 +139,7 @@ def for_log(error: BaseException) -> str:
         return f"invalid {proto_path(error.field)}"
     if isinstance(error, InvalidField):
         return f"invalid {error.field}"
-    if isinstance(error, (OutOfOrder, QueueFull, EngineClosed, ShuttingDown, GenerationError)):
+    if isinstance(error, (OutOfOrder, QueueFull, EngineClosed, EngineFailed, ShuttingDown, GenerationError)):
         return str(error)
     return type(error).__name__
 
@@ -144,7 +147,8 @@ def for_log(error: BaseException) -> str:
 def is_foreseen(error: BaseException) -> bool:
     """Whether an error is part of a server's life; any other is a defect, whose traceback belongs in the log."""
     return isinstance(
-        error, (RequestError, InvalidField, OutOfOrder, ModelNotFound, QueueFull, ShuttingDown, EngineClosed)
+        error,
+        (RequestError, InvalidField, OutOfOrder, ModelNotFound, QueueFull, ShuttingDown, EngineClosed, EngineFailed),
     )
 
 

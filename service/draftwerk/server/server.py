@@ -61,6 +61,7 @@ class Server:
         self._draining = asyncio.Event()
         self._calls = Calls(self._metrics, self._draining)
         self._health = _Health()
+        self._telling: asyncio.Task[None] | None = None  # of the device's failure
         self._servers: dict[grpc.aio.Server, list[str]] = {}  # one for each port, with its services of draftwerk.v1
         self._metrics_server: tuple[WSGIServer, threading.Thread] | None = None
 
@@ -98,11 +99,13 @@ class Server:
         for server in self._servers:
             await server.start()
         await self._set_health(_SERVING)
+        engine.when_failed(self._device_failed)
 
     async def stop(self, grace: float) -> None:
         """Takes no new calls, waits `grace` seconds at most for those that run, ends the others, stops listening."""
         ends_at = time.monotonic() + grace
         self._draining.set()
+        self._engine.when_failed(None)
         await self._set_health(_NOT_SERVING)
         if self._calls.running:
             _log.info("waiting for running calls", running=self._calls.running, grace_period=grace)
@@ -141,6 +144,11 @@ class Server:
             reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         self._servers[server] = services
         return server
+
+    def _device_failed(self, why: str) -> None:
+        """From now on whoever asks for the health of the server hears that it has to be started anew."""
+        _log.critical("the device has failed: not serving any more", error=why)
+        self._telling = asyncio.get_running_loop().create_task(self._set_health(_NOT_SERVING))
 
     async def _set_health(self, status: int) -> None:
         for service in ("", *sorted({method.split("/")[1] for method in METHODS})):

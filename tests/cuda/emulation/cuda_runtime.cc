@@ -53,6 +53,7 @@ struct Runtime {
   int driver = 13000;
   int fail_after = -1;
   cudaError_t fail_with = cudaSuccess;
+  cudaError_t fail_graph = cudaSuccess;
   cudaError_t dead = cudaSuccess;  ///< the error that ended the device
   cudaError_t last = cudaSuccess;
 };
@@ -350,6 +351,8 @@ cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph, con
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  const cudaError_t error = std::exchange(runtime().fail_graph, cudaSuccess);
+  if (error != cudaSuccess) return told(error);
   *executable = new EmulatedGraphExec{graph->nodes};
   return told(runtime().dead);
 }
@@ -401,6 +404,8 @@ void fail_launch(int after, cudaError_t error) {
   runtime().fail_with = error;
 }
 
+void fail_graph(cudaError_t error) { runtime().fail_graph = error; }
+
 void reset() {
   const Lock lock(runtime().mutex);
   Runtime& r = runtime();
@@ -410,6 +415,7 @@ void reset() {
   r.minor = 0;
   r.driver = 13000;
   r.fail_after = -1;
+  r.fail_graph = cudaSuccess;
   r.dead = r.last = cudaSuccess;
 }
 

@@ -130,6 +130,8 @@ void set_device(int count, int major, int minor, int driver_version);
 /// The `after`-th launch from now on (0: the next) ends the device with this error, as an illegal access would: all
 /// later calls fail, until reset().
 void fail_launch(int after, cudaError_t error);
+/// The next graph that is to be made fails with this error, after which the device works as before.
+void fail_graph(cudaError_t error);
 /// Everything as at the beginning, but for what is allocated.
 void reset();
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
-from draftwerk.requests import EngineClosed, QueueFull, RequestError, SamplingParams
+from draftwerk.requests import EngineClosed, EngineFailed, QueueFull, RequestError, SamplingParams
 from draftwerk.results import GenerationError
 from draftwerk.server import errors
 from draftwerk_client.v1 import errors_pb2
@@ -29,6 +29,7 @@ CASES = [
     (QueueFull("12 tokens wait"), code_pb2.RESOURCE_EXHAUSTED, "12 tokens wait; try again in 1.0 s"),
     (MemoryError(), code_pb2.RESOURCE_EXHAUSTED, "out of memory"),
     (EngineClosed("closed"), code_pb2.UNAVAILABLE, "shutting down"),
+    (EngineFailed("no GPU"), code_pb2.UNAVAILABLE, "the server has to be started anew: no GPU"),
     (errors.ShuttingDown("it ends"), code_pb2.UNAVAILABLE, "it ends"),
     (GenerationError("request 3 failed: NaN"), code_pb2.INTERNAL, "request 3 failed: NaN"),
     (ZeroDivisionError(SECRET), code_pb2.INTERNAL, "the server's log has the cause under request r1"),
@@ -65,7 +66,7 @@ def test_an_action_out_of_order_names_subject_and_remedy() -> None:
 @pytest.mark.parametrize("error", [error for error, code, _ in CASES])
 def test_only_what_may_pass_has_a_retry_delay(error: Exception) -> None:
     delay = errors.retry_delay_of(errors.status_of(error, "r1", 2.5))
-    may_pass = isinstance(error, (QueueFull, MemoryError, EngineClosed, errors.ShuttingDown))
+    may_pass = isinstance(error, (QueueFull, MemoryError, EngineClosed, EngineFailed, errors.ShuttingDown))
     assert delay == (2.5 if may_pass else None)
 
 

@@ -125,6 +125,35 @@ async def test_reflection_lists_what_the_port_has(channel: grpc.aio.Channel) -> 
     }
 
 
+async def test_a_server_whose_device_has_failed_says_so(served: grpc.aio.Channel, scripted: fake_core.Engine) -> None:
+    why = "CUDA error while waiting for a step: an illegal memory access was encountered"
+    running = generate(served, request_for(max_tokens=1000))
+    await anext(aiter(running))
+    watch = health_pb2_grpc.HealthStub(served).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT)
+    assert (await watch.read()).status == SERVING
+    scripted.fail_with = scripted.device_failure = why
+    error = await failure_of(running)
+    assert error.code() == grpc.StatusCode.INTERNAL
+    assert why in (error.details() or "")
+    assert (await watch.read()).status == NOT_SERVING
+    assert await health_of(served, "draftwerk.v1.Generation") == NOT_SERVING
+    error = await failure_of(generate(served))
+    assert error.code() == grpc.StatusCode.UNAVAILABLE
+    assert error.details() == f"the server has to be started anew: {why}"
+    watch.cancel()
+
+
+async def test_an_engine_that_failed_before_is_not_served(
+    engine: draftwerk.Engine, scripted: fake_core.Engine, figures: dict[str, Any], inprocess_server: InProcess
+) -> None:
+    scripted.device_failure = "gone"
+    async with inprocess_server(engine) as server, connect(server) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT)
+        while (await watch.read()).status != NOT_SERVING:
+            pass
+        watch.cancel()
+
+
 async def test_reflection_can_be_off(
     engine: draftwerk.Engine, figures: dict[str, Any], inprocess_server: InProcess
 ) -> None:

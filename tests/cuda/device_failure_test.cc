@@ -1,0 +1,68 @@
+// A device that fails ends what runs on it with its error, and the engine takes no more; memory that runs out does not.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "backend/cuda/error.h"
+#include "backend/cuda/handles.h"
+#include "engine/engine.h"
+#include "reference_engine.h"
+
+namespace draftwerk {
+namespace {
+
+using testing::collect;
+using testing::make_request;
+using testing::random_tokens;
+using testing::TinyModel;
+
+class DeviceFailureTest : public ::testing::Test {
+ protected:
+  ~DeviceFailureTest() override { emulation::reset(); }
+};
+
+TEST_F(DeviceFailureTest, AnErrorAfterWhichTheDeviceWorksIsNone) {
+  emulation::set_device_memory(emulation::allocated_bytes() + 4096);
+  EXPECT_THROW(cuda::DeviceMemory::of(std::size_t{1} << 20), std::runtime_error);
+  EXPECT_THROW(cuda::check(cudaErrorInvalidValue, "asking"), cuda::CudaError);
+}
+
+TEST_F(DeviceFailureTest, AnErrorAfterWhichTheDeviceWorksEndsWhatRunsAlone) {
+  TinyModel tiny(WeightType::bf16);
+  EngineOptions options;
+  options.prefix_cache = false;
+  Engine engine(tiny.model(), options, {}, {});
+  const Request request = make_request(random_tokens(5, 1), 9);
+  const std::vector<TokenId> expected = testing::run(engine, request).token_ids;
+  emulation::fail_graph(cudaErrorMemoryAllocation);
+  Request longer = request;  // contexts that there is no graph of yet
+  longer.max_tokens = 200;
+  const testing::Outcome failed = testing::run(engine, longer);
+  EXPECT_EQ(failed.finish_reason, FinishReason::error);
+  EXPECT_NE(failed.error.find("cudaErrorMemoryAllocation"), std::string::npos) << failed.error;
+  EXPECT_EQ(engine.failure(), "");
+  EXPECT_EQ(testing::run(engine, request).token_ids, expected);
+  testing::expect_nothing_left(engine);
+}
+
+TEST_F(DeviceFailureTest, AllThatRunsEndsAndNothingMoreIsTaken) {
+  TinyModel tiny(WeightType::bf16);
+  Engine engine(tiny.model(), {}, {}, {});
+  EXPECT_EQ(testing::run(engine, make_request(random_tokens(5, 1), 3)).finish_reason, FinishReason::length);
+  EXPECT_EQ(engine.failure(), "");
+  emulation::fail_launch(40, cudaErrorIllegalAddress);
+  const RequestId one = engine.submit(make_request(random_tokens(5, 2), 900));
+  const RequestId two = engine.submit(make_request(random_tokens(9, 3), 900));
+  auto outcomes = collect(engine, {one, two});
+  for (const RequestId id : {one, two}) {
+    EXPECT_EQ(outcomes[id].finish_reason, FinishReason::error);
+    EXPECT_NE(outcomes[id].error.find("cudaErrorIllegalAddress"), std::string::npos) << outcomes[id].error;
+    EXPECT_NE(outcomes[id].error.find("until the process is started anew"), std::string::npos);
+  }
+  EXPECT_EQ(engine.failure(), outcomes[one].error);
+  EXPECT_THROW(engine.submit(make_request(random_tokens(5, 4), 3)), DeviceFailure);
+  testing::expect_nothing_left(engine);
+}
+
+}  // namespace
+}  // namespace draftwerk
