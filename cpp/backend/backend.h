@@ -343,8 +343,8 @@ class Backend {
   /// before it had no finite logit; where nothing is left, there is no candidate, but the first is token 0, as verify()
   /// has it. Waits. No log-probabilities are taken.
   virtual void propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) = 0;
-  /// Moves keys and values of one layer, in the arena of the last begin(), one move after the other.
-  virtual void move_kv(const KvLayer& kv, std::span<const KvMove> moves) = 0;
+  /// Moves keys and values of some layers, in the arena of the last begin(), in each layer one move after the other.
+  virtual void move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) = 0;
 
   // --- for tests and evaluation ------------------------------------------------------------------------------
   /// Copies the logits that the last head() computed to `out`, [outputs, vocabulary] float32. Waits. After verify() or

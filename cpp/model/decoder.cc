@@ -30,11 +30,7 @@ void Decoder::forward(Tensor residual, Tensor per_layer) {
   }
 }
 
-void Decoder::move_kv(std::span<const KvMove> moves) {
-  for (const Layer& layer : layers_) {
-    if (!layer.config.shares_kv) backend_.move_kv(layer.kv, moves);
-  }
-}
+void Decoder::move_kv(std::span<const KvMove> moves) { backend_.move_kv(own_kv_, moves); }
 
 void Decoder::attention(const Layer& layer, Tensor residual) {
   const LayerConfig& c = layer.config;
@@ -137,6 +133,7 @@ void Decoder::place_kv(Layer& layer, KvType kv_type) {
     std::size_t& page = page_shape_.page_bytes[table];
     shared = {table, page, page + bytes, c.kv_heads, c.head_dim, kv_type};
     page += 2 * bytes;
+    own_kv_.push_back(shared);
   }
   layer.kv = shared;
 }

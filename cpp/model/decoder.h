@@ -98,6 +98,7 @@ class Decoder {
   Backend& backend_;
   const ModelConfig& config_;
   std::vector<Layer> layers_;
+  std::vector<KvLayer> own_kv_;  // of the layers that own some
   SharedKv shared_kv_{};
   KvPageShape page_shape_;
   int widest_ = 0;

@@ -146,7 +146,7 @@ class AttentionLayer {
     const std::vector<PageId> pages = table(sequence);
     std::vector<KvMove> moves;
     for (const auto& [from, to] : from_to) moves.push_back({{nullptr, pages.data()}, from, to});
-    backend_->move_kv(kv_, moves);
+    backend_->move_kv({&kv_, 1}, moves);
   }
 
   [[nodiscard]] std::vector<std::byte> content() const {

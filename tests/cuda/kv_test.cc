@@ -292,7 +292,8 @@ TEST_F(KvTest, MovesCopyOnePositionExactly) {
     const std::vector<std::byte> expected = pages.content();
     pages.restore(content);
     LaunchList list;
-    move_kv(list, {all.data(), sequences.data(), tables.data(), pages.arena(), 3}, kv);
+    const MovedLayer layer = moved_layer(kv);
+    move_kv(list, {&layer, all.data(), sequences.data(), tables.data(), pages.arena(), 1, 3, layer.components, 0});
     list.run(nullptr);
     check(cudaDeviceSynchronize(), "waiting");
     EXPECT_EQ(pages.content(), expected);

@@ -16,6 +16,32 @@ void require_head_dim(int head_dim) {
 // Queries are handed out in pieces of about a microsecond.
 constexpr std::int64_t kElementsPerPiece = 2048;
 
+void move_layer(const KvLayer& kv, std::span<const KvMove> moves, KvArena arena) {
+  const std::size_t element = kv.type == KvType::f16 ? 2 : 4;
+  const auto components = static_cast<std::size_t>(kv.heads * kv.head_dim);
+  const std::size_t value = static_cast<std::size_t>(kv.head_dim) * element;
+  for (const KvMove& move : moves) {
+    require(move.to >= 0 && move.to <= move.from, "keys and values that move back");
+    if (move.to == move.from) continue;
+    const auto page = [&](std::int64_t position) {
+      return arena.base + std::size_t{move.pages[kv.table][position / kPageSize]} * kPageUnit;
+    };
+    const std::byte* from = page(move.from);
+    std::byte* to = page(move.to);
+    const auto from_lane = static_cast<std::size_t>(move.from % kPageSize);
+    const auto to_lane = static_cast<std::size_t>(move.to % kPageSize);
+    for (std::size_t c = 0; c < components; ++c) {
+      std::memcpy(to + kv.key_offset + (c * kPageSize + to_lane) * element,
+                  from + kv.key_offset + (c * kPageSize + from_lane) * element, element);
+    }
+    for (int h = 0; h < kv.heads; ++h) {
+      const auto head = static_cast<std::size_t>(h) * kPageSize;
+      std::memcpy(to + kv.value_offset + (head + to_lane) * value, from + kv.value_offset + (head + from_lane) * value,
+                  value);
+    }
+  }
+}
+
 }  // namespace
 
 /// Cosines and sines for every row of the step, computed once per rotary embedding.
@@ -133,30 +159,8 @@ void CpuBackend::attend(Tensor query, int query_heads, const KvLayer& kv, const 
       step_, arena_);
 }
 
-void CpuBackend::move_kv(const KvLayer& kv, std::span<const KvMove> moves) {
-  const std::size_t element = kv.type == KvType::f16 ? 2 : 4;
-  const auto components = static_cast<std::size_t>(kv.heads * kv.head_dim);
-  const std::size_t value = static_cast<std::size_t>(kv.head_dim) * element;
-  for (const KvMove& move : moves) {
-    require(move.to >= 0 && move.to <= move.from, "keys and values that move back");
-    if (move.to == move.from) continue;
-    const auto page = [&](std::int64_t position) {
-      return arena_.base + std::size_t{move.pages[kv.table][position / kPageSize]} * kPageUnit;
-    };
-    const std::byte* from = page(move.from);
-    std::byte* to = page(move.to);
-    const auto from_lane = static_cast<std::size_t>(move.from % kPageSize);
-    const auto to_lane = static_cast<std::size_t>(move.to % kPageSize);
-    for (std::size_t c = 0; c < components; ++c) {
-      std::memcpy(to + kv.key_offset + (c * kPageSize + to_lane) * element,
-                  from + kv.key_offset + (c * kPageSize + from_lane) * element, element);
-    }
-    for (int h = 0; h < kv.heads; ++h) {
-      const auto head = static_cast<std::size_t>(h) * kPageSize;
-      std::memcpy(to + kv.value_offset + (head + to_lane) * value, from + kv.value_offset + (head + from_lane) * value,
-                  value);
-    }
-  }
+void CpuBackend::move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) {
+  for (const KvLayer& kv : layers) move_layer(kv, moves, arena_);
 }
 
 }  // namespace draftwerk::cpu

@@ -68,7 +68,7 @@ class CpuBackend final : public Backend {
   void head(Tensor states, const SparseHead& head) override;
   void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) override;
   void propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) override;
-  void move_kv(const KvLayer& kv, std::span<const KvMove> moves) override;
+  void move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) override;
   void read_logits(std::span<float> out) override;
 
  private:

@@ -164,7 +164,7 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
   copies_in_.push_back({});  // the upload's own, whose size is known when the step runs
   step_outputs_ = static_cast<int>(rows.output_rows.size());
   logits_ = {};
-  moves_.forget();
+  moves_.done();
 }
 
 void CudaBackend::run() {
@@ -288,9 +288,9 @@ void CudaBackend::propose(std::span<const ProposeRow> rows, int count, std::span
   sampler_.finish_propose(rows, count, candidates);
 }
 
-void CudaBackend::move_kv(const KvLayer& kv, std::span<const KvMove> moves) {
+void CudaBackend::move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) {
   run();
-  moves_.run(kv, moves, {upload_.view().arena}, stream_.get());
+  moves_.run(layers, moves, {upload_.view().arena}, stream_.get());
 }
 
 void CudaBackend::read_logits(std::span<float> out) {

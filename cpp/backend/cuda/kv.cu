@@ -155,38 +155,26 @@ __global__ void __launch_bounds__(kHeadsPerBlock* kWarp) prepare_heads(const Hea
   }
 }
 
-struct Moves {
-  MoveView moves;
-  std::uint64_t key_offset;
-  std::uint64_t value_offset;
-  std::int32_t table;
-  std::int32_t head_dim;
-  std::int32_t components;  ///< of all heads
-  std::int32_t element;     ///< bytes
-};
-
 constexpr int kMoveThreads = 128;
 /// Moves whose elements a thread reads before it writes any.
 constexpr int kMovesAtOnce = 8;
 
-/// A thread takes one component of a key and a value through all moves of a sequence. Of several moves it reads first,
-/// so that they take one latency of memory: what a move would find that another one of them has brought, it takes from
-/// where that one did.
+/// One component of a key and a value goes through all moves of a sequence. Of several moves it reads first, so that
+/// they take one latency of memory: what a move would find that another one of them has brought, it takes from where
+/// that one did.
 template <typename Element>
-__global__ void __launch_bounds__(kMoveThreads) move_elements(const Moves a) {
-  const SequenceMoves& sequence = a.moves.sequences[blockIdx.y];
-  const int component = static_cast<int>(blockIdx.x) * kMoveThreads + static_cast<int>(threadIdx.x);
-  if (component >= a.components) return;
-  const PageId* const pages = a.moves.pages + sequence.pages[a.table];
-  const PositionMove* const moves = a.moves.moves + sequence.first;
-  const int head = component / a.head_dim * (a.head_dim * kPageSize);
-  const int d = component % a.head_dim;
+__device__ void move_component(const MoveView& a, const MovedLayer& layer, const SequenceMoves& sequence,
+                               int component) {
+  const PageId* const pages = a.pages + sequence.pages[layer.table];
+  const PositionMove* const moves = a.moves + sequence.first;
+  const int head = component / layer.head_dim * (layer.head_dim * kPageSize);
+  const int d = component % layer.head_dim;
   const auto key = [&](int position) {
-    std::byte* page = a.moves.arena + std::size_t{pages[position / kPageSize]} * kPageUnit + a.key_offset;
+    std::byte* page = a.arena + std::size_t{pages[position / kPageSize]} * kPageUnit + layer.key_offset;
     return reinterpret_cast<Element*>(page) + head + key_index(d, position % kPageSize);
   };
   const auto value = [&](int position) {
-    std::byte* page = a.moves.arena + std::size_t{pages[position / kPageSize]} * kPageUnit + a.value_offset;
+    std::byte* page = a.arena + std::size_t{pages[position / kPageSize]} * kPageUnit + layer.value_offset;
     return reinterpret_cast<Element*>(page) + head + value_index(d, position % kPageSize);
   };
   for (int first = 0; first < sequence.count; first += kMovesAtOnce) {
@@ -209,6 +197,18 @@ __global__ void __launch_bounds__(kMoveThreads) move_elements(const Moves a) {
       *key(moves[first + i].to) = keys[i];
       *value(moves[first + i].to) = values[i];
     }
+  }
+}
+
+/// A thread has a component of layer z of sequence y.
+__global__ void __launch_bounds__(kMoveThreads) move_elements(const MoveView a) {
+  const MovedLayer& layer = a.layers[blockIdx.z];
+  const int component = static_cast<int>(blockIdx.x) * kMoveThreads + static_cast<int>(threadIdx.x);
+  if (component >= layer.components) return;
+  if (layer.wide != 0) {
+    move_component<float>(a, layer, a.sequences[blockIdx.y], component);
+  } else {
+    move_component<std::uint16_t>(a, layer, a.sequences[blockIdx.y], component);
   }
 }
 
@@ -265,23 +265,17 @@ void prepare_queries(LaunchList& list, const StepView& step, Tensor query, int q
   launch_heads(list, arguments);
 }
 
-void move_kv(LaunchList& list, const MoveView& moves, const KvLayer& kv) {
-  Moves arguments{};
-  arguments.moves = moves;
-  arguments.key_offset = kv.key_offset;
-  arguments.value_offset = kv.value_offset;
-  arguments.table = kv.table;
-  arguments.head_dim = kv.head_dim;
-  arguments.components = kv.heads * kv.head_dim;
-  arguments.element = kv.type == KvType::f16 ? 2 : 4;
-  const LaunchShape shape{dim3(static_cast<unsigned>((arguments.components + kMoveThreads - 1) / kMoveThreads),
-                               static_cast<unsigned>(moves.sequence_count)),
-                          dim3(kMoveThreads)};
-  if (kv.type == KvType::f16) {
-    list.add(move_elements<std::uint16_t>, shape, arguments);
-  } else {
-    list.add(move_elements<float>, shape, arguments);
-  }
+MovedLayer moved_layer(const KvLayer& kv) {
+  return {kv.key_offset, kv.value_offset,        kv.table,
+          kv.head_dim,   kv.heads * kv.head_dim, kv.type == KvType::f16 ? 0 : 1};
+}
+
+void move_kv(LaunchList& list, const MoveView& moves) {
+  list.add(move_elements,
+           {dim3(static_cast<unsigned>((moves.most_components + kMoveThreads - 1) / kMoveThreads),
+                 static_cast<unsigned>(moves.sequence_count), static_cast<unsigned>(moves.layer_count)),
+            dim3(kMoveThreads)},
+           moves);
 }
 
 }  // namespace draftwerk::cuda

@@ -54,16 +54,32 @@ struct SequenceMoves {
   std::int32_t count;               ///< 0: padding
   std::int32_t pages[kPageTables];  ///< where its page tables begin in MoveView::pages
 };
+/// A layer whose keys and values move.
+struct MovedLayer {
+  std::uint64_t key_offset;
+  std::uint64_t value_offset;
+  std::int32_t table;
+  std::int32_t head_dim;
+  std::int32_t components;  ///< of all heads
+  std::int32_t wide;        ///< 1: float32
+};
 /// Moves, in arrays on the device.
 struct MoveView {
+  const MovedLayer* layers;
   const PositionMove* moves;
   const SequenceMoves* sequences;
   const PageId* pages;
   std::byte* arena;
-  std::int64_t sequence_count;  ///< with padding
+  std::int32_t layer_count;
+  std::int32_t sequence_count;   ///< with padding
+  std::int32_t most_components;  ///< of a layer
+  std::int32_t unused;
 };
 
+/// A layer of Backend::move_kv, as the device has it.
+MovedLayer moved_layer(const KvLayer& kv);
+
 /// Backend::move_kv.
-void move_kv(LaunchList& list, const MoveView& moves, const KvLayer& kv);
+void move_kv(LaunchList& list, const MoveView& moves);
 
 }  // namespace draftwerk::cuda

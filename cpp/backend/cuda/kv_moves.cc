@@ -1,7 +1,11 @@
 #include "backend/cuda/kv_moves.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <span>
+#include <utility>
+#include <vector>
 
 #include "backend/round_up.h"
 
@@ -14,25 +18,52 @@ bool of_one_sequence(const KvMove& a, const KvMove& b) {
   return std::equal(std::begin(a.pages), std::end(a.pages), std::begin(b.pages));
 }
 
-bool equal(const KvMove& a, const KvMove& b) { return of_one_sequence(a, b) && a.from == b.from && a.to == b.to; }
+/// Arrays that lie behind each other, on the host and on the device.
+class Arrays {
+ public:
+  Arrays(std::byte* host, const std::byte* device) : host_(host), device_(device) {}
+
+  /// Where a copy of `values` will be on the device.
+  template <typename T>
+  const T* add(const std::vector<T>& values) {
+    std::memcpy(host_ + bytes_, values.data(), values.size() * sizeof(T));
+    return reinterpret_cast<const T*>(device_ + std::exchange(bytes_, bytes_ + room(values)));
+  }
+  [[nodiscard]] std::size_t bytes() const { return bytes_; }
+
+  template <typename T>
+  static std::size_t room(const std::vector<T>& values) {
+    return round_up(values.size() * sizeof(T), kAlignment);
+  }
+
+ private:
+  std::byte* host_;
+  const std::byte* device_;
+  std::size_t bytes_ = 0;
+};
 
 }  // namespace
 
-void KvMoves::run(const KvLayer& kv, std::span<const KvMove> moves, KvArena arena, cudaStream_t stream) {
-  if (moves.empty()) return;
-  if (!std::equal(moves.begin(), moves.end(), latest_.begin(), latest_.end(), equal)) {
-    if (!latest_.empty()) check(cudaStreamSynchronize(stream), "moving keys and values");
-    stage(moves, arena, stream);
-  }
+void KvMoves::run(std::span<const KvLayer> layers, std::span<const KvMove> moves, KvArena arena, cudaStream_t stream) {
+  if (moves.empty() || layers.empty()) return;
+  if (enqueued_) check(cudaStreamSynchronize(stream), "moving keys and values");
+  enqueued_ = true;
   launches_.clear();
-  move_kv(launches_, view_, kv);
+  cuda::move_kv(launches_, stage(layers, moves, arena, stream));
   launches_.run(stream);
 }
 
-void KvMoves::stage(std::span<const KvMove> moves, KvArena arena, cudaStream_t stream) {
+MoveView KvMoves::stage(std::span<const KvLayer> layers, std::span<const KvMove> moves, KvArena arena,
+                        cudaStream_t stream) {
+  std::vector<MovedLayer> moved;
   std::vector<PositionMove> positions;
   std::vector<SequenceMoves> sequences;
   std::vector<PageId> pages;
+  MoveView view{};
+  for (const KvLayer& kv : layers) {
+    moved.push_back(moved_layer(kv));
+    view.most_components = std::max(view.most_components, moved.back().components);
+  }
   for (std::size_t first = 0, next = 0; first < moves.size(); first = next) {
     std::int64_t farthest = 0;
     for (; next < moves.size() && of_one_sequence(moves[first], moves[next]); ++next) {
@@ -48,22 +79,20 @@ void KvMoves::stage(std::span<const KvMove> moves, KvArena arena, cudaStream_t s
     }
     sequences.push_back(its);
   }
-  const std::size_t of_positions = round_up(positions.size() * sizeof(PositionMove), kAlignment);
-  const std::size_t of_sequences = round_up(sequences.size() * sizeof(SequenceMoves), kAlignment);
-  const std::size_t bytes = of_positions + of_sequences + pages.size() * sizeof(PageId);
+  const std::size_t bytes =
+      Arrays::room(moved) + Arrays::room(positions) + Arrays::room(sequences) + Arrays::room(pages);
   memory_.reserve_more(std::max<std::size_t>(bytes, 16384));
-  std::byte* const host = memory_.host();
-  std::memcpy(host, positions.data(), positions.size() * sizeof(PositionMove));
-  std::memcpy(host + of_positions, sequences.data(), sequences.size() * sizeof(SequenceMoves));
-  std::memcpy(host + of_positions + of_sequences, pages.data(), pages.size() * sizeof(PageId));
-  const std::byte* const device = memory_.device();
-  view_.moves = reinterpret_cast<const PositionMove*>(device);
-  view_.sequences = reinterpret_cast<const SequenceMoves*>(device + of_positions);
-  view_.pages = reinterpret_cast<const PageId*>(device + of_positions + of_sequences);
-  view_.arena = arena.base;
-  view_.sequence_count = static_cast<std::int64_t>(sequences.size());
-  check(cudaMemcpyAsync(memory_.device(), host, bytes, cudaMemcpyHostToDevice, stream), "copying moves");
-  latest_.assign(moves.begin(), moves.end());
+  Arrays arrays(memory_.host(), memory_.device());
+  view.layers = arrays.add(moved);
+  view.moves = arrays.add(positions);
+  view.sequences = arrays.add(sequences);
+  view.pages = arrays.add(pages);
+  view.arena = arena.base;
+  view.layer_count = static_cast<std::int32_t>(moved.size());
+  view.sequence_count = static_cast<std::int32_t>(sequences.size());
+  check(cudaMemcpyAsync(memory_.device(), memory_.host(), arrays.bytes(), cudaMemcpyHostToDevice, stream),
+        "copying moves");
+  return view;
 }
 
 }  // namespace draftwerk::cuda

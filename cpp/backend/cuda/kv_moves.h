@@ -15,16 +15,15 @@ namespace draftwerk::cuda {
 
 class KvMoves {
  public:
-  /// Enqueues the moves of one layer. Those of the next layer are mostly the same: then nothing is copied again.
-  void run(const KvLayer& kv, std::span<const KvMove> moves, KvArena arena, cudaStream_t stream);
-  /// Moves from now on are others, and the device is done with the last ones.
-  void forget() { latest_.clear(); }
+  /// Enqueues moves.
+  void run(std::span<const KvLayer> layers, std::span<const KvMove> moves, KvArena arena, cudaStream_t stream);
+  /// The device is done with all that was enqueued.
+  void done() { enqueued_ = false; }
 
  private:
-  void stage(std::span<const KvMove> moves, KvArena arena, cudaStream_t stream);
+  MoveView stage(std::span<const KvLayer> layers, std::span<const KvMove> moves, KvArena arena, cudaStream_t stream);
 
-  std::vector<KvMove> latest_;  ///< what view_ is of; empty: nothing
-  MoveView view_{};
+  bool enqueued_ = false;
   MirroredMemory memory_;
   LaunchList launches_;
 };
