@@ -343,6 +343,20 @@ class Backend {
   /// before it had no finite logit; where nothing is left, there is no candidate, but the first is token 0, as verify()
   /// has it. Waits. No log-probabilities are taken.
   virtual void propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) = 0;
+  /// Passes of a drafter that may follow each other in a step before the host looks at what they have found. 1 where
+  /// looking costs next to nothing: then there is propose() alone.
+  [[nodiscard]] virtual int passes_ahead() const { return 1; }
+  /// propose() without waiting. What is found is kept for proposed(), and the first candidate of an output row is that
+  /// row's token from now on: the operations that follow are the next pass over the same rows. `rows` and `count` are
+  /// the same in all passes of a step; the rows have no drafts and need no history, and their bans hold for all passes
+  /// or for none. Pass p chooses at `position` + p.
+  virtual void propose_ahead(std::span<const ProposeRow> /*rows*/, int /*count*/) {
+    throw std::logic_error("this backend does not draft ahead");
+  }
+  /// What the passes of this step have found, `count` candidates for each row, pass by pass. Waits.
+  virtual void proposed(std::span<const ProposeRow> /*rows*/, int /*count*/, std::span<Candidate> /*candidates*/) {
+    throw std::logic_error("this backend does not draft ahead");
+  }
   /// Moves keys and values of some layers, in the arena of the last begin(), in each layer one move after the other.
   virtual void move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) = 0;
 

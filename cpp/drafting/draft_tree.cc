@@ -143,6 +143,22 @@ bool DraftTree::advance(int width) {
   return !frontier_.empty();
 }
 
+bool DraftTree::advance_ahead() {
+  const bool found = !nodes_.empty() && nodes_.back().depth == depth_ + 1;
+  rank();
+  ++depth_;
+  frontier_.clear();
+  best_onward_ = 0.0F;
+  if (!found || depth_ == kDeepestDraft) return false;
+  const auto first = std::find_if(nodes_.begin(), nodes_.end(), [this](const Node& n) { return n.depth == depth_; });
+  frontier_.push_back(static_cast<int>(first - nodes_.begin()));
+  return true;
+}
+
+float DraftTree::reach() const {
+  return frontier_.empty() ? 0.0F : nodes_[static_cast<std::size_t>(frontier_[0])].reach;
+}
+
 TokenId DraftTree::token(int index) const {
   return nodes_[static_cast<std::size_t>(frontier_[static_cast<std::size_t>(index)])].token;
 }

@@ -37,12 +37,17 @@ class DraftTree {
   void add(int index, std::span<const Candidate> candidates, std::span<const float> probabilities);
   /// Closes the pass: chooses at most `width` drafts to be followed up in the next one; false if none is worth it.
   bool advance(int width);
+  /// The same where drafting went ahead: the first candidate of the pass was followed up, whatever else may be
+  /// likelier. False if there was none.
+  bool advance_ahead();
   /// Drafts to be followed up: for index 0 .. frontier_size() - 1 the token, the drafts up to and with it, and the
   /// index in the frontier before of the draft that it follows.
   [[nodiscard]] int frontier_size() const { return static_cast<int>(frontier_.size()); }
   [[nodiscard]] TokenId token(int index) const;
   [[nodiscard]] std::span<const TokenId> path(int index) const;
   [[nodiscard]] int before(int index) const;
+  /// How likely the first of them is to be accepted with all before it; 0 if there is none.
+  [[nodiscard]] float reach() const;
 
   /// Drafts that are worth their rows, and how many of them are expected to be accepted.
   struct Size {

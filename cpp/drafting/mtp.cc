@@ -1,6 +1,7 @@
 #include "drafting/mtp.h"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <utility>
 #include <vector>
@@ -12,7 +13,9 @@ namespace {
 
 class MtpDrafter final : public Drafter {
  public:
-  explicit MtpDrafter(MtpModel& model) : model_(model), max_rows_(model.target().max_outputs()) {
+  explicit MtpDrafter(MtpModel& model)
+      : model_(model), backend_(model.target().backend()), max_rows_(model.target().max_outputs()) {
+    reach_.fill(1.0F);
     const auto rows = static_cast<std::size_t>(max_rows_);
     drafting_.resize(rows);
     jobs_.reserve(rows);
@@ -23,7 +26,8 @@ class MtpDrafter final : public Drafter {
     segments_.reserve(rows);
     outputs_.reserve(rows);
     rows_.reserve(rows);
-    candidates_.resize(rows * kDraftBranches);
+    candidates_.resize(rows * kDraftBranches *
+                       static_cast<std::size_t>(std::min(backend_.passes_ahead(), kDeepestDraft)));
     for (int i = 0; i < max_rows_; ++i) outputs_.push_back(i);
   }
 
@@ -39,17 +43,7 @@ class MtpDrafter final : public Drafter {
   int propose(std::span<DraftJob> jobs) override {
     start(jobs);
     int passes = 0;
-    for (; !tokens_.empty(); ++passes) {
-      const StepRows step{tokens_, positions_, segments_, std::span(outputs_).first(tokens_.size())};
-      const KvArena arena = jobs_.front()->context.arena;
-      if (passes == 0) {
-        model_.first(step, states_, arena);
-      } else {
-        model_.next(step, before_, arena);
-      }
-      model_.target().backend().propose(rows_, kDraftBranches, candidates_);
-      grow();
-    }
+    if (!tokens_.empty()) passes = may_go_ahead() ? draft_ahead() : draft_by_pass();
     for (std::size_t j = 0; j < jobs_.size(); ++j) {
       const DraftTree::Size size = drafting_[j].tree.take(jobs_[j]->drafts, jobs_[j]->parents);
       jobs_[j]->produced = size.drafts;
@@ -59,6 +53,88 @@ class MtpDrafter final : public Drafter {
   }
 
  private:
+  /// Every pass is for what those before it found.
+  int draft_by_pass() {
+    int passes = 0;
+    for (; !tokens_.empty(); ++passes) {
+      if (passes == 0) {
+        model_.first(step(), states_, jobs_.front()->context.arena);
+      } else {
+        model_.next(step(), before_, jobs_.front()->context.arena);
+      }
+      backend_.propose(rows_, kDraftBranches, candidates_);
+      grow();
+    }
+    return passes;
+  }
+
+  /// On a device that is far away: a number of passes that is settled beforehand, each for the best draft of the one
+  /// before it. So the tree is a chain, with the other candidates of each place beside it.
+  int draft_ahead() {
+    const int passes = worthwhile_passes();
+    model_.first(step(), states_, jobs_.front()->context.arena);
+    backend_.propose_ahead(rows_, kDraftBranches);
+    for (int pass = 1; pass < passes; ++pass) {
+      model_.follow(step().output_rows);
+      backend_.propose_ahead(rows_, kDraftBranches);
+    }
+    backend_.proposed(rows_, kDraftBranches, candidates_);
+    std::span<const Candidate> found = candidates_;
+    for (int pass = 0; pass < passes; ++pass) {
+      double reached = 0.0;
+      for (std::size_t j = 0; j < jobs_.size(); ++j, found = found.subspan(kDraftBranches)) {
+        DraftTree& tree = drafting_[j].tree;
+        if (pass > 0 && tree.frontier_size() == 0) continue;
+        const bool greedy = jobs_[j]->context.sampling->temperature <= 0.0F;
+        tree.add(0, found.first(kDraftBranches), choice_probabilities(found.first(kDraftBranches), greedy));
+        tree.advance_ahead();
+        reached += tree.reach();
+      }
+      note_reach(pass, static_cast<float>(reached / static_cast<double>(jobs_.size())));
+    }
+    note_reach_beyond(passes);
+    return passes;
+  }
+
+  /// Whether all passes are alike but for the tokens: whatever depends on the drafts before it needs the host.
+  [[nodiscard]] bool may_go_ahead() const {
+    return backend_.passes_ahead() > 1 && std::all_of(jobs_.begin(), jobs_.end(), [this](const DraftJob* job) {
+             const DraftContext& context = job->context;
+             return !context.sampling->needs_history() && (context.banned.empty() || context.banned_tokens <= 0 ||
+                                                           context.banned_tokens >= backend_.passes_ahead());
+           });
+  }
+
+  /// Passes whose drafts, as drafts went so far, are accepted more often than a pass costs.
+  [[nodiscard]] int worthwhile_passes() const {
+    int wanted = 1;
+    double price = 1.0;
+    for (const DraftJob* job : jobs_) {
+      wanted = std::max(wanted, job->count);
+      price = std::min(price, job->pass_price);
+    }
+    wanted = std::min({wanted, kDeepestDraft, backend_.passes_ahead()});
+    int passes = 1;
+    while (passes < wanted && reach_[static_cast<std::size_t>(passes) - 1] > price) ++passes;
+    return passes;
+  }
+
+  /// Remembers how likely the chain was, on average, to be accepted up to the draft of this pass.
+  void note_reach(int pass, float reach) {
+    float& usual = reach_[static_cast<std::size_t>(pass)];
+    usual += (reach - usual) * kNoted;
+  }
+  /// What was not tried comes to be thought as likely as what was, so that it is tried again some time.
+  void note_reach_beyond(int passes) {
+    for (auto p = static_cast<std::size_t>(passes); p < reach_.size(); ++p) {
+      reach_[p] += (reach_[p - 1] - reach_[p]) * kForgotten;
+    }
+  }
+
+  [[nodiscard]] StepRows step() const {
+    return {tokens_, positions_, segments_, std::span(outputs_).first(tokens_.size())};
+  }
+
   /// A job's tree, and its rows in the pass.
   struct Drafting {
     DraftTree tree;
@@ -126,8 +202,13 @@ class MtpDrafter final : public Drafter {
     rows_.push_back({drafts, length, context.sampling, context.history, context.banned, context.banned_tokens});
   }
 
+  static constexpr float kNoted = 1.0F / 16.0F;
+  static constexpr float kForgotten = 1.0F / 64.0F;
+
   MtpModel& model_;
+  Backend& backend_;
   int max_rows_;
+  std::array<float, kDeepestDraft> reach_{};  ///< by pass, of chains that were drafted ahead
   // Of a round.
   std::vector<DraftJob*> jobs_;
   std::vector<Drafting> drafting_;  ///< of each job

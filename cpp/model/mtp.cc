@@ -103,6 +103,11 @@ void MtpModel::next(const StepRows& rows, std::span<const int> before, KvArena a
   draft();
 }
 
+void MtpModel::follow(std::span<const int> every_row) {
+  backend_.gather(projected_, every_row, previous_state_);
+  draft();
+}
+
 void MtpModel::draft() {
   backend_.embed(target_.embedding(), target_.embedding_scale(), embedded_token_);
   const Projection projection[] = {{pre_projection_, residual_}};

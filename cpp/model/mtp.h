@@ -42,6 +42,9 @@ class MtpModel {
   /// Drafts that follow those of the pass before: a row for each, with the token that was drafted, the position
   /// unchanged; before[r] is the row of the pass before that drafted it.
   void next(const StepRows& rows, std::span<const int> before, KvArena arena);
+  /// The same without waiting for what was drafted: the rows of the pass before, all of them (`every_row` is 0, 1, 2
+  /// and so on), with the tokens that Backend::propose_ahead() gave them.
+  void follow(std::span<const int> every_row);
 
   [[nodiscard]] Gemma& target() const { return target_; }
   /// Positions before the last token's that a row of a sliding layer sees.

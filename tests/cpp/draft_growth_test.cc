@@ -65,6 +65,22 @@ TEST(DraftTree, KeepsTheLikeliest) {
   EXPECT_EQ(taken.parents, (std::vector<std::int32_t>{-1, -1, -1}));
 }
 
+TEST(DraftTree, TakesWhatWasDraftedAhead) {
+  DraftTree tree;
+  tree.start(4, {}, 1.0);
+  tree.add(0, candidates(10, 4), std::vector{0.4F, 0.45F, 0.1F, 0.01F});
+  EXPECT_TRUE(tree.advance_ahead()) << "the first was followed up, likeliest or not, and whatever a pass costs";
+  EXPECT_FLOAT_EQ(tree.reach(), 0.4F);
+  tree.add(0, candidates(20, 4), std::vector{0.9F, 0.05F, 0.01F, 0.01F});
+  EXPECT_TRUE(tree.advance_ahead());
+  EXPECT_FLOAT_EQ(tree.reach(), 0.36F);
+  tree.add(0, std::vector<Candidate>{{-1, 0.0F, 0.0F}}, std::vector{0.0F});
+  EXPECT_FALSE(tree.advance_ahead()) << "nothing was found";
+  const Taken taken = take(tree, 4);
+  EXPECT_EQ(taken.drafts, (std::vector<TokenId>{11, 10, 20, 12}));
+  EXPECT_EQ(taken.parents, (std::vector<std::int32_t>{-1, -1, 1, -1}));
+}
+
 TEST(DraftTree, FollowsUpWhatPromisesMost) {
   DraftTree tree;
   tree.start(4, {}, 0.0);

@@ -70,9 +70,10 @@ class SamplerOnDevice {
     std::vector<Candidate> candidates(places.size() * static_cast<std::size_t>(count));
     begin();
     sampler_.stage_propose(places, count, outputs, in_);
-    sampler_.record_propose(list_, logits, count, outputs, out_);
+    sampler_.record_propose(list_, logits, count, outputs, 0, nullptr);
+    sampler_.collect(1, outputs, out_);
     run();
-    sampler_.finish_propose(places, count, candidates);
+    sampler_.finish_propose(places, count, outputs, 0, candidates);
     return candidates;
   }
 

@@ -164,12 +164,12 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
   copies_in_.push_back({});  // the upload's own, whose size is known when the step runs
   step_outputs_ = static_cast<int>(rows.output_rows.size());
   logits_ = {};
+  passes_ = 0;
   moves_.done();
 }
 
 void CudaBackend::run() {
   if (launches_.empty()) return;
-  copies_in_.front() = upload_.copy();
   // However this ends: a step that failed must not run once more in front of the next one.
   struct Forgotten {
     CudaBackend& backend;
@@ -180,6 +180,7 @@ void CudaBackend::run() {
     }
   };
   const Forgotten at_the_end{*this};
+  copies_in_.front() = upload_.copy();
   for (const Copy& copy : copies_in_) {
     check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice, stream_.get()), "copying a step");
   }
@@ -277,15 +278,42 @@ void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyRe
 }
 
 void CudaBackend::propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) {
-  require(logits_.values != nullptr, "a head before a draft is proposed");
-  require(static_cast<int>(rows.size()) == step_outputs_ && count >= 1 && count <= kMaxCandidates &&
-              candidates.size() >= rows.size() * static_cast<std::size_t>(count),
-          "a row to propose for and room for its few candidates for every output");
+  check_proposal(rows, count, candidates.size(), 1);
   sampler_.stage_propose(rows, count, outputs(), copies_in_);
-  sampler_.record_propose(launches_, logits_, count, outputs(), copies_out_);
+  sampler_.record_propose(launches_, logits_, count, outputs(), 0, nullptr);
+  sampler_.collect(1, outputs(), copies_out_);
   run();
   wait();
-  sampler_.finish_propose(rows, count, candidates);
+  sampler_.finish_propose(rows, count, outputs(), 0, candidates);
+}
+
+// All passes of a step are one list of launches, and so one graph: the token of a pass is where that of the one before
+// was, and nothing else of the step changes.
+void CudaBackend::propose_ahead(std::span<const ProposeRow> rows, int count) {
+  require(passes_ < kMostPassesAhead, "no more passes ahead than there is room for");
+  check_proposal(rows, count, rows.size() * static_cast<std::size_t>(count), 1);
+  if (passes_ == 0) sampler_.stage_propose(rows, count, outputs(), copies_in_);
+  sampler_.record_propose(launches_, logits_, count, outputs(), passes_++, &upload_);
+}
+
+void CudaBackend::proposed(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) {
+  check_proposal(rows, count, candidates.size(), passes_);
+  sampler_.collect(passes_, outputs(), copies_out_);
+  run();
+  wait();
+  const std::size_t of_pass = rows.size() * static_cast<std::size_t>(count);
+  for (int pass = 0; pass < passes_; ++pass) {
+    sampler_.finish_propose(rows, count, outputs(), pass,
+                            candidates.subspan(static_cast<std::size_t>(pass) * of_pass, of_pass));
+  }
+  passes_ = 0;
+}
+
+void CudaBackend::check_proposal(std::span<const ProposeRow> rows, int count, std::size_t room, int passes) const {
+  require(logits_.values != nullptr, "a head before a draft is proposed");
+  require(static_cast<int>(rows.size()) == step_outputs_ && count >= 1 && count <= kMaxCandidates &&
+              room >= static_cast<std::size_t>(passes) * rows.size() * static_cast<std::size_t>(count),
+          "a row to propose for and room for its few candidates for every output");
 }
 
 void CudaBackend::move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) {

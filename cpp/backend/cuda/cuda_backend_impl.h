@@ -67,6 +67,9 @@ class CudaBackend final : public Backend {
   void head(Tensor states, const SparseHead& head) override;
   void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) override;
   void propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) override;
+  [[nodiscard]] int passes_ahead() const override { return kMostPassesAhead; }
+  void propose_ahead(std::span<const ProposeRow> rows, int count) override;
+  void proposed(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) override;
   void move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) override;
   void read_logits(std::span<float> out) override;
 
@@ -74,6 +77,7 @@ class CudaBackend final : public Backend {
   [[nodiscard]] int rows() const { return upload_.view().rows; }
   [[nodiscard]] int outputs() const { return upload_.view().outputs; }
   void use_device() const;
+  void check_proposal(std::span<const ProposeRow> rows, int count, std::size_t room, int passes) const;
   [[nodiscard]] Uploader& uploader();
   /// Runs what was recorded since the last time, if that is anything; does not wait.
   void run();
@@ -94,6 +98,7 @@ class CudaBackend final : public Backend {
   LaunchList launches_;
   GraphCache graphs_;
   int step_outputs_ = 0;  ///< without padding
+  int passes_ = 0;        ///< of propose_ahead(), in this step
   LogitRows logits_;      ///< of the last head(); no values: there was none
 
   Projections projections_;

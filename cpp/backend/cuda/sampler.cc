@@ -40,7 +40,7 @@ void Sampler::reserve(int max_outputs, int vocabulary) {
   chosen_.reserve(outputs * sizeof(std::int32_t));
   constexpr std::size_t kUsualAdjustments = 64;  // of a row
   in_.reserve(outputs * (sizeof(SampledRow) + kUsualAdjustments * sizeof(Adjustment)));
-  out_.reserve(outputs * std::max(sizeof(AcceptedToken) + sizeof(RowLogprobs), sizeof(ProposedRow)));
+  out_.reserve(outputs * std::max(sizeof(AcceptedToken) + sizeof(RowLogprobs), kMostPassesAhead * sizeof(ProposedRow)));
   rows_.reserve(outputs);
 }
 
@@ -250,16 +250,26 @@ void Sampler::stage_propose(std::span<const ProposeRow> rows, int count, int out
   finish_staging(in);
 }
 
-void Sampler::record_propose(LaunchList& list, const LogitRows& logits, int count, int outputs,
-                             std::vector<Copy>& out) const {
+void Sampler::record_propose(LaunchList& list, const LogitRows& logits, int count, int outputs, int pass,
+                             const StepUpload* ahead) const {
   SamplerView proposal = view(logits, outputs);
-  proposal.proposed = reinterpret_cast<ProposedRow*>(out_.device());
+  proposal.proposed = reinterpret_cast<ProposedRow*>(out_.device()) + std::ptrdiff_t{pass} * outputs;
+  if (ahead != nullptr) {
+    proposal.tokens = ahead->tokens();
+    proposal.output_rows = ahead->view().output_rows;
+    proposal.passes_before = pass;
+  }
   cuda::record_propose(list, proposal, outputs, count, needs_);
-  out.push_back(out_.to_host(static_cast<std::size_t>(outputs) * sizeof(ProposedRow)));
 }
 
-void Sampler::finish_propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) const {
-  const auto* proposed = reinterpret_cast<const ProposedRow*>(out_.host());
+void Sampler::collect(int passes, int outputs, std::vector<Copy>& out) const {
+  const auto rows = static_cast<std::size_t>(passes) * static_cast<std::size_t>(outputs);
+  out.push_back(out_.to_host(rows * sizeof(ProposedRow)));
+}
+
+void Sampler::finish_propose(std::span<const ProposeRow> rows, int count, int outputs, int pass,
+                             std::span<Candidate> candidates) const {
+  const auto* proposed = reinterpret_cast<const ProposedRow*>(out_.host()) + std::ptrdiff_t{pass} * outputs;
   const auto each = static_cast<std::size_t>(count);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const ProposedRow& found = proposed[i];

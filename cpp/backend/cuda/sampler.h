@@ -16,8 +16,12 @@
 #include "backend/cuda/logits.h"
 #include "backend/cuda/memory.h"
 #include "backend/cuda/sampler_kernels.h"
+#include "backend/cuda/step_upload.h"
 
 namespace draftwerk::cuda {
+
+/// Of Backend::propose_ahead.
+inline constexpr int kMostPassesAhead = 16;
 
 class Sampler {
  public:
@@ -35,11 +39,17 @@ class Sampler {
   /// Results as of Backend::verify, for the groups that were staged.
   void finish_verify(std::span<const VerifyGroup> groups, int outputs, std::span<VerifyResult> results) const;
 
-  /// The same of Backend::propose: row i of the logits is that of rows[i], rows behind those are padding.
-  /// 0 < count <= kMaxCandidates.
+  /// The same of Backend::propose, and of Backend::propose_ahead, whose passes are staged once, recorded one by one and
+  /// collected at the end: row i of the logits is that of rows[i], rows behind those are padding.
+  /// 0 < count <= kMaxCandidates, 0 <= pass < kMostPassesAhead.
   void stage_propose(std::span<const ProposeRow> rows, int count, int outputs, std::vector<Copy>& in);
-  void record_propose(LaunchList& list, const LogitRows& logits, int count, int outputs, std::vector<Copy>& out) const;
-  void finish_propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) const;
+  /// `ahead`: the step, whose tokens the first candidates become; null: none do.
+  void record_propose(LaunchList& list, const LogitRows& logits, int count, int outputs, int pass,
+                      const StepUpload* ahead) const;
+  /// Appends to `out` what to copy behind the launches of so many passes.
+  void collect(int passes, int outputs, std::vector<Copy>& out) const;
+  void finish_propose(std::span<const ProposeRow> rows, int count, int outputs, int pass,
+                      std::span<Candidate> candidates) const;
 
  private:
   void begin_staging(int outputs);

@@ -35,7 +35,7 @@ __device__ LogitRow row_of(const SamplerView& view, int row, Pass pass) {
   const SampledRow& sampled = view.rows[row];
   const bool original = pass == Pass::original;
   return LogitRow(view.logits, row, original ? 1.0F : sampled.scale, original ? FLT_MAX : sampled.limit, sampled.seed,
-                  sampled.position);
+                  sampled.position + view.passes_before);
 }
 
 __device__ Rank* of_chunks(std::uint64_t* ranks, const LogitRow& row, int output) {
@@ -304,6 +304,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) choose(const ListArguments a) 
   if (sampled.way == Way::listed) found = list_best(row, best, sampled.top_k + a.count - 1, list);
 
   std::int32_t chosen = -1;
+  std::int32_t likeliest = 0;  // as verify() has it where nothing is left
   int candidates = 0;
   for (; candidates < a.count; ++candidates) {
     if (candidates > 0 && sampled.way == Way::listed) {
@@ -328,13 +329,16 @@ __global__ void __launch_bounds__(kRowThreads, 1) choose(const ListArguments a) 
                                                      : choose_whole(sampled, row, best, winners, mass);
     if (winner == kNowhere) break;
     chosen = token_of(winner);
+    if (candidates == 0) likeliest = chosen;
     if (proposed != nullptr && thread() == 0) {
       proposed->token[candidates] = chosen;
       proposed->value[candidates] = value_of(winner);
     }
   }
   if (proposed != nullptr) {
-    if (thread() == 0) proposed->count = candidates;
+    if (thread() != 0) return;
+    proposed->count = candidates;
+    if (a.view.tokens != nullptr) a.view.tokens[a.view.output_rows[output]] = likeliest;
     return;
   }
   chosen = max(chosen, 0);

@@ -105,6 +105,11 @@ struct SamplerView {
   AcceptedToken* accepted;  ///< [outputs]
   RowLogprobs* logprobs;    ///< [outputs]
   ProposedRow* proposed;    ///< [outputs]
+  // Of a pass that drafts ahead: how many were before it, and where the first candidate of a row becomes its token.
+  std::int32_t* tokens;             ///< [rows]; null: nowhere
+  const std::int32_t* output_rows;  ///< [outputs]
+  std::int32_t passes_before;
+  std::int32_t unused;
 };
 
 /// What some row of a step needs.

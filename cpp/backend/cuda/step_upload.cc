@@ -123,9 +123,19 @@ void StepUpload::fill(const StepRows& rows, KvArena arena) {
 }
 
 const std::int32_t* StepUpload::add_rows(std::span<const int> rows, int padded) {
-  if (row_lists_ == kRowLists || padded > max_rows_ || rows.size() > static_cast<std::size_t>(padded)) {
-    throw std::logic_error("cuda backend: more lists of rows in a step, or longer ones, than there is room for");
+  if (padded > max_rows_ || rows.size() > static_cast<std::size_t>(padded)) {
+    throw std::logic_error("cuda backend: a longer list of rows than there is room for");
   }
+  const std::ptrdiff_t last = static_cast<std::ptrdiff_t>(row_lists_ - 1) * max_rows_;
+  if (row_lists_ > 0 && padded == last_list_padded_ && rows.size() == last_list_rows_ &&
+      std::equal(rows.begin(), rows.end(), lists_on_host_ + last)) {
+    return lists_on_device_ + last;
+  }
+  if (row_lists_ == kRowLists) {
+    throw std::logic_error("cuda backend: more lists of rows in a step than there is room for");
+  }
+  last_list_padded_ = padded;
+  last_list_rows_ = rows.size();
   const auto first = static_cast<std::ptrdiff_t>(row_lists_++) * max_rows_;
   std::fill_n(lists_on_host_ + first, padded, 0);
   std::copy(rows.begin(), rows.end(), lists_on_host_ + first);

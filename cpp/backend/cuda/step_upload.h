@@ -27,11 +27,13 @@ class StepUpload {
   /// others then. The device must be done with the step before.
   void fill(const StepRows& rows, KvArena arena);
 
-  /// Adds a list of rows that an operation takes from a tensor, for this step; at most kRowLists of max_rows each.
-  /// Padded to `padded` with row 0.
+  /// Adds a list of rows that an operation takes from a tensor, for this step; at most kRowLists of max_rows each,
+  /// where one that is the same as the last one is that one. Padded to `padded` with row 0.
   const std::int32_t* add_rows(std::span<const int> rows, int padded);
 
   [[nodiscard]] const StepView& view() const { return view_; }
+  /// The tokens of the rows, which launches of the step may change.
+  [[nodiscard]] std::int32_t* tokens() const { return const_cast<std::int32_t*>(view_.tokens); }
   /// What to copy in front of the step's launches.
   [[nodiscard]] Copy copy() const { return memory_.to_device(used_); }
 
@@ -44,6 +46,8 @@ class StepUpload {
   int max_rows_ = 0;
   int max_outputs_ = 0;
   int row_lists_ = 0;  ///< of this step
+  int last_list_padded_ = 0;
+  std::size_t last_list_rows_ = 0;
   std::int32_t* lists_on_host_ = nullptr;
   const std::int32_t* lists_on_device_ = nullptr;
   std::size_t page_capacity_ = 0;

@@ -1,0 +1,162 @@
+// Drafts whose passes follow each other on the device are those of passes that the host is told of one by one.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "drafting/mtp.h"
+#include "engine/evaluation.h"
+#include "tiny_model.h"
+
+namespace draftwerk {
+namespace {
+
+using testing::TinyModel;
+
+constexpr int kDrafts = 8;
+
+/// The keys and values of a text, and the target's state of its last token but one, as after a step of the engine.
+class Known {
+ public:
+  Known(Gemma& model, const std::vector<TokenId>& text) : text_(text) {
+    const auto known = static_cast<int>(text.size()) - 1;
+    const KvPageShape shape = model.kv_page_shape();
+    std::size_t offset = 0;
+    for (int t = 0; t < kPageTables; ++t) {
+      const std::size_t stride = (shape.page_bytes[t] + kPageUnit - 1) / kPageUnit * kPageUnit;
+      for (int first = 0; first <= known; first += kPageSize, offset += stride) {
+        pages_[t].push_back(static_cast<PageId>(offset / kPageUnit));
+      }
+    }
+    arena_ = model.backend().allocate(offset);
+    std::vector<std::int64_t> positions(static_cast<std::size_t>(known));
+    std::iota(positions.begin(), positions.end(), 0);
+    const Segment segment{0, known, 0, {pages_[0].data(), pages_[1].data()}, {}};
+    const int last = known - 1;
+    const SamplingParams greedy;
+    VerifyGroup group;
+    group.position = known;
+    group.sampling = &greedy;
+    VerifyResult result;
+    model.forward({std::span(text).first(positions.size()), positions, {&segment, 1}, {&last, 1}}, arena());
+    model.backend().verify({&group, 1}, {&result, 1});
+  }
+
+  [[nodiscard]] DraftContext context(const SamplingParams& sampling) const {
+    DraftContext context;
+    context.tokens = text_;
+    context.target_row = 0;
+    for (int t = 0; t < kPageTables; ++t) context.pages[t] = pages_[t].data();
+    context.arena = arena();
+    context.sampling = &sampling;
+    return context;
+  }
+
+ private:
+  [[nodiscard]] KvArena arena() const { return {static_cast<std::byte*>(arena_->data())}; }
+
+  const std::vector<TokenId>& text_;
+  std::vector<PageId> pages_[kPageTables];
+  std::unique_ptr<Buffer> arena_;
+};
+
+/// What one round of drafts gives, likeliest draft first.
+struct Round {
+  std::vector<TokenId> drafts;
+  std::vector<std::int32_t> parents;
+  int passes = 0;
+
+  Round(MtpModel& mtp, const DraftContext& context, double pass_price)
+      : drafts(kDrafts), parents(kDrafts), drafter_(make_mtp_drafter(mtp)) {
+    run(context, pass_price);
+  }
+  void run(const DraftContext& context, double pass_price) {
+    drafts.resize(kDrafts);
+    parents.resize(kDrafts);
+    DraftJob job{.context = context,
+                 .count = kDrafts,
+                 .pass_price = pass_price,
+                 .drafts = drafts.data(),
+                 .parents = parents.data()};
+    passes = drafter_->propose({&job, 1});
+    drafts.resize(static_cast<std::size_t>(job.produced));
+    parents.resize(drafts.size());
+  }
+
+ private:
+  std::unique_ptr<Drafter> drafter_;
+};
+
+std::vector<TokenId> text() {
+  std::mt19937 random(5);
+  return testing::random_prompt(random, 41, 300);
+}
+
+SamplingParams sampled() {
+  SamplingParams sampling;
+  sampling.temperature = 1.0F;
+  sampling.top_k = 40;
+  sampling.seed = 99;
+  return sampling;
+}
+
+TEST(DraftingAhead, IsAChainWithWhatElseWasLikelyBesideIt) {
+  for (const auto& [clusters, draft_vocabulary] : {std::pair(0, 0), {60, 0}, {0, 150}, {25, 150}}) {
+    TinyModel tiny(WeightType::bf16, 1, 128, testing::tiny_edge_config());
+    MtpModel& mtp = tiny.mtp(clusters, draft_vocabulary);
+    for (const SamplingParams& sampling : {SamplingParams{}, sampled()}) {
+      const std::vector<TokenId> tokens = text();
+      const std::vector<TokenId> chain = draft(mtp, tokens, kDrafts, sampling, 0).tokens;
+      const Known known(tiny.model(), tokens);
+      const Round round(mtp, known.context(sampling), 0.0);
+      EXPECT_EQ(round.passes, kDrafts);
+      ASSERT_EQ(round.drafts.size(), std::size_t{kDrafts});
+      int deepest = 0;
+      for (std::size_t d = 0; d < round.drafts.size(); ++d) {
+        std::vector<TokenId> before;
+        for (std::int32_t at = round.parents[d]; at >= 0; at = round.parents[static_cast<std::size_t>(at)]) {
+          before.insert(before.begin(), round.drafts[static_cast<std::size_t>(at)]);
+        }
+        EXPECT_TRUE(std::equal(before.begin(), before.end(), chain.begin())) << "draft " << d;
+        if (round.drafts[d] == chain[before.size()]) deepest = std::max(deepest, static_cast<int>(before.size()) + 1);
+      }
+      EXPECT_GT(deepest, 1);
+    }
+  }
+}
+
+TEST(DraftingAhead, NoMorePassesAreTakenThanPay) {
+  TinyModel tiny(WeightType::bf16, 1, 128, testing::tiny_edge_config());
+  MtpModel& mtp = tiny.mtp();
+  const std::vector<TokenId> tokens = text();
+  const SamplingParams sampling = sampled();
+  const Known known(tiny.model(), tokens);
+  Round round(mtp, known.context(sampling), 0.999);
+  EXPECT_EQ(round.passes, kDrafts) << "before anything is known of how likely drafts are";
+  // Nothing is that likely.
+  for (int i = 0; i < 40; ++i) round.run(known.context(sampling), 0.999);
+  EXPECT_EQ(round.passes, 1);
+  round.run(known.context(sampling), 0.0);
+  EXPECT_EQ(round.passes, kDrafts);
+}
+
+TEST(DraftingAhead, WhatDependsOnDraftsIsDraftedPassByPass) {
+  TinyModel tiny(WeightType::bf16, 1, 128, testing::tiny_edge_config());
+  MtpModel& mtp = tiny.mtp();
+  const std::vector<TokenId> tokens = text();
+  SamplingParams sampling;
+  sampling.repetition_penalty = 1e6F;
+  const Known known(tiny.model(), tokens);
+  const Round round(mtp, known.context(sampling), 0.0);
+  // With such a penalty no token comes twice on a path, which only somebody who knows the drafts before can see to.
+  for (std::size_t d = 0; d < round.drafts.size(); ++d) {
+    for (std::int32_t at = round.parents[d]; at >= 0; at = round.parents[static_cast<std::size_t>(at)]) {
+      EXPECT_NE(round.drafts[static_cast<std::size_t>(at)], round.drafts[d]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace draftwerk
