@@ -1,4 +1,5 @@
-"""Builds the CUDA backend with nvcc and looks at what ptxas says of its kernels: one that spills registers is slow.
+"""Builds the wheel of the CUDA backend with nvcc, sees whether the core takes it, and looks at what ptxas says of its
+kernels: one that spills registers is slow.
 
     python tests/compile_cuda.py build/cuda --architectures 80-real 90a-real
 
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,21 +32,41 @@ def main() -> int:
         print("nvcc is not there: the CUDA backend is not compiled", file=sys.stderr)
         return 0
     binaries = ROOT / ".venv" / "bin"
-    environment = {**os.environ, "CUDACXX": nvcc}
-    configure = [binaries / "cmake", "-S", ROOT, "-B", arguments.directory, "-G", "Ninja"]
-    configure += [f"-DCMAKE_MAKE_PROGRAM={binaries / 'ninja'}", "-DDRAFTWERK_BUILD_PYTHON=OFF"]
-    configure += ["-DDRAFTWERK_BUILD_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(arguments.architectures)}"]
-    subprocess.run(configure, check=True, env=environment, stdout=subprocess.DEVNULL)
-    build = [binaries / "cmake", "--build", arguments.directory, "--target", "draftwerk_cuda"]
+    environment = {
+        **os.environ,
+        "CUDACXX": nvcc,
+        "CMAKE_GENERATOR": "Ninja",
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+    }
+    wheels = arguments.directory.resolve() / "wheels"
+    shutil.rmtree(wheels, ignore_errors=True)
+    build: list[str | Path] = [binaries / "python", "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    build += ["-w", wheels, "-C", f"build-dir={arguments.directory.resolve()}"]
+    build += ["-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={';'.join(arguments.architectures)}", ROOT / "cuda"]
     done = subprocess.run(build, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0:
         print(done.stdout)
         return done.returncode
+    if problem := what_is_wrong_with(next(wheels.glob("*.whl")), wheels / "installed", binaries / "python"):
+        print(problem)
+        return 1
     kernels, spilling = read_report(done.stdout)
     print(f"nvcc: {kernels} kernels, {len(spilling)} of them spill registers")
     for kernel, architecture, stores in spilling:
         print(f"  {architecture} {stores} bytes: {kernel}")
     return 1 if any(architecture not in ALLOWED for _, architecture, _ in spilling) else 0
+
+
+def what_is_wrong_with(wheel: Path, directory: Path, python: Path) -> str:
+    """Nothing, if the installed core takes the wheel for its own; it is unpacked in a directory."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(directory)
+    ask = "from draftwerk.devices import find_gpu; find_gpu('cuda')"
+    environment = {**os.environ, "PYTHONPATH": str(directory)}
+    done = subprocess.run([python, "-c", ask], env=environment, text=True, capture_output=True)
+    if done.returncode == 0 or "driver" in done.stderr:  # which is the next thing that a machine without a GPU lacks
+        return ""
+    return f"{wheel.name} is not a backend of the installed draftwerk: {done.stderr}"
 
 
 def read_report(output: str) -> tuple[int, list[tuple[str, str, int]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import os
 import re
@@ -10,9 +12,9 @@ from pathlib import Path
 from draftwerk import _core
 
 LIBRARY_VARIABLE = "DRAFTWERK_CUDA_LIBRARY"
-"""Environment variable: the file of the CUDA backend, if it is not the package's own."""
+"""Environment variable: the file of the CUDA backend, if it is not that of the package draftwerk-cuda."""
 
-_LIBRARY = Path(__file__).parent / "libdraftwerk_cuda.so"
+_PACKAGE = "draftwerk_cuda"
 
 _log = logging.getLogger(__name__)
 
@@ -50,12 +52,15 @@ def find_gpu(device: str) -> _core.Gpu | None:
 
 
 def _gpus() -> list[_core.Gpu]:
-    library = os.environ.get(LIBRARY_VARIABLE) or str(_LIBRARY)
+    library = os.environ.get(LIBRARY_VARIABLE)
+    if not library:
+        if importlib.util.find_spec(_PACKAGE) is None:
+            raise DeviceError(
+                "the CUDA backend is not installed: install it by pip install 'draftwerk[cuda]', or use --device cpu"
+            )
+        library = str(importlib.import_module(_PACKAGE).LIBRARY)
     if not Path(library).exists():
-        raise DeviceError(
-            f"this build has no CUDA backend ({library} is missing); build it with nvcc and DRAFTWERK_BUILD_CUDA=ON, "
-            "or use --device cpu"
-        )
+        raise DeviceError(f"there is no CUDA backend: {library} is missing; use --device cpu")
     try:
         return _core.gpus(library)
     except RuntimeError as error:

@@ -25,9 +25,26 @@ def test_unknown_devices_are_refused(device: str) -> None:
 
 
 def test_a_missing_backend_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(LIBRARY_VARIABLE, raising=False)
+    monkeypatch.setattr("draftwerk.devices._PACKAGE", "draftwerk_cuda_that_is_not_installed")
+    assert find_gpu("auto") is None
+    with pytest.raises(DeviceError, match=r"not installed: .*pip install 'draftwerk\[cuda\]', or use --device cpu"):
+        find_gpu("cuda")
     monkeypatch.setenv(LIBRARY_VARIABLE, str(tmp_path / "none.so"))
     assert find_gpu("auto") is None
-    with pytest.raises(DeviceError, match=r"no CUDA backend \(.*none.so is missing\).*--device cpu"):
+    with pytest.raises(DeviceError, match=r"no CUDA backend: .*none.so is missing; use --device cpu"):
+        find_gpu("cuda")
+
+
+def test_the_backend_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "some_cuda_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from pathlib import Path\nLIBRARY = Path(__file__).with_name('lib.so')\n")
+    (package / "lib.so").write_bytes(b"no library")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("draftwerk.devices._PACKAGE", "some_cuda_package")
+    monkeypatch.delenv(LIBRARY_VARIABLE, raising=False)
+    with pytest.raises(DeviceError, match=r"the CUDA backend cannot be loaded: .*lib\.so"):
         find_gpu("cuda")
 
 
