@@ -1,10 +1,11 @@
-"""What a pass of a Gemma and a draft of its MTP drafter take on a GPU, against what reading the weights takes.
+"""What a pass of a Gemma, a draft of its MTP drafter, a long prompt and decoding take on a GPU, against what reading
+the weights and multiplying takes.
 
     python bench/gpu_passes.py E2B 12B 31B --weights auto int8 int4 --json passes.json
 
 Weights are random and of the published sizes; they are made in memory and go straight to the device. The bandwidth that
 figures are compared with is that of a copy on the same device, measured before (with torch, if it is there). A model
-that does not fit the device is left out, and said to be.
+that does not fit the device is left out, and said to be. Decoding is that of gpu_decoding.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gpu_decoding import decode
 from random_gemma4 import TARGETS, RandomTensors, assistant_config, assistant_tensors, target_config, target_tensors
 
 from draftwerk import _core
@@ -32,7 +34,9 @@ from draftwerk.weights import load_assistant, load_model
 
 ROWS = (1, 4, 8, 16, 32)
 DRAFTS = (1, 8)
-PREFILL = 8192
+PREFILL, PREFILL_CHUNK = 8192, 2048
+STREAMS = (1, 16)
+DECODED = 192
 _NUMBERS = 1 << 24  # random values that all matrices are cut from
 
 
@@ -94,6 +98,38 @@ def copy_bandwidth() -> float | None:
     return best
 
 
+def multiplication_rate() -> float | None:
+    """Multiply-adds a second of a large product in bfloat16 (torch's)."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    right = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    best = 0.0
+    for _ in range(5):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(10):
+            left @ right
+        torch.cuda.synchronize()
+        best = max(best, 10 * 8192**3 / (time.perf_counter() - started))
+    del left, right
+    torch.cuda.empty_cache()
+    return best
+
+
+def multiplications(target: dict[str, Any]) -> int:
+    """Multiply-adds of a row of a prompt in matrices, those of its experts among them; the head is for the last row."""
+    total = 0
+    for name, shape in target_tensors(target):
+        if len(shape) == 3:
+            total += target["top_k_experts"] * int(np.prod(shape[1:]))
+        elif len(shape) == 2 and not name.startswith("model.embed_tokens"):
+            total += int(np.prod(shape))
+    return total
+
+
 def measure(size: str, weights: str, gpu: _core.Gpu, context: int, rounds: int) -> dict[str, Any]:
     """Milliseconds and bytes of one model with one choice of weights."""
     target_values, drafter_values = target_config(size), assistant_config(size)
@@ -113,6 +149,15 @@ def measure(size: str, weights: str, gpu: _core.Gpu, context: int, rounds: int) 
             passes[rows].append(statistics.median(target.time_rows(rows, 10, context)))
         for count in DRAFTS:
             drafts[count].append(statistics.median(drafter.time_drafts(1, count, 10, context)) / count)
+    chunks = range(0, PREFILL, PREFILL_CHUNK)
+    prefill = sum(statistics.median(target.time_rows(PREFILL_CHUNK, 3, done)) for done in chunks)
+    decoding = {
+        streams: {
+            name: dataclasses.asdict(figures)
+            for name, figures in decode(target, drafter, streams=streams, tokens=DECODED, rounds=rounds).items()
+        }
+        for streams in STREAMS
+    }
     report = {
         "backend": target.description,
         "weight_bytes": target.weight_bytes,
@@ -120,6 +165,9 @@ def measure(size: str, weights: str, gpu: _core.Gpu, context: int, rounds: int) 
         "loading_seconds": loaded,
         "pass_ms": {rows: statistics.median(seconds) * 1e3 for rows, seconds in passes.items()},
         "draft_ms": {count: statistics.median(seconds) * 1e3 for count, seconds in drafts.items()},
+        "prefill_ms": prefill * 1e3,
+        "prefill_multiply_adds_per_second": PREFILL * multiplications(target_values) / prefill,
+        "decoding": decoding,
         "gpu_memory": target.memory,
         "config": {field: value for field, value in dataclasses.asdict(config).items() if field != "layer_types"},
     }
@@ -139,7 +187,13 @@ def main() -> None:
     gpu = find_gpu("cuda")
     assert gpu is not None
     bandwidth = copy_bandwidth()
-    report: dict[str, Any] = {"gpu": gpu.name, "copy_bytes_per_second": bandwidth, "context": arguments.context}
+    rate = multiplication_rate()
+    report: dict[str, Any] = {
+        "gpu": gpu.name,
+        "copy_bytes_per_second": bandwidth,
+        "multiply_adds_per_second": rate,
+        "context": arguments.context,
+    }
     for size in arguments.sizes:
         for weights in arguments.weights:
             name = f"{size} {weights}"
@@ -157,6 +211,15 @@ def main() -> None:
             for rows in ROWS[1:]:
                 line += f", {rows} rows {figures['pass_ms'][rows] / one:.2f}x"
             line += f", a draft {figures['draft_ms'][8] / one * 100:.1f}%"
+            line += f"; {PREFILL} tokens of a prompt {figures['prefill_ms']:.0f} ms"
+            if rate:
+                line += f" ({figures['prefill_multiply_adds_per_second'] / rate * 100:.0f}% of torch's product)"
+            for streams, of in figures["decoding"].items():
+                none, drafted = of["none"], of["drafted"]
+                line += f"; {streams} streams {none['tokens_per_second']:.0f} tokens/s"
+                line += f", with {drafted['tokens_per_step']:.2f} tokens a step"
+                line += f" {drafted['tokens_per_second'] / none['tokens_per_second']:.2f}x"
+                line += f", host {none['host_ms'] * 1e3:.0f} us a step"
             print(line, flush=True)
             if arguments.json is not None:
                 arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

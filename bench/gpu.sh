@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# What only a machine with a GPU can tell: whether the CUDA backend builds and passes its tests there, what
+# compute-sanitizer finds, and how long things take. Eight minutes at most; what fails is noted and the rest goes on.
+#
+#   bench/gpu.sh OUT [WHEELS]
+#
+# OUT gets a log of each stage, stages.txt, and passes-*.json. WHEELS is a directory of wheels for a machine without a
+# network; it needs what `pip download pybind11 ros-gtest-vendor .` brings for its Python. There have to be nvcc 13,
+# cmake, ninja and Python 3.10 or newer; parity and comparisons need torch and transformers.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+wheels=${2:-}
+build=build/gpu
+budget=${GPU_SECONDS:-480}
+
+# stage NAME MOST_SECONDS COMMAND...: runs it in what is left of the time; 1 if it fails.
+stage() {
+  local name=$1 most=$2 began=$SECONDS left=$((budget - SECONDS)) status
+  shift 2
+  ((left > 5)) || { echo "$name: no time left" | tee -a "$out/stages.txt"; return 1; }
+  timeout -k 5 "$((left < most ? left : most))" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  echo "$name: $((SECONDS - began)) s, status $status" | tee -a "$out/stages.txt"
+  return "$status"
+}
+
+python3 -m venv --system-site-packages "$build/venv"
+python=$PWD/$build/venv/bin/python
+export PATH=$PWD/$build/venv/bin:$PATH
+if [[ -n $wheels ]]; then
+  stage packages 60 "$python" -m pip install -q --no-index --no-deps --upgrade "$wheels"/*.whl
+fi
+export PYTHONPATH=$PWD/service:$PWD/client:$PWD/tests/python DRAFTWERK_CUDA_LIBRARY=$PWD/$build/libdraftwerk_cuda.so
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+[[ $capability == 90 ]] && capability=90a
+nvidia-smi >"$out/gpu.txt"
+
+stage configure 60 cmake -S . -B "$build" -G Ninja -DDRAFTWERK_BUILD_CUDA=ON -DDRAFTWERK_BUILD_TESTS=ON \
+  -DCMAKE_CUDA_ARCHITECTURES="$capability-real" -DPython_EXECUTABLE="$python" \
+  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
+stage build 240 cmake --build "$build" --target _core draftwerk_cuda draftwerk_gpu_tests || exit 1
+cp "$build"/_core*.so service/draftwerk/
+
+stage tests 90 "$build/draftwerk_gpu_tests" --gtest_brief=1
+stage parity 90 "$python" -m pytest -q -p no:cacheprovider tests/python/test_devices.py tests/python/test_cuda_parity.py
+stage passes-small 120 "$python" bench/gpu_passes.py E2B 12B --json "$out/passes-small.json"
+stage passes-large 150 "$python" bench/gpu_passes.py 31B 26B-A4B --json "$out/passes-large.json"
+stage quantised 60 "$python" bench/gpu_passes.py E2B 12B --weights int8 int4 --json "$out/passes-quantised.json"
+tiny='MtpDrafter.DraftsDoNotDependOnTheSequencesBesideIt:EngineTest.LogprobsAreThoseOfTheScoredLogits'
+stage memcheck 60 compute-sanitizer --tool memcheck "$build/draftwerk_gpu_tests" --gtest_filter="$tiny"
+stage racecheck 60 compute-sanitizer --tool racecheck "$build/draftwerk_gpu_tests" --gtest_filter="$tiny"
+# The kernels of a few passes of the smallest model, longest first: what to make faster.
+stage profile 60 ncu --csv --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed \
+  --launch-skip 2000 --launch-count 600 "$python" bench/gpu_passes.py E2B --rounds 1
