@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from draftwerk.engine import Engine
 from draftwerk.loading import AssistantCheckpoint, Checkpoint, check_fits, is_hub_name, open_assistant
@@ -30,6 +29,7 @@ from draftwerk.training.errors import TrainingError
 from draftwerk.training.export import read_drafter, write_drafter
 from draftwerk.training.head_sizes import MOST_COMPARED, HeadSizes
 from draftwerk.training.initial import fit_pre_projection, start_centroids, start_from_target
+from draftwerk.training.kept_features import KeptFeatures
 from draftwerk.training.options import TrainingOptions
 from draftwerk.training.prompts import PromptsFile, read_prompts, set_aside
 from draftwerk.training.run_directory import RunDirectory
@@ -215,8 +215,16 @@ class Run:
         vocabulary = self._vocabulary(target, first)
         drafter = self._new_drafter(target, vocabulary, first)
         compared = None if vocabulary is None else torch.from_numpy(vocabulary.most_frequent(MOST_COMPARED))
-        plan = self._plan(target, drafter, compared, batches, first)
-        trainer = Trainer(target, drafter, self._training_options(plan), self._directory.states, compared)
+        kept = KeptFeatures(target, self._directory.features)
+
+        def trainer_of(drafter: DrafterModule, options: TrainingOptions, states: Path) -> Trainer:
+            return Trainer(target, drafter, options, states, compared, kept.features)
+
+        def rehearsal(options: TrainingOptions, states: Path) -> Trainer:
+            return trainer_of(copy.deepcopy(drafter), options, states)
+
+        plan = self._plan(rehearsal, batches, first)
+        trainer = trainer_of(drafter, self._training_options(plan), self._directory.states)
         trainer.resume(batches)
         self._forget_after(trainer.step)
         try:
@@ -236,6 +244,7 @@ class Run:
             self._keep(trainer, batches)
             raise
         self._keep(trainer, batches)
+        kept.forget()
 
     # --- text ---------------------------------------------------------------------------------------------------
 
@@ -319,26 +328,27 @@ class Run:
 
     # --- how long -----------------------------------------------------------------------------------------------
 
-    def _plan(
-        self,
-        target: FrozenTarget,
-        drafter: DrafterModule,
-        compared: Tensor | None,
-        batches: TextBatches,
-        first: Shard,
-    ) -> Plan:
-        """The plan that was made before, or a new one."""
+    def _plan(self, rehearsal: Callable[[TrainingOptions, Path], Trainer], batches: TextBatches, first: Shard) -> Plan:
+        """The plan that was made before, or a new one.
+
+        Args:
+            rehearsal: a trainer of a copy of the drafter, whose states go to a directory.
+            batches: to train on.
+            first: the first shard of text, which this run has written if it had not been.
+        """
         values = self._directory.read()
         if "plan" in values:
             return Plan(**values["plan"])
         if self._options.tokens is not None:
-            steps = math.ceil(self._options.tokens / self._options.tokens_per_batch)
+            steps = math.ceil(self._options.tokens / batches.mean_tokens)
         else:
             assert self._options.hours is not None
             self._observer.phase("measuring how fast training goes")
-            seconds, tokens = self._rehearse(target, drafter, compared, batches)
-            # A token of text serves 1 + REPLAYED times.
-            seconds += tokens / (1 + REPLAYED) * self._writing / max(1, first.generated_tokens)
+            # A batch comes 1 + REPLAYED times, and what the target computes of it is there from the second time on.
+            new, tokens = self._rehearse(rehearsal, batches)
+            known, _ = self._rehearse(rehearsal, batches)
+            written = tokens * self._writing / max(1, first.generated_tokens)
+            seconds = (new + REPLAYED * known + written) / (1 + REPLAYED)
             left = self._options.hours * 3600.0 - self._seconds
             steps = max(1, int(_MARGIN * left / seconds))
         plan = Plan(steps, max(1, _TOKENS_PER_SAVE // self._options.tokens_per_batch))
@@ -346,13 +356,12 @@ class Run:
         return plan
 
     def _rehearse(
-        self, target: FrozenTarget, drafter: DrafterModule, compared: Tensor | None, batches: TextBatches
+        self, rehearsal: Callable[[TrainingOptions, Path], Trainer], batches: TextBatches
     ) -> tuple[float, float]:
         """Seconds and tokens of a step, measured on a drafter that is thrown away."""
         states = Path(tempfile.mkdtemp(prefix=".rehearsal.", dir=self._directory.path))
         try:
-            options = self._training_options(Plan(_REHEARSED_STEPS + 1, 1 << 20))
-            trainer = Trainer(target, copy.deepcopy(drafter), options, states, compared)
+            trainer = rehearsal(self._training_options(Plan(_REHEARSED_STEPS + 1, 1 << 20)), states)
             taken = [(figures.tokens / figures.tokens_per_second, figures.tokens) for figures in trainer.steps(batches)]
         finally:
             shutil.rmtree(states, ignore_errors=True)

@@ -4,6 +4,7 @@ run.json          what the run was told, and what it settled at its beginning
 vocabulary.npz    the tokens that can be drafted
 text/             what the target wrote
 states/           states to go on from
+features/         what the target computed of the text, while training goes on
 log.jsonl         a line for every optimizer step and every shard of text
 initial/          the drafter as it was before the first step
 drafter/          the drafter as it is so far: complete at any time once it is there
@@ -37,13 +38,14 @@ class RunDirectory:
 
     Attributes:
         path: where it is.
-        text, states, initial, drafter, evaluation, report: paths of its parts.
+        text, states, features, initial, drafter, evaluation, report: paths of its parts.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.text = path / "text"
         self.states = path / "states"
+        self.features = path / "features"
         self.initial = path / "initial"
         self.drafter = path / "drafter"
         self.evaluation = path / "evaluation.json"

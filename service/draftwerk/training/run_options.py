@@ -52,7 +52,7 @@ class RunOptions:
     draft_depth: int = 6
     learning_rate: float = 5e-4
     length: int = 1024
-    tokens_per_batch: int = 4096
+    tokens_per_batch: int = 2048
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
 
     def __post_init__(self) -> None:

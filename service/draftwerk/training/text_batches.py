@@ -41,26 +41,42 @@ class TextBatches:
         self._length = length
         self._tokens_per_batch = tokens_per_batch
         self._seed = seed
-        self._round: tuple[int, Batches] | None = None
+        self._round: tuple[int, list[tuple[Batches, int]]] | None = None
         self._starts = [0]  # the first batch of each round, as far as that is known
         said = repr((identity, length, tokens_per_batch, seed, REPLAYED))
         self.fingerprint = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a batch of the first shard, on average."""
+        first = self._of_shard(0)
+        return first.tokens / first.first_epoch
 
     def __getitem__(self, index: int) -> Batch:
         number = 0
         while True:
             if number + 1 == len(self._starts):
-                self._starts.append(self._starts[number] + self._batches(number).first_epoch)
+                self._starts.append(self._starts[number] + len(self._batches(number)))
             if index < self._starts[number + 1]:
-                return self._batches(number)[index - self._starts[number]]
+                batches, place = self._batches(number)[index - self._starts[number]]
+                return batches[place]
             number += 1
 
-    def _batches(self, number: int) -> Batches:
+    def _batches(self, number: int) -> list[tuple[Batches, int]]:
+        """Those of a round in their order."""
         if self._round is None or self._round[0] != number:
-            older = np.random.default_rng([self._seed, number]).permutation(number)[:REPLAYED]
-            sequences = [text.token_ids for of in (number, *older) for text in self._shard(int(of)).texts()]
-            batches = Batches(
-                sequences, length=self._length, tokens_per_batch=self._tokens_per_batch, seed=self._seed + number
-            )
-            self._round = (number, batches)
+            rng = np.random.default_rng([self._seed, number])
+            shards = (number, *rng.permutation(number)[:REPLAYED])
+            # A shard is cut into the same batches in every round: what the target computes of one may be kept.
+            all_batches = [self._of_shard(int(shard)) for shard in shards]
+            places = [(batches, place) for batches in all_batches for place in range(batches.first_epoch)]
+            self._round = (number, [places[index] for index in rng.permutation(len(places))])
         return self._round[1]
+
+    def _of_shard(self, number: int) -> Batches:
+        return Batches(
+            [text.token_ids for text in self._shard(number).texts()],
+            length=self._length,
+            tokens_per_batch=self._tokens_per_batch,
+            seed=self._seed + number,
+        )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from draftwerk.training.loss import TargetDistribution, step_loss
 from draftwerk.training.options import TrainingOptions
 from draftwerk.training.rows import Rows
 from draftwerk.training.state import load_state, save_state
-from draftwerk.training.target import FrozenTarget
+from draftwerk.training.target import Features, FrozenTarget
 
 _POSITIONS_PER_TAUGHT = 8  # every so many positions of a batch centroids learn from one
 
@@ -84,6 +84,7 @@ class Trainer:
         directory: where its states lie.
         compared: token ids [n], those of a reduced head that every batch compares distributions over, beside tokens of
             its own; by default all tokens that can be drafted.
+        features: gives what ``target.features`` does, such as :meth:`.kept_features.KeptFeatures.features`.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class Trainer:
         options: TrainingOptions,
         directory: Path,
         compared: Tensor | None = None,
+        features: Callable[[Tensor], Features] | None = None,
     ) -> None:
         self._target = target
+        self._features = target.features if features is None else features
         self.drafter = drafter
         self._options = options
         self._directory = directory
@@ -213,7 +216,7 @@ class Trainer:
         device = self._target.device
         token_ids, lengths = batch.token_ids.to(device), batch.lengths.to(device)
         width = token_ids.shape[1]
-        features = self._target.features(token_ids)
+        features = self._features(token_ids)
         compared = self._choice.of_batch(token_ids, generator)
         own = self._own_head
         target_head = self._target.embedding[compared.token_ids] if own is None else self._target.embedding

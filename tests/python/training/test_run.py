@@ -65,12 +65,13 @@ def steps(directory: Path) -> list[dict[str, Any]]:
 
 def test_a_run_writes_text_and_trains_on_it_as_it_comes(whole: tuple[Path, Notes]) -> None:
     directory, notes = whole
-    planned = -(-OPTIONS.tokens // OPTIONS.tokens_per_batch)  # type: ignore[operator]
+    planned = notes.steps[0].plan.steps
     assert [progress.figures.step for progress in notes.steps] == list(range(1, planned + 1))
     assert [entry["step"] for entry in steps(directory)] == list(range(1, planned + 1))
     last = notes.steps[-1]
     assert last.plan.steps == planned
     assert last.tokens == sum(progress.figures.tokens for progress in notes.steps)
+    assert last.tokens == pytest.approx(OPTIONS.tokens, rel=0.1)
     shards = count_shards(directory / "text")
     assert shards > 1
     assert {shard for shard, _ in notes.texts} == set(range(shards))
@@ -88,6 +89,7 @@ def test_what_it_leaves_is_a_drafter(whole: tuple[Path, Notes]) -> None:
     assert len(set(tensors["draft_token_ids"].tolist())) == 64
     assert tensors["masked_embedding.centroids.weight"].shape == (16, 64)
     assert not [path for path in directory.iterdir() if path.name.startswith(".")]
+    assert not (directory / "features").exists()  # nobody needs them any more
 
 
 def test_distributions_are_compared_over_the_most_frequent_tokens(
