@@ -82,7 +82,13 @@ def main() -> None:
         sampling: {name: Pace() for name in [*names, "draftwerk, before loops", "llama.cpp"]} for sampling in SAMPLINGS
     }
     with (
-        Engine(arguments.model, threads=arguments.threads, prefix_cache=False) as engine,
+        Engine(
+            arguments.model,
+            drafter=arguments.drafter,
+            draft_length=arguments.draft_length,
+            threads=arguments.threads,
+            prefix_cache=False,
+        ) as engine,
         llama(arguments, str(checkpoint.path)) as server,
     ):
         encoded = [engine.encode_prompt(prompt.text) for prompt in prompts]
@@ -131,6 +137,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth prompt")
     parser.add_argument("--llama-bin", type=Path, help="directory with llama-server")
     parser.add_argument("--model", default="gemma-3-270m", help="a GGUF file or a built-in name")
+    parser.add_argument("--drafter", default="auto", help="as for `draftwerk serve`")
+    parser.add_argument("--draft-length", type=int, help="drafts in every step; default: as measured costs say")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write every figure here")

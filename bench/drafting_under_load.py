@@ -1,0 +1,136 @@
+"""Whether drafting pays, or at least costs nothing, at any number of streams: the table of docs/performance.md.
+
+    python bench/drafting_under_load.py --prompts FILE.jsonl --streams 1 4 16 64 --rounds 7 --json load.json
+
+One engine serves the same prompts with drafts and without, in turn, round by round, so that a slow spell of the machine
+falls on both; who is first changes. Texts are as long for all of a round, so that the number of streams is what it is
+said to be until the round ends. The ratio of a round is that of its tokens per second, prompts included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import datetime
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compare_llama_cpp import command_line, machine
+from spec_bench import SAMPLINGS
+
+from draftwerk import Engine, SamplingParams
+from draftwerk.measurement import BenchPrompt, read_prompts, run_prompts
+
+
+@dataclass
+class Rounds:
+    """Tokens per second of one sampling at one number of streams, by round; of the drafted ones tokens per step too."""
+
+    drafted: list[float] = field(default_factory=list)
+    plain: list[float] = field(default_factory=list)
+    tokens_per_step: list[float] = field(default_factory=list)
+
+    @property
+    def ratios(self) -> list[float]:
+        return [drafted / plain for drafted, plain in zip(self.drafted, self.plain, strict=True)]
+
+    @property
+    def overall(self) -> float:
+        """Of all rounds: the time that both took for the same tokens."""
+        return sum(1.0 / speed for speed in self.plain) / sum(1.0 / speed for speed in self.drafted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines as `draftwerk bench` reads them")
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    arguments = parser.parse_args()
+    prompts = read_prompts(arguments.prompts, None)
+    measured: dict[str, dict[int, Rounds]] = {sampling: {} for sampling in SAMPLINGS}
+    with Engine(arguments.model, drafter=arguments.drafter, threads=arguments.threads, prefix_cache=False) as engine:
+        encoded = [(prompt, engine.encode_prompt(prompt.text)) for prompt in prompts]
+        for sampling, streams in itertools.product(SAMPLINGS, arguments.streams):
+            rounds = measured[sampling][streams] = Rounds()
+            taken = itertools.cycle(encoded)
+            # The first round teaches the budget what rows and drafts cost at this load.
+            for number in range(arguments.rounds + 1):
+                chosen = list(itertools.islice(taken, streams))
+                speeds = {}
+                for drafting in (True, False) if number % 2 else (False, True):
+                    params = SamplingParams(
+                        max_tokens=arguments.max_tokens,
+                        ignore_eos=True,
+                        seed=number,
+                        drafting=drafting,
+                        **SAMPLINGS[sampling],
+                    )
+                    speeds[drafting] = run(engine, chosen, params)
+                if number:
+                    rounds.drafted.append(speeds[True][0])
+                    rounds.plain.append(speeds[False][0])
+                    rounds.tokens_per_step.append(speeds[True][1])
+            print(row(sampling, streams, rounds), file=sys.stderr, flush=True)
+    lines = [
+        f"{machine()}, {datetime.date.today().isoformat()}, {arguments.model}, {arguments.threads} threads, "
+        f"{arguments.rounds} rounds, {arguments.max_tokens} tokens each. Command: `{command_line()}`",
+        "",
+        "| | streams | tokens/s | without drafts | tokens/step | ratio, median | least | most | of all time |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [row(sampling, streams, rounds) for sampling, of in measured.items() for streams, rounds in of.items()]
+    table = "\n".join(lines)
+    print(table)
+    if arguments.json is not None:
+        figures = {
+            sampling: {streams: {**vars(rounds), "ratios": rounds.ratios} for streams, rounds in of.items()}
+            for sampling, of in measured.items()
+        }
+        report = {"command": command_line(), "machine": machine(), "figures": figures, "table": table}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def run(
+    engine: Engine, prompts: Sequence[tuple[BenchPrompt, Sequence[int]]], params: SamplingParams
+) -> tuple[float, float]:
+    """Tokens per second of all, and tokens per step of one."""
+
+    async def run() -> tuple[float, float]:
+        engine.deliver_on(asyncio.get_running_loop())
+        records, seconds = await run_prompts(
+            lambda ids: engine.submit(ids, params), prompts, len(prompts), lambda: None
+        )
+        tokens = sum(len(record.token_ids) for record in records)
+        return tokens / seconds, tokens / sum(len(record.arrivals) for record in records)
+
+    return asyncio.run(run())
+
+
+def row(sampling: str, streams: int, rounds: Rounds) -> str:
+    ratios = rounds.ratios
+    cells = [
+        sampling,
+        f"{streams}",
+        f"{statistics.median(rounds.drafted):.1f}",
+        f"{statistics.median(rounds.plain):.1f}",
+        f"{statistics.median(rounds.tokens_per_step):.2f}",
+        f"{statistics.median(ratios):.2f}",
+        f"{min(ratios):.2f}",
+        f"{max(ratios):.2f}",
+        f"{rounds.overall:.2f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
