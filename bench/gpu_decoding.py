@@ -96,12 +96,9 @@ def _once(engine: _core.Engine, prompts: list[list[int]], tokens: int) -> tuple[
     seconds = time.perf_counter() - started
     after = engine.stats()
 
-    def spent(name: str) -> float:
-        return float(after[name] - before[name])
-
-    steps = spent("steps")
-    inside = spent("target_seconds")
-    drafting = spent("draft_seconds")
+    steps = after["steps"] - before["steps"]
+    inside = after["seconds"]["target"] - before["seconds"]["target"]
+    drafting = after["seconds"]["draft"] - before["seconds"]["draft"]
     figures = Decoding(
         tokens_per_second=len(prompts) * tokens / seconds,
         tokens_per_step=tokens / steps,
