@@ -234,18 +234,14 @@ void Engine::run() {
         const std::lock_guard lock(mutex_);
         failure_ = error.what();
       }
-      fail_all(error.what());
+      abort_all(FinishReason::error, error.what());
     } catch (const std::exception& error) {
       // Only memory can run out here. The callers hear of it and the engine goes on with what comes next.
-      fail_all(error.what());
+      abort_all(FinishReason::error, error.what());
     }
     publish_statistics();
     events_.publish(step_events_);
   }
-}
-
-void Engine::fail_all(const char* error) {
-  for (const RequestId id : scheduler_.ids()) abort(id, FinishReason::error, error);
 }
 
 // Waits while there is nothing to do; false when the engine closes.
@@ -262,7 +258,7 @@ bool Engine::take_commands() {
     std::visit([this](auto& c) { execute(c); }, command);
   }
   if (closing) {
-    for (const RequestId id : scheduler_.ids()) abort(id, FinishReason::cancelled, "");
+    abort_all(FinishReason::cancelled, "");
     parked_.clear();
     publish_statistics();
     events_.publish(step_events_);
@@ -561,6 +557,10 @@ void Engine::abort(RequestId id, FinishReason reason, const std::string& error) 
   event.error = error;
   event.statistics = final_statistics(*sequence);
   step_events_.push_back(std::move(event));
+}
+
+void Engine::abort_all(FinishReason reason, const std::string& error) {
+  for (const RequestId id : scheduler_.ids()) abort(id, reason, error);
 }
 
 RequestStatistics Engine::final_statistics(const Sequence& sequence) const {

@@ -175,7 +175,7 @@ class Engine {
   void append(Sequence& sequence, TokenId token);
   void retire(RequestId id);
   void abort(RequestId id, FinishReason reason, const std::string& error);
-  void fail_all(const char* error);
+  void abort_all(FinishReason reason, const std::string& error);
   RequestStatistics final_statistics(const Sequence& sequence) const;
   void release_queue_tokens(Sequence& sequence);
   void publish_statistics();
