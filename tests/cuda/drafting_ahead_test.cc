@@ -8,6 +8,7 @@
 
 #include "drafting/mtp.h"
 #include "engine/evaluation.h"
+#include "engine/single_sequence_kv.h"
 #include "tiny_model.h"
 
 namespace draftwerk {
@@ -20,27 +21,19 @@ constexpr int kDrafts = 8;
 /// The keys and values of a text, and the target's state of its last token but one, as after a step of the engine.
 class Known {
  public:
-  Known(Gemma& model, const std::vector<TokenId>& text) : text_(text) {
+  Known(Gemma& model, const std::vector<TokenId>& text)
+      : text_(text), kv_(model, static_cast<std::int64_t>(text.size())) {
     const auto known = static_cast<int>(text.size()) - 1;
-    const KvPageShape shape = model.kv_page_shape();
-    std::size_t offset = 0;
-    for (int t = 0; t < kPageTables; ++t) {
-      const std::size_t stride = (shape.page_bytes[t] + kPageUnit - 1) / kPageUnit * kPageUnit;
-      for (int first = 0; first <= known; first += kPageSize, offset += stride) {
-        pages_[t].push_back(static_cast<PageId>(offset / kPageUnit));
-      }
-    }
-    arena_ = model.backend().allocate(offset);
     std::vector<std::int64_t> positions(static_cast<std::size_t>(known));
     std::iota(positions.begin(), positions.end(), 0);
-    const Segment segment{0, known, 0, {pages_[0].data(), pages_[1].data()}, {}};
+    const Segment segment = kv_.segment(known, 0);
     const int last = known - 1;
     const SamplingParams greedy;
     VerifyGroup group;
     group.position = known;
     group.sampling = &greedy;
     VerifyResult result;
-    model.forward({std::span(text).first(positions.size()), positions, {&segment, 1}, {&last, 1}}, arena());
+    model.forward({std::span(text).first(positions.size()), positions, {&segment, 1}, {&last, 1}}, kv_.arena());
     model.backend().verify({&group, 1}, {&result, 1});
   }
 
@@ -48,18 +41,15 @@ class Known {
     DraftContext context;
     context.tokens = text_;
     context.target_row = 0;
-    for (int t = 0; t < kPageTables; ++t) context.pages[t] = pages_[t].data();
-    context.arena = arena();
+    for (int t = 0; t < kPageTables; ++t) context.pages[t] = kv_.pages(t);
+    context.arena = kv_.arena();
     context.sampling = &sampling;
     return context;
   }
 
  private:
-  [[nodiscard]] KvArena arena() const { return {static_cast<std::byte*>(arena_->data())}; }
-
   const std::vector<TokenId>& text_;
-  std::vector<PageId> pages_[kPageTables];
-  std::unique_ptr<Buffer> arena_;
+  SingleSequenceKv kv_;
 };
 
 /// What one round of drafts gives, likeliest draft first.
