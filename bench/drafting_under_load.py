@@ -10,21 +10,19 @@ said to be until the round ends. The ratio of a round is that of its tokens per 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import datetime
 import itertools
 import json
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from compare_llama_cpp import command_line, machine
-from spec_bench import SAMPLINGS
+from spec_bench import SAMPLINGS, measure
 
 from draftwerk import Engine, SamplingParams
-from draftwerk.measurement import BenchPrompt, read_prompts, run_prompts
+from draftwerk.measurement import read_prompts
 
 
 @dataclass
@@ -75,7 +73,10 @@ def main() -> None:
                         drafting=drafting,
                         **SAMPLINGS[sampling],
                     )
-                    speeds[drafting] = run(engine, chosen, params)
+                    records, seconds = measure(engine, chosen, params)
+                    tokens = sum(len(record.token_ids) for record in records)
+                    steps = sum(len(record.arrivals) for record in records)
+                    speeds[drafting] = tokens / seconds, tokens / steps
                 if number:
                     rounds.drafted.append(speeds[True][0])
                     rounds.plain.append(speeds[False][0])
@@ -98,22 +99,6 @@ def main() -> None:
         }
         report = {"command": command_line(), "machine": machine(), "figures": figures, "table": table}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def run(
-    engine: Engine, prompts: Sequence[tuple[BenchPrompt, Sequence[int]]], params: SamplingParams
-) -> tuple[float, float]:
-    """Tokens per second of all, and tokens per step of one."""
-
-    async def run() -> tuple[float, float]:
-        engine.deliver_on(asyncio.get_running_loop())
-        records, seconds = await run_prompts(
-            lambda ids: engine.submit(ids, params), prompts, len(prompts), lambda: None
-        )
-        tokens = sum(len(record.token_ids) for record in records)
-        return tokens / seconds, tokens / sum(len(record.arrivals) for record in records)
-
-    return asyncio.run(run())
 
 
 def row(sampling: str, streams: int, rounds: Rounds) -> str:

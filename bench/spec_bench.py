@@ -92,7 +92,9 @@ def main() -> None:
         llama(arguments, str(checkpoint.path)) as server,
     ):
         encoded = [engine.encode_prompt(prompt.text) for prompt in prompts]
-        measure(engine, prompts[0], encoded[0], SamplingParams(max_tokens=arguments.max_tokens))  # touches the weights
+        measure(
+            engine, [(prompts[0], encoded[0])], SamplingParams(max_tokens=arguments.max_tokens)
+        )  # touches the weights
         for sampling, measured in paces.items():
             for number, (prompt, token_ids) in enumerate(zip(prompts, encoded, strict=True)):
                 print(f"\r{sampling}: prompt {number + 1} of {len(prompts)}", end="", file=sys.stderr, flush=True)
@@ -104,7 +106,7 @@ def main() -> None:
                         drafting=name == "draftwerk",
                         **SAMPLINGS[sampling],
                     )
-                    record = measure(engine, prompt, token_ids, params)
+                    (record,), _ = measure(engine, [(prompt, token_ids)], params)
                     measured[name].add(record, arguments.max_tokens)
                     if name == "draftwerk":
                         measured["draftwerk, before loops"].add(record, length_before_loop(record.token_ids))
@@ -145,11 +147,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(engine: Engine, prompt: BenchPrompt, token_ids: Sequence[int], params: SamplingParams) -> StreamRecord:
-    async def run() -> StreamRecord:
+def measure(
+    engine: Engine, prompts: Sequence[tuple[BenchPrompt, Sequence[int]]], params: SamplingParams
+) -> tuple[list[StreamRecord], float]:
+    """Continues prompts, all at the same time; what became of each, and the seconds that it took."""
+
+    async def run() -> tuple[list[StreamRecord], float]:
         engine.deliver_on(asyncio.get_running_loop())
-        records, _ = await run_prompts(lambda ids: engine.submit(ids, params), [(prompt, token_ids)], 1, lambda: None)
-        return records[0]
+        return await run_prompts(lambda ids: engine.submit(ids, params), prompts, len(prompts), lambda: None)
 
     return asyncio.run(run())
 
