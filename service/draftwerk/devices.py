@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import os
 import re
@@ -54,11 +53,12 @@ def find_gpu(device: str) -> _core.Gpu | None:
 def _gpus() -> list[_core.Gpu]:
     library = os.environ.get(LIBRARY_VARIABLE)
     if not library:
-        if importlib.util.find_spec(_PACKAGE) is None:
+        try:
+            library = str(importlib.import_module(_PACKAGE).LIBRARY)
+        except ModuleNotFoundError:
             raise DeviceError(
                 "the CUDA backend is not installed: install it by pip install 'draftwerk[cuda]', or use --device cpu"
-            )
-        library = str(importlib.import_module(_PACKAGE).LIBRARY)
+            ) from None
     if not Path(library).exists():
         raise DeviceError(f"there is no CUDA backend: {library} is missing; use --device cpu")
     try:
