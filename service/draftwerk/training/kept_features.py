@@ -14,7 +14,7 @@ import safetensors
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from draftwerk.training.atomic_file import atomic_file
+from draftwerk.training.atomic_file import atomic_file, remove_leftovers
 from draftwerk.training.target import Features, FrozenTarget
 
 _MOST_BYTES = 8 << 30
@@ -34,6 +34,7 @@ class KeptFeatures:
         self._target = target
         self._directory = directory
         self._most_bytes = most_bytes if target.device.type == "cpu" else 0
+        remove_leftovers(directory)
         self._bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
     def features(self, token_ids: Tensor) -> Features:

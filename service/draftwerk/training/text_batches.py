@@ -10,6 +10,8 @@ import numpy as np
 from draftwerk.training.batches import Batch, Batches
 from draftwerk.training.shards import Shard
 
+_ORDER = 2  # in which batches come: a run that was begun in another one cannot be gone on with
+
 REPLAYED = 2
 """Older shards that every new one is mixed with. Text that comes back a few times teaches nearly as much as new text,
 and need not be written again."""
@@ -43,7 +45,7 @@ class TextBatches:
         self._seed = seed
         self._round: tuple[int, list[tuple[Batches, int]]] | None = None
         self._starts = [0]  # the first batch of each round, as far as that is known
-        said = repr((identity, length, tokens_per_batch, seed, REPLAYED))
+        said = repr((_ORDER, identity, length, tokens_per_batch, seed, REPLAYED))
         self.fingerprint = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
     @property
