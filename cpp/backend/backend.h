@@ -177,12 +177,22 @@ struct Segment {
   std::span<const std::int32_t> parents = {};
 };
 
+/// A segment whose drafts nobody knows yet: the device chooses them from what propose_ahead() has found in the step
+/// before, while that may still run. They are a tree: the first candidate of a pass follows that of the pass before,
+/// and the others stand beside it; of all these the likeliest, by draft_choice.h, are the drafts, likeliest first. What
+/// the step and its VerifyGroup say of their tokens, positions and parents stands for as many drafts in a chain.
+struct Growth {
+  int segment = 0;   ///< of this step; its first row is the last known token's, all others are drafts
+  int proposed = 0;  ///< output row of the step before whose candidates, kDraftBranches in every pass, they come from
+};
+
 /// What one step computes. The spans stay valid until verify(), or the last propose(), returns.
 struct StepRows {
   std::span<const TokenId> tokens;          ///< [rows]
   std::span<const std::int64_t> positions;  ///< [rows], absolute
   std::span<const Segment> segments;        ///< cover the rows in order, without gap or overlap
   std::span<const int> output_rows;         ///< rows whose logits are wanted, ascending
+  std::span<const Growth> growths = {};     ///< of some of the segments
 };
 
 /// Verification of one sequence: its draft tokens against the target's own choices.
@@ -353,10 +363,14 @@ class Backend {
   virtual void propose_ahead(std::span<const ProposeRow> /*rows*/, int /*count*/) {
     throw std::logic_error("this backend does not draft ahead");
   }
-  /// What the passes of this step have found, `count` candidates for each row, pass by pass. Waits.
+  /// What the passes have found, `count` candidates for each row, pass by pass. Either at the end of their own step,
+  /// for which it waits then; or once the next step, which may have grown trees of it meanwhile, was verified.
   virtual void proposed(std::span<const ProposeRow> /*rows*/, int /*count*/, std::span<Candidate> /*candidates*/) {
     throw std::logic_error("this backend does not draft ahead");
   }
+  /// Seconds that the device took for passes which the host did not wait for, as the step that was verified last
+  /// followed them at once.
+  [[nodiscard]] virtual double proposing_seconds() const { return 0.0; }
   /// Moves keys and values of some layers, in the arena of the last begin(), in each layer one move after the other.
   virtual void move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) = 0;
 

@@ -90,6 +90,12 @@ void check_step(const char* backend, const StepRows& step, int max_rows, int max
     row += segment.rows;
   }
   require(row == rows, backend, "segments that cover all rows");
+  for (const Growth& growth : step.growths) {
+    require(growth.segment >= 0 && growth.segment < static_cast<int>(step.segments.size()) && growth.proposed >= 0,
+            backend, "trees that grow in segments of the step");
+    require(!step.segments[static_cast<std::size_t>(growth.segment)].parents.empty(), backend,
+            "drafts where a tree grows");
+  }
 }
 
 void check_groups(const char* backend, std::span<const VerifyGroup> groups) {

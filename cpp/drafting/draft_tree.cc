@@ -1,46 +1,27 @@
 #include "drafting/draft_tree.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstddef>
 
 namespace draftwerk {
 namespace {
 
 constexpr std::size_t kMostNodes = std::size_t{kDeepestDraft} * kDraftWidth * kDraftBranches;
 
-/// What a drafter's preferences say of the target's choice: the weight of a candidate is
-///   exp(of_probability * ln p + of_value * (value - that of the best) + of_rank[its rank]),
-/// that of all other tokens together exp(of_others * ln(1 - sum of p) + others). Fitted by maximum likelihood to what
-/// gemma-3-270m chose, greedy and at temperature 1, where its drafter had these candidates.
-struct Preference {
-  float of_probability;
-  float of_value;
-  float of_rank[kDraftBranches];
-  float of_others;
-  float others;
-};
-constexpr Preference kGreedyChoice = {1.25F, 0.0F, {0.0F, -0.1F, 0.1F, 0.2F}, 0.75F, -0.8F};
-constexpr Preference kSampledChoice = {0.4F, 0.35F, {0.0F, -0.4F, -0.7F, -1.0F}, 1.0F, 0.0F};
-constexpr float kLeastOthers = 1e-3F;
-
 }  // namespace
 
 std::array<float, kDraftBranches> choice_probabilities(std::span<const Candidate> candidates, bool greedy) {
-  const Preference& preference = greedy ? kGreedyChoice : kSampledChoice;
-  std::array<float, kDraftBranches> weights{};
-  float others = 1.0F;
-  float total = 0.0F;
-  for (std::size_t i = 0; i < std::min(candidates.size(), weights.size()) && candidates[i].token >= 0; ++i) {
-    others -= candidates[i].probability;
-    // What a filter kept out may have a larger value than what it let pass.
-    const float behind = std::min(candidates[i].value - candidates[0].value, 0.0F);
-    weights[i] = std::exp(preference.of_value * behind + preference.of_rank[i]) *
-                 std::pow(candidates[i].probability, preference.of_probability);
-    total += weights[i];
+  std::array<float, kDraftBranches> values{};
+  std::array<float, kDraftBranches> probabilities{};
+  int count = 0;
+  for (const Candidate& candidate : candidates.first(std::min<std::size_t>(candidates.size(), kDraftBranches))) {
+    if (candidate.token < 0) break;
+    values[static_cast<std::size_t>(count)] = candidate.value;
+    probabilities[static_cast<std::size_t>(count++)] = candidate.probability;
   }
-  total += std::exp(preference.others) * std::pow(std::max(others, kLeastOthers), preference.of_others);
-  for (float& weight : weights) weight /= total;
-  return weights;
+  std::array<float, kDraftBranches> chances{};
+  draft_chances(values.data(), probabilities.data(), count, greedy, chances.data());
+  return chances;
 }
 
 DraftTree::DraftTree() {

@@ -13,17 +13,16 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/draft_choice.h"
 
 namespace draftwerk {
 
-/// Drafts that are looked at to follow one draft, and drafts of one depth that are followed up.
-inline constexpr int kDraftBranches = 4;
+/// Drafts of one depth that are followed up.
 inline constexpr int kDraftWidth = 4;
 /// Deepest draft of a tree.
 inline constexpr int kDeepestDraft = 16;
 
-/// How likely each of the `candidates`, best first, is to be what the target chooses, as far as a drafter's own
-/// preference tells; at most kDraftBranches of them.
+/// draft_chances() of the `candidates`, best first; at most kDraftBranches of them.
 std::array<float, kDraftBranches> choice_probabilities(std::span<const Candidate> candidates, bool greedy);
 
 class DraftTree {

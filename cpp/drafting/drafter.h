@@ -60,12 +60,16 @@ struct DraftJob {
   // Prices, in drafts that are accepted, for those whose drafts form a tree.
   std::span<const double> row_prices = {};  ///< [count + 1]: to verify so many drafts; empty: nothing
   double pass_price = 0.0;                  ///< of another pass
+  int planned = 0;  ///< of them how many are counted on, for who cannot tell which ones pay: 0 .. count; 0: all
   TokenId* drafts = nullptr;  ///< out: room for `count` tokens; the first one guesses position tokens.size()
   /// Out, where drafts form a tree: of each the draft, before it in the list, that it follows; -1: the last token.
   /// Those that follow the same one differ.
   std::int32_t* parents = nullptr;
   int produced = 0;       ///< out: 0 .. count
   double promised = 0.0;  ///< out, with parents: how many of them are expected to be accepted
+  /// Out: where the device is still choosing the drafts, the output row of Backend::propose_ahead() that has them
+  /// (Growth); -1: they are here. Until settle() they stand for a chain.
+  int proposed = -1;
 };
 
 /// Used from the engine thread alone, but for open(). Throws nothing but std::bad_alloc, and allocates only as
@@ -88,6 +92,9 @@ class Drafter {
   /// Fills drafts and produced of every job, and parents where its confidence is kTreeConfidence. Does not need a
   /// preceding outlook(). Returns the passes that it took; 0 if it does not work in passes.
   virtual int propose(std::span<DraftJob> jobs) = 0;
+  /// Fills what the last propose() could not know yet, once the step that its drafts are for was verified; its jobs are
+  /// still where they were. Without such a step it waits for the drafts.
+  virtual void settle() {}
   /// How many of the last positions, that of the last token included, must keep their K/V in sliding layers for it; 0:
   /// it reads none.
   [[nodiscard]] virtual int look_back() const { return 0; }

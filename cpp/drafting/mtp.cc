@@ -42,14 +42,44 @@ class MtpDrafter final : public Drafter {
 
   int propose(std::span<DraftJob> jobs) override {
     start(jobs);
-    int passes = 0;
-    if (!tokens_.empty()) passes = may_go_ahead() ? draft_ahead() : draft_by_pass();
+    passes_ahead_ = 0;
+    if (tokens_.empty()) return 0;
+    if (may_go_ahead()) return draft_ahead();
+    const int passes = draft_by_pass();
     for (std::size_t j = 0; j < jobs_.size(); ++j) {
       const DraftTree::Size size = drafting_[j].tree.take(jobs_[j]->drafts, jobs_[j]->parents);
       jobs_[j]->produced = size.drafts;
       jobs_[j]->promised = size.promised;
     }
     return passes;
+  }
+
+  // The tree that the device has grown, once more: what it took is not told, but how likely it was.
+  void settle() override {
+    if (passes_ahead_ == 0) return;
+    backend_.proposed(rows_, kDraftBranches, candidates_);
+    for (DraftJob* job : jobs_) drafting_[static_cast<std::size_t>(job->proposed)].tree.start(job->produced, {}, 0.0);
+    std::span<const Candidate> found = candidates_;
+    for (int pass = 0; pass < passes_ahead_; ++pass) {
+      double reached = 0.0;
+      for (std::size_t j = 0; j < jobs_.size(); ++j, found = found.subspan(kDraftBranches)) {
+        DraftTree& tree = drafting_[j].tree;
+        if (pass > 0 && tree.frontier_size() == 0) continue;
+        const bool greedy = jobs_[j]->context.sampling->temperature <= 0.0F;
+        tree.add(0, found.first(kDraftBranches), choice_probabilities(found.first(kDraftBranches), greedy));
+        tree.advance_ahead();
+        reached += tree.reach();
+      }
+      note_reach(pass, static_cast<float>(reached / static_cast<double>(jobs_.size())));
+    }
+    note_reach_beyond(passes_ahead_);
+    passes_ahead_ = 0;
+    for (std::size_t j = 0; j < jobs_.size(); ++j) {
+      DraftJob& job = *jobs_[j];
+      const DraftTree::Size size = drafting_[j].tree.take(job.drafts, job.parents);
+      job.promised = size.promised;
+      for (int d = size.drafts; d < job.produced; ++d) job.parents[d] = -1;  // where less was found
+    }
   }
 
  private:
@@ -69,32 +99,28 @@ class MtpDrafter final : public Drafter {
   }
 
   /// On a device that is far away: a number of passes that is settled beforehand, each for the best draft of the one
-  /// before it. So the tree is a chain, with the other candidates of each place beside it.
+  /// before it, and a number of drafts, which the device chooses from what they find.
   int draft_ahead() {
-    const int passes = worthwhile_passes();
+    passes_ahead_ = worthwhile_passes();
     model_.first(step(), states_, jobs_.front()->context.arena);
     backend_.propose_ahead(rows_, kDraftBranches);
-    for (int pass = 1; pass < passes; ++pass) {
+    for (int pass = 1; pass < passes_ahead_; ++pass) {
       model_.follow(step().output_rows);
       backend_.propose_ahead(rows_, kDraftBranches);
     }
-    backend_.proposed(rows_, kDraftBranches, candidates_);
-    std::span<const Candidate> found = candidates_;
-    for (int pass = 0; pass < passes; ++pass) {
-      double reached = 0.0;
-      for (std::size_t j = 0; j < jobs_.size(); ++j, found = found.subspan(kDraftBranches)) {
-        DraftTree& tree = drafting_[j].tree;
-        if (pass > 0 && tree.frontier_size() == 0) continue;
-        const bool greedy = jobs_[j]->context.sampling->temperature <= 0.0F;
-        tree.add(0, found.first(kDraftBranches), choice_probabilities(found.first(kDraftBranches), greedy));
-        tree.advance_ahead();
-        reached += tree.reach();
+    for (std::size_t j = 0; j < jobs_.size(); ++j) {
+      DraftJob& job = *jobs_[j];
+      job.proposed = static_cast<int>(j);
+      job.produced = std::min(counted_on(job), passes_ahead_ * kDraftBranches);
+      for (int d = 0; d < job.produced; ++d) {
+        job.drafts[d] = 0;
+        job.parents[d] = d - 1;
       }
-      note_reach(pass, static_cast<float>(reached / static_cast<double>(jobs_.size())));
     }
-    note_reach_beyond(passes);
-    return passes;
+    return passes_ahead_;
   }
+
+  static int counted_on(const DraftJob& job) { return job.planned > 0 ? job.planned : job.count; }
 
   /// Whether all passes are alike but for the tokens: whatever depends on the drafts before it needs the host.
   [[nodiscard]] bool may_go_ahead() const {
@@ -110,7 +136,7 @@ class MtpDrafter final : public Drafter {
     int wanted = 1;
     double price = 1.0;
     for (const DraftJob* job : jobs_) {
-      wanted = std::max(wanted, job->count);
+      wanted = std::max(wanted, counted_on(*job));
       price = std::min(price, job->pass_price);
     }
     wanted = std::min({wanted, kDeepestDraft, backend_.passes_ahead()});
@@ -147,6 +173,7 @@ class MtpDrafter final : public Drafter {
     jobs_.clear();
     for (DraftJob& job : jobs) {
       job.produced = 0;
+      job.proposed = -1;
       if (job.count > 0 && job.context.target_row >= 0) jobs_.push_back(&job);
     }
     clear_rows();
@@ -210,6 +237,7 @@ class MtpDrafter final : public Drafter {
   int max_rows_;
   std::array<float, kDeepestDraft> reach_{};  ///< by pass, of chains that were drafted ahead
   // Of a round.
+  int passes_ahead_ = 0;  ///< whose drafts nobody has looked at yet
   std::vector<DraftJob*> jobs_;
   std::vector<Drafting> drafting_;  ///< of each job
   // Of a pass, row by row.

@@ -127,6 +127,7 @@ class SyntheticDrafter final : public Drafter {
       job.count = job.produced;
     }
     const int passes = costing_->propose(costing_jobs_);
+    costing_->settle();
     for (std::size_t j = 0; j < jobs.size(); ++j) jobs[j].produced = costing_jobs_[j].produced;
     return passes;
   }

@@ -9,6 +9,7 @@ void StepBatch::assemble(const StepPlan& plan, std::span<const ProposedDrafts> d
   positions_.clear();
   segments_.clear();
   output_rows_.clear();
+  growths_.clear();
   groups_.clear();
   group_sequences_.clear();
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
@@ -28,6 +29,7 @@ void StepBatch::assemble(const StepPlan& plan, std::span<const ProposedDrafts> d
       const std::int64_t parent = static_cast<std::int64_t>(first_draft) + parents[d];
       positions_[first_draft + d] = positions_[static_cast<std::size_t>(parent)] + 1;
     }
+    if (drafts[i].proposed >= 0) growths_.push_back({static_cast<int>(segments_.size()), drafts[i].proposed});
     segments_.push_back({first_row, rows, sequence.computed, {sequence.kv.table(0), sequence.kv.table(1)}, parents});
     if (!planned.decides) continue;
 

@@ -14,6 +14,8 @@ struct ProposedDrafts {
   std::span<const TokenId> tokens;
   /// Of each, as in VerifyGroup; empty for a chain. Drafts that form a tree follow a single known token.
   std::span<const std::int32_t> parents;
+  /// DraftJob::proposed: where the device is still choosing them; -1: they are known.
+  int proposed = -1;
 };
 
 class StepBatch {
@@ -23,7 +25,7 @@ class StepBatch {
   /// What the other functions return refers to this object, the plan's sequences and the drafts, until the next call.
   void assemble(const StepPlan& plan, std::span<const ProposedDrafts> drafts);
 
-  [[nodiscard]] StepRows rows() const { return {tokens_, positions_, segments_, output_rows_}; }
+  [[nodiscard]] StepRows rows() const { return {tokens_, positions_, segments_, output_rows_, growths_}; }
   [[nodiscard]] std::span<const VerifyGroup> groups() const { return groups_; }
   /// Index in the plan of each group's sequence.
   [[nodiscard]] std::span<const std::size_t> group_sequences() const { return group_sequences_; }
@@ -33,6 +35,7 @@ class StepBatch {
   std::vector<std::int64_t> positions_;
   std::vector<Segment> segments_;
   std::vector<int> output_rows_;
+  std::vector<Growth> growths_;
   std::vector<VerifyGroup> groups_;
   std::vector<std::size_t> group_sequences_;
 };

@@ -57,37 +57,12 @@ EngineOptions checked(EngineOptions options, const Gemma& model) {
   return options;
 }
 
-std::vector<std::unique_ptr<Drafter>> checked(std::vector<std::unique_ptr<Drafter>> drafters) {
-  if (drafters.size() > kMaxDrafters) {
-    throw std::invalid_argument(std::to_string(drafters.size()) + " drafters, at most " + std::to_string(kMaxDrafters) +
-                                " can be used together");
-  }
-  return drafters;
-}
-
 std::vector<TokenId> sorted_stop_tokens(const Request& request, const std::vector<TokenId>& eos) {
   std::vector<TokenId> tokens = request.stop_token_ids;
   if (!request.ignore_eos) tokens.insert(tokens.end(), eos.begin(), eos.end());
   std::sort(tokens.begin(), tokens.end());
   tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
   return tokens;
-}
-
-// `Statistics` is RequestStatistics, EngineStatistics or DrafterStatistics.
-template <typename Statistics>
-void count_drafts(Statistics& statistics, int drafted, int ahead, int accepted) {
-  statistics.drafted += drafted;
-  statistics.accepted += accepted;
-  count_by_position(statistics.drafted_by_position, ahead);
-  count_by_position(statistics.accepted_by_position, accepted);
-  statistics.accepted_by_position.resize(statistics.drafted_by_position.size());
-}
-
-bool is_chain(std::span<const std::int32_t> parents) {
-  for (std::size_t i = 0; i < parents.size(); ++i) {
-    if (parents[i] != static_cast<std::int32_t>(i) - 1) return false;
-  }
-  return true;
 }
 
 }  // namespace
@@ -116,15 +91,15 @@ Engine::Engine(Gemma& model, EngineOptions options, std::vector<std::unique_ptr<
                TokenBytes token_bytes)
     : model_(model),
       options_(checked(std::move(options), model)),
-      drafters_(checked(std::move(drafters))),
       token_bytes_(std::move(token_bytes)),
       limits_{model.config().vocabulary, options_.max_context, options_.max_draft_length, !token_bytes_.empty()},
-      kv_(kv_shape(model, drafters_), options_.kv_memory_bytes, options_.prefix_cache),
+      kv_(kv_shape(model, drafters), options_.kv_memory_bytes, options_.prefix_cache),
       arena_(model.backend().allocate(kv_.arena_bytes())),
       parked_(kv_),
       scheduler_({options_.max_sequences, model.max_rows(), model.max_outputs(), options_.prefill_chunk}, kv_, parked_),
-      acceptance_(drafters_.size()) {
-  for (const auto& drafter : drafters_) totals_.drafters.push_back({drafter->name(), 0, 0, {}, {}, {}});
+      drafts_(std::move(drafters),
+              {options_.draft_length, options_.max_draft_length, model.max_rows(), model.max_outputs()},
+              model.backend(), parked_, {static_cast<std::byte*>(arena_->data())}) {
   publish_statistics();
   thread_ = std::thread(&Engine::run, this);
 }
@@ -151,9 +126,7 @@ RequestId Engine::submit(Request request) {
   if (request.sampling.needs_history()) {
     for (const TokenId token : request.prompt) sequence->history[token].in_prompt = true;
   }
-  for (std::size_t d = 0; d < drafters_.size() && request.drafting; ++d) {
-    sequence->draft_states[d] = drafters_[d]->open();
-  }
+  if (request.drafting) drafts_.open(*sequence);
   sequence->statistics.prompt_tokens = prompt_tokens;
   sequence->submitted = Clock::now();
   sequence->request = std::move(request);
@@ -294,152 +267,31 @@ void Engine::step() {
     if (!scheduler_.idle()) abort(scheduler_.ids().front(), FinishReason::error, "no KV memory for this request");
     return;
   }
-  propose_drafts(*plan);
+  std::span<const ProposedDrafts> proposed;
+  {
+    const PhaseTimer timer(totals_.draft_seconds);
+    proposed = drafts_.propose(*plan, totals_.steps);
+  }
   {
     const PhaseTimer timer(totals_.schedule_seconds);
-    batch_.assemble(*plan, drafts_);
+    batch_.assemble(*plan, proposed);
   }
   const StepRows rows = batch_.rows();
   const Clock::time_point start = Clock::now();
   model_.forward(rows, {static_cast<std::byte*>(arena_->data())});
   if (results_.size() < batch_.groups().size()) results_.resize(batch_.groups().size());
   model_.backend().verify(batch_.groups(), std::span(results_).first(batch_.groups().size()));
-  const double seconds = seconds_since(start);
+  const double drafting = drafts_.settle();
+  const double seconds = std::max(seconds_since(start) - drafting, 0.0);
 
+  totals_.draft_seconds += drafting;
   totals_.target_seconds += seconds;
   ++totals_.steps;
   totals_.rows += static_cast<std::int64_t>(rows.tokens.size());
   totals_.prefill_rows += plan->prefill_rows;
-  if (plan->prefill_rows == 0) budget_.observe_step(static_cast<int>(rows.tokens.size()), seconds);
+  if (plan->prefill_rows == 0) drafts_.observe_step(static_cast<int>(rows.tokens.size()), seconds);
   const PhaseTimer timer(totals_.commit_seconds);
   commit(*plan);
-}
-
-// Fills drafts_ with what the drafters propose for the sequences that decode, and reserves the pages of its drafts.
-void Engine::propose_drafts(const StepPlan& plan) {
-  drafts_.assign(plan.sequences.size(), {});
-  origins_.assign(plan.sequences.size(), {});
-  compared_.assign(plan.sequences.size(), {});
-  if (drafters_.empty()) return;
-  const PhaseTimer timer(totals_.draft_seconds);
-  grant_drafts(plan);
-  draft_tokens_.resize(plan.sequences.size() * static_cast<std::size_t>(options_.max_draft_length));
-  draft_parents_.resize(draft_tokens_.size());
-  for (std::size_t d = 0; d < drafters_.size(); ++d) propose_with(d, plan);
-}
-
-// What one drafter proposes for the sequences that were granted its drafts, and for those it is compared on.
-void Engine::propose_with(std::size_t drafter, const StepPlan& plan) {
-  const auto stride = static_cast<std::size_t>(options_.max_draft_length);
-  jobs_.clear();
-  job_sequences_.clear();
-  const double price = budget_.pass_price(static_cast<int>(drafter));
-  for (std::size_t c = 0; c < candidates_.size(); ++c) {
-    const std::size_t planned = candidate_sequences_[c];
-    Sequence& sequence = *plan.sequences[planned].sequence;
-    const DraftCandidate& candidate = candidates_[c];
-    const int confidence = candidate.outlooks[drafter].confidence;
-    if (candidate.compared_drafter == static_cast<int>(drafter)) {
-      compared_[planned] = {drafter, 0, confidence};
-      jobs_.push_back({.context = draft_context(sequence, drafter),
-                       .count = 1,
-                       .drafts = &compared_[planned].token,
-                       .parents = &draft_parents_[planned * stride]});
-    } else if (candidate.granted > 0 && candidate.drafter == static_cast<int>(drafter)) {
-      // Drafts are worth parked K/V and cached prefixes, which would have to go a few tokens later, but never a
-      // sequence.
-      if (!parked_.reserve(sequence.kv, sequence.length() + candidate.granted)) continue;
-      origins_[planned] = {.drafter = drafter, .confidence = confidence, .planned = candidate.planned};
-      jobs_.push_back({.context = draft_context(sequence, drafter),
-                       .count = candidate.granted,
-                       .row_prices = candidate.row_prices,
-                       .pass_price = price,
-                       .drafts = &draft_tokens_[planned * stride],
-                       .parents = &draft_parents_[planned * stride]});
-    } else {
-      continue;
-    }
-    job_sequences_.push_back(planned);
-  }
-  if (jobs_.empty()) return;
-  const Clock::time_point start = Clock::now();
-  const int passes = drafters_[drafter]->propose(jobs_);
-  const double seconds = seconds_since(start);
-  int drafts = 0;
-  for (const DraftJob& job : jobs_) drafts += passes > 0 ? std::max(job.produced, 1) : job.count;
-  budget_.observe_drafting(static_cast<int>(drafter), passes, drafts, seconds);
-  for (std::size_t j = 0; j < jobs_.size(); ++j) {
-    const std::size_t planned = job_sequences_[j];
-    if (jobs_[j].drafts != &compared_[planned].token) {
-      take_drafts(jobs_[j], drafts_[planned], origins_[planned]);
-    } else if (jobs_[j].produced == 0) {
-      compared_[planned] = {};
-    }
-  }
-}
-
-// What a job proposed.
-void Engine::take_drafts(const DraftJob& job, ProposedDrafts& drafts, DraftOrigin& origin) {
-  const auto count = static_cast<std::size_t>(job.produced);
-  drafts.tokens = {job.drafts, count};
-  origin.ahead = job.produced;
-  origin.promised = job.promised;
-  const std::span<const std::int32_t> parents{job.parents, count};
-  if (origin.confidence != kTreeConfidence || is_chain(parents)) return;
-  drafts.parents = parents;
-  origin.ahead = 0;
-  for (std::size_t d = 0; d < count; ++d) {
-    int ahead = 1;
-    for (std::int32_t at = parents[d]; at >= 0; at = parents[static_cast<std::size_t>(at)]) ++ahead;
-    origin.ahead = std::max(origin.ahead, ahead);
-  }
-}
-
-// Decides how many drafts each decoding sequence gets, and whose.
-void Engine::grant_drafts(const StepPlan& plan) {
-  candidates_.clear();
-  candidate_sequences_.clear();
-  const int room =
-      std::min(scheduler_.limits().max_step_rows - plan.rows, scheduler_.limits().max_outputs - plan.outputs);
-  for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
-    const PlannedSequence& planned = plan.sequences[i];
-    if (!planned.decides || planned.rows != 1) continue;
-    Sequence& sequence = *planned.sequence;
-    DraftCandidate candidate;
-    candidate.acceptance = &sequence.acceptance;
-    if (sequence.request.drafting) {
-      const int own = sequence.request.max_draft_length;
-      // The step yields one token beside the accepted drafts, so a draft for the last token would be in vain.
-      const std::int64_t useful = sequence.request.max_tokens - sequence.generated() - 1;
-      candidate.limit = static_cast<int>(
-          std::min<std::int64_t>({options_.max_draft_length, own < 0 ? options_.max_draft_length : own, useful}));
-      for (std::size_t d = 0; d < drafters_.size(); ++d) {
-        candidate.outlooks[d] = drafters_[d]->outlook(draft_context(sequence, d), candidate.limit);
-      }
-    }
-    candidates_.push_back(candidate);
-    candidate_sequences_.push_back(i);
-  }
-  if (options_.draft_length < 0) {
-    budget_.plan(candidates_, plan.rows - static_cast<int>(candidates_.size()), plan.rows + room);
-  } else {
-    budget_.plan_fixed(candidates_, options_.draft_length, room);
-  }
-}
-
-DraftContext Engine::draft_context(const Sequence& sequence, std::size_t drafter) const {
-  DraftContext context;
-  context.state = sequence.draft_states[drafter].get();
-  context.tokens = sequence.tokens;
-  if (sequence.target_step == totals_.steps) context.target_row = sequence.target_row;
-  for (int t = 0; t < kPageTables; ++t) context.pages[t] = sequence.kv.table(t);
-  context.arena = {static_cast<std::byte*>(arena_->data())};
-  context.sampling = &sequence.request.sampling;
-  context.history = sequence.request.sampling.needs_history() ? &sequence.history : nullptr;
-  context.banned = sequence.banned;
-  context.banned_tokens = static_cast<int>(
-      std::clamp<std::int64_t>(sequence.request.min_tokens - sequence.generated(), 0, options_.max_draft_length + 1));
-  return context;
 }
 
 // Accepts what was verified, advances the prompts, hands out events, frees what has ended.
@@ -451,30 +303,12 @@ void Engine::commit(const StepPlan& plan) {
   for (std::size_t g = 0; g < batch_.groups().size(); ++g) {
     const std::size_t index = batch_.group_sequences()[g];
     Sequence& sequence = *plan.sequences[index].sequence;
-    const auto drafted = static_cast<int>(drafts_[index].tokens.size());
     const std::vector<int>& path = results_[g].drafts;
-    const auto accepted = static_cast<int>(path.size());
-    const DraftOrigin& origin = origins_[index];
-    if (const int counted = std::max(drafted, origin.planned); counted > 0) {
-      budget_.observe_acceptance(sequence.acceptance, origin.confidence, counted, path);
-    }
-    if (origin.promised > 0.0) budget_.observe_promise(origin.promised, accepted);
-    if (drafted > 0) {
-      count_drafts(sequence.statistics, drafted, origin.ahead, accepted);
-      count_drafts(totals_, drafted, origin.ahead, accepted);
-      count_drafts(totals_.drafters[origin.drafter], drafted, origin.ahead, accepted);
-      acceptance_[origin.drafter].observe(origin.ahead, accepted);
-    }
-    for (int d = 0; d < accepted; ++d) {
+    drafts_.observe(index, sequence, results_[g]);
+    for (int d = 0; d < static_cast<int>(path.size()); ++d) {
       if (path[d] == d) continue;
       const std::int64_t first = sequence.length();
       moves_.push_back({{sequence.kv.table(0), sequence.kv.table(1)}, first + path[d], first + d});
-    }
-    if (const ComparedDraft& draft = compared_[index]; draft.confidence >= 0) {
-      const bool agreed = draft.token == results_[g].tokens.front();
-      const int first[] = {0};
-      budget_.observe_acceptance(sequence.acceptance, draft.confidence, 1, std::span(first).first(agreed ? 1 : 0));
-      acceptance_[draft.drafter].observe(1, agreed ? 1 : 0);  // a useless drafter is hardly asked otherwise
     }
     sequence.target_row = batch_.groups()[g].first_output + (path.empty() ? 0 : path.back() + 1);
     sequence.target_step = totals_.steps;
@@ -589,7 +423,8 @@ void Engine::publish_statistics() {
   totals_.conversations = parked_.conversations();
   totals_.kv = kv_.use();
   totals_.parked_bytes = parked_.bytes();
-  for (std::size_t d = 0; d < acceptance_.size(); ++d) totals_.drafters[d].recent = acceptance_[d].recent();
+  static_cast<DraftCounts&>(totals_) = drafts_.totals();
+  drafts_.report(totals_.drafters);
   const std::lock_guard lock(mutex_);
   published_ = totals_;
 }

@@ -13,10 +13,9 @@
 #include <vector>
 
 #include "backend/backend.h"
-#include "drafting/budget.h"
 #include "drafting/drafter.h"
-#include "engine/acceptance_window.h"
 #include "engine/batch.h"
+#include "engine/draft_rounds.h"
 #include "engine/event_queue.h"
 #include "engine/parked_kv.h"
 #include "engine/request.h"
@@ -59,27 +58,13 @@ class EngineClosed : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// How the drafts of one drafter fared since the engine started, and lately.
-struct DrafterStatistics {
-  std::string name;
-  std::int64_t drafted = 0;
-  std::int64_t accepted = 0;
-  std::vector<std::int64_t> drafted_by_position;  ///< see RequestStatistics
-  std::vector<std::int64_t> accepted_by_position;
-  RecentDrafts recent;  ///< see AcceptanceWindow
-};
-
 /// Totals since the engine started, and its state now.
-struct EngineStatistics {
+struct EngineStatistics : DraftCounts {
   std::int64_t steps = 0;
   std::int64_t rows = 0;          ///< that the target computed: prefill, last known tokens and drafts
   std::int64_t prefill_rows = 0;  ///< see StepPlan::prefill_rows
-  std::int64_t drafted = 0;
-  std::int64_t accepted = 0;
   std::int64_t generated_tokens = 0;
-  std::vector<std::int64_t> drafted_by_position;  ///< see RequestStatistics
-  std::vector<std::int64_t> accepted_by_position;
-  std::vector<DrafterStatistics> drafters;  ///< of all drafters what the four figures above sum up
+  std::vector<DrafterStatistics> drafters;  ///< of all drafters what the counts of drafts sum up
   std::int64_t requests = 0;
   std::int64_t finished = 0;  ///< for whatever reason
   std::int64_t preemptions = 0;
@@ -164,12 +149,6 @@ class Engine {
   void execute(const OpenConversation& command);
   void execute(const CloseConversation& command);
   void step();
-  void propose_drafts(const StepPlan& plan);
-  void grant_drafts(const StepPlan& plan);
-  void propose_with(std::size_t drafter, const StepPlan& plan);
-  struct DraftOrigin;
-  static void take_drafts(const DraftJob& job, ProposedDrafts& drafts, DraftOrigin& origin);
-  DraftContext draft_context(const Sequence& sequence, std::size_t drafter) const;
   void commit(const StepPlan& plan);
   void accept(Sequence& sequence, const VerifyResult& result);
   void append(Sequence& sequence, TokenId token);
@@ -182,40 +161,17 @@ class Engine {
 
   Gemma& model_;
   const EngineOptions options_;
-  const std::vector<std::unique_ptr<Drafter>> drafters_;
   const TokenBytes token_bytes_;
   RequestLimits limits_;
 
-  // The engine thread's own, but for KvCache::fits() and Drafter::open(), which any thread may call.
+  // The engine thread's own, but for KvCache::fits() and DraftRounds::open(), which any thread may call.
   KvCache kv_;
   std::unique_ptr<Buffer> arena_;
   ParkedKv parked_;
   Scheduler scheduler_;
-  DraftBudget budget_;
+  DraftRounds drafts_;
   StepBatch batch_;
-  std::vector<DraftCandidate> candidates_;        // the sequences that decode
-  std::vector<std::size_t> candidate_sequences_;  // their indices in the plan
-  std::vector<DraftJob> jobs_;                    // those that got drafts of one drafter
-  std::vector<std::size_t> job_sequences_;        // their indices in the plan
-  std::vector<TokenId> draft_tokens_;             // max_draft_length per planned sequence
-  std::vector<std::int32_t> draft_parents_;       // as many
-  std::vector<ProposedDrafts> drafts_;            // per planned sequence
-  std::vector<KvMove> moves_;                     // of accepted drafts to where a chain would have put them
-  struct DraftOrigin {
-    std::size_t drafter = 0;
-    int confidence = 0;
-    int ahead = 0;          // tokens from the last known one to the furthest draft
-    int planned = 0;        // DraftCandidate::planned
-    double promised = 0.0;  // how many were expected to be accepted, where the drafter says so
-  };
-  std::vector<DraftOrigin> origins_;  // per planned sequence, of its drafts
-  struct ComparedDraft {
-    std::size_t drafter = 0;
-    TokenId token = 0;
-    int confidence = -1;  // -1: none
-  };
-  std::vector<ComparedDraft> compared_;       // per planned sequence, drafted for comparison with what the target says
-  std::vector<AcceptanceWindow> acceptance_;  // by drafter
+  std::vector<KvMove> moves_;  // of accepted drafts to where a chain would have put them
   std::vector<VerifyResult> results_;
   std::vector<Event> step_events_;
   std::vector<RequestId> ended_;

@@ -192,7 +192,7 @@ std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int r
     job.arena = kv.arena();
     job.sampling = &greedy;
     const std::size_t first = static_cast<std::size_t>(s) * static_cast<std::size_t>(count);
-    jobs.push_back({job, count, {}, 0.0, &drafts[first], &parents[first], 0, 0.0});
+    jobs.push_back({.context = job, .count = count, .drafts = &drafts[first], .parents = &parents[first]});
   }
   const std::unique_ptr<Drafter> drafter = make_mtp_drafter(model);
   std::vector<double> seconds;
@@ -200,6 +200,7 @@ std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int r
   for (int i = 0; i < repeats; ++i) {
     const auto start = std::chrono::steady_clock::now();
     drafter->propose(jobs);
+    drafter->settle();
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   }
   return seconds;

@@ -1,14 +1,18 @@
 // Drafts whose passes follow each other on the device are those of passes that the host is told of one by one.
+#include <cuda_runtime.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "drafting/mtp.h"
+#include "engine/engine.h"
 #include "engine/evaluation.h"
 #include "engine/single_sequence_kv.h"
+#include "reference_engine.h"
 #include "tiny_model.h"
 
 namespace draftwerk {
@@ -18,23 +22,27 @@ using testing::TinyModel;
 
 constexpr int kDrafts = 8;
 
+/// The target's pass over the first `known` tokens of a text.
+void compute(Gemma& model, const std::vector<TokenId>& text, int known, const SingleSequenceKv& kv) {
+  std::vector<std::int64_t> positions(static_cast<std::size_t>(known));
+  std::iota(positions.begin(), positions.end(), 0);
+  const Segment segment = kv.segment(known, 0);
+  const int last = known - 1;
+  const SamplingParams greedy;
+  VerifyGroup group;
+  group.position = known;
+  group.sampling = &greedy;
+  VerifyResult result;
+  model.forward({std::span(text).first(positions.size()), positions, {&segment, 1}, {&last, 1}}, kv.arena());
+  model.backend().verify({&group, 1}, {&result, 1});
+}
+
 /// The keys and values of a text, and the target's state of its last token but one, as after a step of the engine.
 class Known {
  public:
   Known(Gemma& model, const std::vector<TokenId>& text)
       : text_(text), kv_(model, static_cast<std::int64_t>(text.size())) {
-    const auto known = static_cast<int>(text.size()) - 1;
-    std::vector<std::int64_t> positions(static_cast<std::size_t>(known));
-    std::iota(positions.begin(), positions.end(), 0);
-    const Segment segment = kv_.segment(known, 0);
-    const int last = known - 1;
-    const SamplingParams greedy;
-    VerifyGroup group;
-    group.position = known;
-    group.sampling = &greedy;
-    VerifyResult result;
-    model.forward({std::span(text).first(positions.size()), positions, {&segment, 1}, {&last, 1}}, kv_.arena());
-    model.backend().verify({&group, 1}, {&result, 1});
+    compute(model, text, static_cast<int>(text.size()) - 1, kv_);
   }
 
   [[nodiscard]] DraftContext context(const SamplingParams& sampling) const {
@@ -62,7 +70,8 @@ struct Round {
       : drafts(kDrafts), parents(kDrafts), drafter_(make_mtp_drafter(mtp)) {
     run(context, pass_price);
   }
-  void run(const DraftContext& context, double pass_price) {
+  template <typename Meanwhile = void (*)()>
+  void run(const DraftContext& context, double pass_price, Meanwhile&& meanwhile = [] {}) {
     drafts.resize(kDrafts);
     parents.resize(kDrafts);
     DraftJob job{.context = context,
@@ -71,6 +80,8 @@ struct Round {
                  .drafts = drafts.data(),
                  .parents = parents.data()};
     passes = drafter_->propose({&job, 1});
+    meanwhile();
+    drafter_->settle();
     drafts.resize(static_cast<std::size_t>(job.produced));
     parents.resize(drafts.size());
   }
@@ -114,6 +125,62 @@ TEST(DraftingAhead, IsAChainWithWhatElseWasLikelyBesideIt) {
       }
       EXPECT_GT(deepest, 1);
     }
+  }
+}
+
+TEST(DraftingAhead, AStepThatFollowsAtOnceChangesNothingOfIt) {
+  TinyModel tiny(WeightType::bf16, 1, 128, testing::tiny_edge_config());
+  MtpModel& mtp = tiny.mtp();
+  const std::vector<TokenId> tokens = text();
+  const SamplingParams sampling = sampled();
+  const SingleSequenceKv other(tiny.model(), 40);
+  const std::vector<TokenId> other_text = testing::random_tokens(40, 6);
+  std::optional<Known> known(std::in_place, tiny.model(), tokens);
+  const Round alone(mtp, known->context(sampling), 0.0);
+  known.emplace(tiny.model(), tokens);
+  Round followed(mtp, known->context(sampling), 0.0);
+  known.emplace(tiny.model(), tokens);
+  followed.run(known->context(sampling), 0.0, [&] { compute(tiny.model(), other_text, 30, other); });
+  EXPECT_EQ(followed.drafts, alone.drafts);
+  EXPECT_EQ(followed.parents, alone.parents);
+}
+
+TEST(DraftingAhead, TheTargetFollowsAtOnce) {
+  TinyModel tiny(WeightType::bf16, 4, 128, testing::tiny_edge_config());
+  MtpModel& mtp = tiny.mtp();
+  std::vector<Request> requests;
+  for (int i = 0; i < 3; ++i) {
+    Request request = testing::make_request(testing::random_tokens(5 + 7 * i, static_cast<unsigned>(i)), 24);
+    request.sampling.seed = static_cast<std::uint64_t>(i);
+    request.sampling.temperature = i == 1 ? 0.0F : 20.0F;
+    // Drafter and target choose among the same four, and sampled by the same noise.
+    for (const TokenId token : {11, 12, 200, 299}) request.sampling.logit_bias.emplace_back(token, 1000.0F);
+    requests.push_back(request);
+  }
+  std::vector<std::vector<TokenId>> without;
+  {
+    Engine engine(tiny.model(), {}, {}, {});
+    without = testing::run_all(engine, requests);
+  }
+  for (const int draft_length : {-1, 1, 6}) {
+    EngineOptions options;
+    options.draft_length = draft_length;
+    std::vector<std::unique_ptr<Drafter>> drafters;
+    drafters.push_back(make_mtp_drafter(mtp));
+    Engine engine(tiny.model(), options, std::move(drafters), {});
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      const std::int64_t waits = emulation::waits();
+      const std::int64_t steps = engine.statistics().steps;
+      EXPECT_EQ(testing::run(engine, requests[i]).token_ids, without[i]);
+      EXPECT_EQ(emulation::waits() - waits, engine.statistics().steps - steps) << "a step waits once";
+    }
+    EXPECT_EQ(testing::run_all(engine, requests), without);
+    const EngineStatistics s = engine.statistics();
+    EXPECT_GT(s.drafted, 0);
+    if (draft_length == 6) {
+      EXPECT_GT(s.accepted, s.steps / 2);
+    }
+    testing::expect_nothing_left(engine);
   }
 }
 

@@ -54,7 +54,7 @@ class SamplerOnDevice {
     std::vector<VerifyResult> results(groups.size());
     begin();
     sampler_.stage_verify(groups, outputs, in_);
-    sampler_.record_verify(list_, logits, outputs, out_);
+    sampler_.record_verify(list_, logits, outputs, nullptr, out_);
     run();
     sampler_.finish_verify(groups, outputs, results);
     return results;

@@ -105,6 +105,7 @@ void CpuBackend::reserve_experts(int max_rows, int chosen, const Experts& expert
 
 void CpuBackend::begin(const StepRows& rows, KvArena arena) {
   check_step(kName, rows, max_rows_, max_outputs_);
+  if (!rows.growths.empty()) throw std::logic_error("cpu backend: trees of drafts do not grow here");
   step_ = rows;
   arena_ = arena;
   ropes_used_ = 0;

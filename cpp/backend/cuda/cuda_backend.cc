@@ -10,6 +10,7 @@
 #include "backend/cuda/device_table.h"
 #include "backend/cuda/device_weight.h"
 #include "backend/cuda/embed.h"
+#include "backend/cuda/growth.h"
 #include "backend/cuda/kv.h"
 #include "backend/cuda/rows.h"
 
@@ -155,16 +156,36 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
     uploader_->wait();
     uploader_.reset();
   }
-  // A step that nobody has asked anything of.
-  run();
-  wait();
-  upload_.fill(rows, arena);
+  // The step before may have passes that nobody has waited for: this one follows them at once. They have memory of
+  // their own, two steps' worth.
+  const bool follows = passes_ > 0 && !in_flight_ && upload_.has_room(rows);
+  if (follows) check(cudaEventRecord(proposing_.get(), stream_.get()), "measuring time");
+  if (passes_ > 0) {
+    run_passes();
+  } else {
+    found_ = {};
+    run();  // a step that nobody has asked anything of
+  }
+  if (follows) check(cudaEventRecord(found_at_.get(), stream_.get()), "measuring time");
+  if (in_flight_ && !follows) wait();
+  unwaited_ = follows;
+  upload_.fill(rows, arena, found_);
   copies_in_.clear();
   copies_out_.clear();
   copies_in_.push_back({});  // the upload's own, whose size is known when the step runs
   step_outputs_ = static_cast<int>(rows.output_rows.size());
   logits_ = {};
-  passes_ = 0;
+  grows_ = !rows.growths.empty();
+  if (!grows_) return;
+  for (const Growth& growth : rows.growths) {
+    require(growth.proposed < found_.outputs, "trees that grow from passes of the step before");
+  }
+  grow_trees(launches_, upload_, sampler_.proposed(), sampler_.proposing());
+}
+
+void CudaBackend::wait() {
+  stream_.wait();
+  in_flight_ = false;
   moves_.done();
 }
 
@@ -180,6 +201,7 @@ void CudaBackend::run() {
     }
   };
   const Forgotten at_the_end{*this};
+  in_flight_ = true;
   copies_in_.front() = upload_.copy();
   for (const Copy& copy : copies_in_) {
     check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice, stream_.get()), "copying a step");
@@ -270,7 +292,7 @@ void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyRe
   if (!groups.empty()) {
     require(logits_.values != nullptr && logits_.tokens == nullptr, "a head of all tokens before a choice is verified");
     sampler_.stage_verify(groups, outputs(), copies_in_);
-    sampler_.record_verify(launches_, logits_, outputs(), copies_out_);
+    sampler_.record_verify(launches_, logits_, outputs(), grows_ ? &upload_.view() : nullptr, copies_out_);
   }
   run();
   wait();
@@ -278,7 +300,7 @@ void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyRe
 }
 
 void CudaBackend::propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) {
-  check_proposal(rows, count, candidates.size(), 1);
+  check_proposal(rows, count, candidates.size());
   sampler_.stage_propose(rows, count, outputs(), copies_in_);
   sampler_.record_propose(launches_, logits_, count, outputs(), 0, nullptr);
   sampler_.collect(1, outputs(), copies_out_);
@@ -291,28 +313,42 @@ void CudaBackend::propose(std::span<const ProposeRow> rows, int count, std::span
 // was, and nothing else of the step changes.
 void CudaBackend::propose_ahead(std::span<const ProposeRow> rows, int count) {
   require(passes_ < kMostPassesAhead, "no more passes ahead than there is room for");
-  check_proposal(rows, count, rows.size() * static_cast<std::size_t>(count), 1);
+  check_proposal(rows, count, rows.size() * static_cast<std::size_t>(count));
   if (passes_ == 0) sampler_.stage_propose(rows, count, outputs(), copies_in_);
   sampler_.record_propose(launches_, logits_, count, outputs(), passes_++, &upload_);
 }
 
-void CudaBackend::proposed(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) {
-  check_proposal(rows, count, candidates.size(), passes_);
+void CudaBackend::run_passes() {
   sampler_.collect(passes_, outputs(), copies_out_);
-  run();
-  wait();
-  const std::size_t of_pass = rows.size() * static_cast<std::size_t>(count);
-  for (int pass = 0; pass < passes_; ++pass) {
-    sampler_.finish_propose(rows, count, outputs(), pass,
-                            candidates.subspan(static_cast<std::size_t>(pass) * of_pass, of_pass));
-  }
+  found_ = {passes_, outputs()};
   passes_ = 0;
+  run();
 }
 
-void CudaBackend::check_proposal(std::span<const ProposeRow> rows, int count, std::size_t room, int passes) const {
+void CudaBackend::proposed(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) {
+  if (passes_ > 0) run_passes();
+  if (in_flight_) wait();
+  const std::size_t of_pass = rows.size() * static_cast<std::size_t>(count);
+  require(static_cast<int>(rows.size()) <= found_.outputs &&
+              candidates.size() >= static_cast<std::size_t>(found_.passes) * of_pass,
+          "room for the candidates of all passes");
+  for (int pass = 0; pass < found_.passes; ++pass) {
+    sampler_.finish_propose(rows, count, found_.outputs, pass,
+                            candidates.subspan(static_cast<std::size_t>(pass) * of_pass, of_pass));
+  }
+}
+
+double CudaBackend::proposing_seconds() const {
+  if (!unwaited_) return 0.0;
+  float milliseconds = 0.0F;
+  check(cudaEventElapsedTime(&milliseconds, proposing_.get(), found_at_.get()), "measuring time");
+  return static_cast<double>(milliseconds) * 1e-3;
+}
+
+void CudaBackend::check_proposal(std::span<const ProposeRow> rows, int count, std::size_t room) const {
   require(logits_.values != nullptr, "a head before a draft is proposed");
   require(static_cast<int>(rows.size()) == step_outputs_ && count >= 1 && count <= kMaxCandidates &&
-              room >= static_cast<std::size_t>(passes) * rows.size() * static_cast<std::size_t>(count),
+              room >= rows.size() * static_cast<std::size_t>(count),
           "a row to propose for and room for its few candidates for every output");
 }
 

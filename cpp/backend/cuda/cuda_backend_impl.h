@@ -70,6 +70,7 @@ class CudaBackend final : public Backend {
   [[nodiscard]] int passes_ahead() const override { return kMostPassesAhead; }
   void propose_ahead(std::span<const ProposeRow> rows, int count) override;
   void proposed(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) override;
+  [[nodiscard]] double proposing_seconds() const override;
   void move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) override;
   void read_logits(std::span<float> out) override;
 
@@ -77,11 +78,13 @@ class CudaBackend final : public Backend {
   [[nodiscard]] int rows() const { return upload_.view().rows; }
   [[nodiscard]] int outputs() const { return upload_.view().outputs; }
   void use_device() const;
-  void check_proposal(std::span<const ProposeRow> rows, int count, std::size_t room, int passes) const;
+  void check_proposal(std::span<const ProposeRow> rows, int count, std::size_t room) const;
   [[nodiscard]] Uploader& uploader();
   /// Runs what was recorded since the last time, if that is anything; does not wait.
   void run();
-  void wait() const { stream_.wait(); }
+  /// The same of a step's passes, so that what they find is copied back.
+  void run_passes();
+  void wait();
 
   DeviceInfo device_;
   Stream stream_;
@@ -97,9 +100,15 @@ class CudaBackend final : public Backend {
   std::vector<Copy> copies_out_;
   LaunchList launches_;
   GraphCache graphs_;
-  int step_outputs_ = 0;  ///< without padding
-  int passes_ = 0;        ///< of propose_ahead(), in this step
-  LogitRows logits_;      ///< of the last head(); no values: there was none
+  int step_outputs_ = 0;              ///< without padding
+  int passes_ = 0;                    ///< of propose_ahead(), in this step
+  FoundDrafts found_;                 ///< by the last passes that were run
+  bool grows_ = false;                ///< trees of drafts, in this step
+  bool in_flight_ = false;            ///< what was run may not be done yet
+  bool unwaited_ = false;             ///< found_ was in flight when this step began
+  Event proposing_ = Event::timed();  ///< before the passes, while they are unwaited, and after them
+  Event found_at_ = Event::timed();
+  LogitRows logits_;  ///< of the last head(); no values: there was none
 
   Projections projections_;
   ExpertMixture experts_;

@@ -43,13 +43,17 @@ class Stream : public Owned<cudaStream_t, cudaStreamDestroy> {
   void wait() const { check(cudaStreamSynchronize(get()), "computing a step"); }
 };
 
-/// A point in a stream to wait for.
+/// A point in a stream to wait for; or one to measure time from, which takes the device a little longer.
 class Event : public Owned<cudaEvent_t, cudaEventDestroy> {
  public:
   using Owned::Owned;
-  static Event create() {
+  static Event create() { return with(cudaEventDisableTiming); }
+  static Event timed() { return with(cudaEventDefault); }
+
+ private:
+  static Event with(unsigned flags) {
     cudaEvent_t event = nullptr;
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+    check(cudaEventCreateWithFlags(&event, flags), "making an event");
     return Event(event);
   }
 };

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "backend/cpu/choosing.h"
+#include "backend/cuda/growth.h"
 
 namespace draftwerk::cuda {
 namespace {
@@ -39,8 +40,11 @@ void Sampler::reserve(int max_outputs, int vocabulary) {
   masses_.reserve(outputs * static_cast<std::size_t>(sampler_mass_blocks(vocabulary)) * sizeof(std::uint64_t));
   chosen_.reserve(outputs * sizeof(std::int32_t));
   constexpr std::size_t kUsualAdjustments = 64;  // of a row
-  in_.reserve(outputs * (sizeof(SampledRow) + kUsualAdjustments * sizeof(Adjustment)));
-  out_.reserve(outputs * std::max(sizeof(AcceptedToken) + sizeof(RowLogprobs), kMostPassesAhead * sizeof(ProposedRow)));
+  for (MirroredMemory* staged : {&verifying_, &proposing_}) {
+    staged->reserve(outputs * (sizeof(SampledRow) + kUsualAdjustments * sizeof(Adjustment)));
+  }
+  verified_.reserve(outputs * (sizeof(AcceptedToken) + sizeof(RowLogprobs)));
+  proposed_.reserve(outputs * kMostPassesAhead * sizeof(ProposedRow));
   rows_.reserve(outputs);
 }
 
@@ -127,20 +131,20 @@ void Sampler::stage_row(int output, SampledRow row, const ProposeRow& group, int
 }
 
 /// Moves what was staged to pinned memory.
-void Sampler::finish_staging(std::vector<Copy>& in) {
+void Sampler::finish_staging(MirroredMemory& memory, std::vector<Copy>& in) {
   const std::size_t row_bytes = rows_.size() * sizeof(SampledRow);
   const std::size_t adjustment_bytes = adjustments_.size() * sizeof(Adjustment);
-  in_.reserve_more(row_bytes + adjustment_bytes);
-  std::memcpy(in_.host(), rows_.data(), row_bytes);
-  if (adjustment_bytes > 0) std::memcpy(in_.host() + row_bytes, adjustments_.data(), adjustment_bytes);
-  in.push_back(in_.to_device(row_bytes + adjustment_bytes));
+  memory.reserve_more(row_bytes + adjustment_bytes);
+  std::memcpy(memory.host(), rows_.data(), row_bytes);
+  if (adjustment_bytes > 0) std::memcpy(memory.host() + row_bytes, adjustments_.data(), adjustment_bytes);
+  in.push_back(memory.to_device(row_bytes + adjustment_bytes));
   if (originals_count_ > 0) originals_.reserve(std::bit_ceil(originals_count_) * sizeof(float));
 }
 
-SamplerView Sampler::view(const LogitRows& logits, int outputs) const {
+SamplerView Sampler::view(const LogitRows& logits, const MirroredMemory& staged, int outputs) const {
   SamplerView view{};
   view.logits = logits;
-  view.rows = reinterpret_cast<const SampledRow*>(in_.device());
+  view.rows = reinterpret_cast<const SampledRow*>(staged.device());
   view.adjustments = reinterpret_cast<const Adjustment*>(view.rows + outputs);
   view.best = static_cast<std::uint64_t*>(best_.get());
   view.winners = static_cast<std::uint64_t*>(winners_.get());
@@ -189,20 +193,22 @@ void Sampler::stage_verify(std::span<const VerifyGroup> groups, int outputs, std
       stage_row(group.first_output + row, own, common, depth);
     }
   }
-  finish_staging(in);
+  finish_staging(verifying_, in);
 }
 
-void Sampler::record_verify(LaunchList& list, const LogitRows& logits, int outputs, std::vector<Copy>& out) const {
-  SamplerView verification = view(logits, outputs);
-  verification.accepted = reinterpret_cast<AcceptedToken*>(out_.device());
+void Sampler::record_verify(LaunchList& list, const LogitRows& logits, int outputs, const StepView* grown,
+                            std::vector<Copy>& out) const {
+  if (grown != nullptr) tell_rows(list, *grown, reinterpret_cast<SampledRow*>(verifying_.device()));
+  SamplerView verification = view(logits, verifying_, outputs);
+  verification.accepted = reinterpret_cast<AcceptedToken*>(verified_.device());
   verification.logprobs = reinterpret_cast<RowLogprobs*>(verification.accepted + outputs);
   cuda::record_verify(list, verification, outputs, needs_);
   const std::size_t each = sizeof(AcceptedToken) + (needs_.logprobs ? sizeof(RowLogprobs) : 0);
-  out.push_back(out_.to_host(static_cast<std::size_t>(outputs) * each));
+  out.push_back(verified_.to_host(static_cast<std::size_t>(outputs) * each));
 }
 
 void Sampler::finish_verify(std::span<const VerifyGroup> groups, int outputs, std::span<VerifyResult> results) const {
-  const auto* accepted = reinterpret_cast<const AcceptedToken*>(out_.host());
+  const auto* accepted = reinterpret_cast<const AcceptedToken*>(verified_.host());
   const auto* logprobs = reinterpret_cast<const RowLogprobs*>(accepted + outputs);
   for (std::size_t g = 0; g < groups.size(); ++g) {
     const VerifyGroup& group = groups[g];
@@ -247,15 +253,15 @@ void Sampler::stage_propose(std::span<const ProposeRow> rows, int count, int out
     }
     stage_row(static_cast<int>(i), row, place, static_cast<int>(place.drafts.size()));
   }
-  finish_staging(in);
+  finish_staging(proposing_, in);
 }
 
 void Sampler::record_propose(LaunchList& list, const LogitRows& logits, int count, int outputs, int pass,
                              const StepUpload* ahead) const {
-  SamplerView proposal = view(logits, outputs);
-  proposal.proposed = reinterpret_cast<ProposedRow*>(out_.device()) + std::ptrdiff_t{pass} * outputs;
+  SamplerView proposal = view(logits, proposing_, outputs);
+  proposal.proposed = reinterpret_cast<ProposedRow*>(proposed_.device()) + std::ptrdiff_t{pass} * outputs;
   if (ahead != nullptr) {
-    proposal.tokens = ahead->tokens();
+    proposal.tokens = ahead->growing().tokens;
     proposal.output_rows = ahead->view().output_rows;
     proposal.passes_before = pass;
   }
@@ -264,12 +270,12 @@ void Sampler::record_propose(LaunchList& list, const LogitRows& logits, int coun
 
 void Sampler::collect(int passes, int outputs, std::vector<Copy>& out) const {
   const auto rows = static_cast<std::size_t>(passes) * static_cast<std::size_t>(outputs);
-  out.push_back(out_.to_host(rows * sizeof(ProposedRow)));
+  out.push_back(proposed_.to_host(rows * sizeof(ProposedRow)));
 }
 
 void Sampler::finish_propose(std::span<const ProposeRow> rows, int count, int outputs, int pass,
                              std::span<Candidate> candidates) const {
-  const auto* proposed = reinterpret_cast<const ProposedRow*>(out_.host()) + std::ptrdiff_t{pass} * outputs;
+  const auto* proposed = reinterpret_cast<const ProposedRow*>(proposed_.host()) + std::ptrdiff_t{pass} * outputs;
   const auto each = static_cast<std::size_t>(count);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const ProposedRow& found = proposed[i];
@@ -278,10 +284,16 @@ void Sampler::finish_propose(std::span<const ProposeRow> rows, int count, int ou
     for (int j = 0; j < found.count; ++j) {
       of_row[static_cast<std::size_t>(j)] = {found.token[j], found.value[j]};
     }
-    cpu::set_probabilities(cpu::portable::kSamplerKernels, rows[i], cpu::log_normalizer(found.largest, found.mass),
+    ProposeRow place = rows[i];
+    place.position += pass;
+    cpu::set_probabilities(cpu::portable::kSamplerKernels, place, cpu::log_normalizer(found.largest, found.mass),
                            of_row);
     if (of_row[0].token < 0) of_row[0].token = 0;
   }
 }
+
+const ProposedRow* Sampler::proposed() const { return reinterpret_cast<const ProposedRow*>(proposed_.device()); }
+
+const SampledRow* Sampler::proposing() const { return reinterpret_cast<const SampledRow*>(proposing_.device()); }
 
 }  // namespace draftwerk::cuda

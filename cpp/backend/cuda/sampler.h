@@ -3,7 +3,8 @@
 //
 // A verification and a round of drafts are made of three calls each: stage_* says which parameters to copy to the
 // device in front of a step's launches, record_* appends the launches, finish_* reads what was copied back once
-// somebody has waited for the step. One step at a time.
+// somebody has waited for the step. The two have memory of their own: a verification may be staged while the drafts
+// before it are still being found. Of each kind one at a time.
 #pragma once
 
 #include <cstddef>
@@ -20,9 +21,6 @@
 
 namespace draftwerk::cuda {
 
-/// Of Backend::propose_ahead.
-inline constexpr int kMostPassesAhead = 16;
-
 class Sampler {
  public:
   /// Makes room for steps of up to `max_outputs` output rows, with padding, over a vocabulary of that size, which is
@@ -35,7 +33,9 @@ class Sampler {
   /// The launches for what was staged last. They are the same bytes for all steps of as many outputs of the same kinds
   /// (any penalty, bias or ban; any log-probabilities; any choice that needs all tokens), if `logits` is the same.
   /// Appends to `out` what to copy behind them.
-  void record_verify(LaunchList& list, const LogitRows& logits, int outputs, std::vector<Copy>& out) const;
+  /// `grown`: a step in which trees of drafts grow, which its rows are told of first; null: there are none.
+  void record_verify(LaunchList& list, const LogitRows& logits, int outputs, const StepView* grown,
+                     std::vector<Copy>& out) const;
   /// Results as of Backend::verify, for the groups that were staged.
   void finish_verify(std::span<const VerifyGroup> groups, int outputs, std::span<VerifyResult> results) const;
 
@@ -50,6 +50,9 @@ class Sampler {
   void collect(int passes, int outputs, std::vector<Copy>& out) const;
   void finish_propose(std::span<const ProposeRow> rows, int count, int outputs, int pass,
                       std::span<Candidate> candidates) const;
+  /// What was found, [passes, outputs], and what it was chosen by, on the device.
+  [[nodiscard]] const ProposedRow* proposed() const;
+  [[nodiscard]] const SampledRow* proposing() const;
 
  private:
   void begin_staging(int outputs);
@@ -58,12 +61,14 @@ class Sampler {
   void add_adjustment(TokenId token, std::int32_t value);
   [[nodiscard]] std::int32_t next_adjustment() const;
   void stage_row(int output, SampledRow row, const ProposeRow& group, int depth);
-  void finish_staging(std::vector<Copy>& in);
-  [[nodiscard]] SamplerView view(const LogitRows& logits, int outputs) const;
+  void finish_staging(MirroredMemory& memory, std::vector<Copy>& in);
+  [[nodiscard]] SamplerView view(const LogitRows& logits, const MirroredMemory& staged, int outputs) const;
 
   int vocabulary_ = 0;
-  MirroredMemory in_;   ///< rows, then adjustments
-  MirroredMemory out_;  ///< accepted tokens, then log-probabilities; or candidates
+  MirroredMemory verifying_;  ///< rows, then adjustments
+  MirroredMemory verified_;   ///< accepted tokens, then log-probabilities
+  MirroredMemory proposing_;  ///< rows, then adjustments
+  MirroredMemory proposed_;   ///< candidates, pass by pass
   // As in SamplerView.
   GrowingMemory best_;
   GrowingMemory winners_;

@@ -10,6 +10,8 @@
 
 namespace draftwerk::cuda {
 
+/// Passes that may follow each other in a step (Backend::passes_ahead).
+inline constexpr int kMostPassesAhead = 16;
 /// Candidates of a row, at most.
 inline constexpr int kMaxCandidates = 8;
 /// The most probable tokens of a row that are reported, at most.

@@ -17,7 +17,18 @@ struct StepSegment {
   std::int32_t rows;
   std::int32_t first_position;
   std::int32_t pages[kPageTables];  ///< where its page tables begin in StepView::pages
-  std::int32_t tree;                ///< whether StepView::paths has its rows
+  std::int32_t tree = 0;            ///< whether StepView::paths has its rows
+  std::int32_t grown = 0;           ///< whether the device finds out what its drafts are
+};
+
+/// A tree of drafts that the device grows (Growth).
+struct StepGrowth {
+  std::int32_t first_row;       ///< of the last known token; those of the drafts follow
+  std::int32_t drafts;          ///< 0: it is there for padding
+  std::int32_t first_position;  ///< of first_row
+  std::int32_t proposed;        ///< output row of the step before
+  std::int32_t passes;          ///< of that step
+  std::int32_t outputs;         ///< likewise, with padding
 };
 
 /// A step. Positions fit 32 bits.

@@ -17,6 +17,13 @@ std::size_t pages_of(const Segment& segment) {
   return static_cast<std::size_t>((segment.first_position + segment.rows + kPageSize - 1) / kPageSize);
 }
 
+/// Page numbers of all tables.
+std::size_t pages_of(const StepRows& rows) {
+  std::size_t pages = 0;
+  for (const Segment& segment : rows.segments) pages += kPageTables * pages_of(segment);
+  return pages;
+}
+
 /// The rows that each row of a tree descends from, and itself, in their order.
 void fill_paths(const Segment& segment, std::uint8_t* paths) {
   int depth[kMaxPath] = {};
@@ -43,22 +50,31 @@ void StepUpload::reserve(int max_rows, int max_outputs) {
 }
 
 template <typename T>
-const T* StepUpload::place(std::size_t count, T*& on_host) {
-  on_host = reinterpret_cast<T*>(memory_.host() + used_);
-  const auto* on_device = reinterpret_cast<const T*>(memory_.device() + used_);
+T* StepUpload::place(std::size_t count, T*& on_host) {
+  on_host = reinterpret_cast<T*>(host() + used_);
+  auto* on_device = reinterpret_cast<T*>(static_cast<std::byte*>(device_.get()) + used_);
   used_ += aligned(count * sizeof(T));
   return on_device;
 }
 
-void StepUpload::fill(const StepRows& rows, KvArena arena) {
-  std::size_t pages = 0;
-  for (const Segment& segment : rows.segments) pages += kPageTables * pages_of(segment);
+std::size_t StepUpload::room_for(std::size_t pages) const {
+  const auto max_rows = static_cast<std::size_t>(max_rows_);
+  return 3 * aligned(max_rows * 4) + aligned(max_rows * sizeof(StepSegment)) + aligned(max_rows * sizeof(StepGrowth)) +
+         aligned(max_rows * kMaxPath) + aligned(static_cast<std::size_t>(max_outputs_) * 4) +
+         aligned(kRowLists * max_rows * 4) + aligned(pages * sizeof(PageId));
+}
+
+bool StepUpload::has_room(const StepRows& rows) const {
+  return pages_of(rows) <= page_capacity_ && room_for(page_capacity_) <= device_.bytes();
+}
+
+void StepUpload::fill(const StepRows& rows, KvArena arena, FoundDrafts found) {
+  const std::size_t pages = pages_of(rows);
   const auto max_rows = static_cast<std::size_t>(max_rows_);
   page_capacity_ = std::bit_ceil(std::max<std::size_t>({pages, page_capacity_, 1024}));
-  const std::size_t of_rows = 3 * aligned(max_rows * 4) + aligned(max_rows * sizeof(StepSegment)) +
-                              aligned(max_rows * kMaxPath) + aligned(static_cast<std::size_t>(max_outputs_) * 4) +
-                              aligned(kRowLists * max_rows * 4);
-  memory_.reserve(of_rows + aligned(page_capacity_ * sizeof(PageId)));
+  const std::size_t room = room_for(page_capacity_);
+  if (device_.reserve(room)) host_ = {PinnedMemory::of(room), PinnedMemory::of(room)};
+  turn_ = 1 - turn_;
 
   const auto count = static_cast<int>(rows.tokens.size());
   const auto outputs = static_cast<int>(rows.output_rows.size());
@@ -69,14 +85,16 @@ void StepUpload::fill(const StepRows& rows, KvArena arena) {
   std::int32_t* row_segment = nullptr;
   std::int32_t* output_rows = nullptr;
   StepSegment* segments = nullptr;
+  StepGrowth* growths = nullptr;
   std::uint8_t* paths = nullptr;
   PageId* tables = nullptr;
-  view_.tokens = place(max_rows, tokens);
-  view_.positions = place(max_rows, positions);
+  view_.tokens = growing_.tokens = place(max_rows, tokens);
+  view_.positions = growing_.positions = place(max_rows, positions);
   view_.row_segment = place(max_rows, row_segment);
   view_.output_rows = place(static_cast<std::size_t>(max_outputs_), output_rows);
   view_.segments = place(max_rows, segments);
-  view_.paths = place(max_rows * kMaxPath, paths);
+  growing_.growths = place(max_rows, growths);
+  view_.paths = growing_.paths = place(max_rows * kMaxPath, paths);
   lists_on_device_ = place(kRowLists * max_rows, lists_on_host_);
   row_lists_ = 0;
   view_.pages = place(pages, tables);  // last: only what is used is copied
@@ -88,7 +106,7 @@ void StepUpload::fill(const StepRows& rows, KvArena arena) {
   std::fill_n(positions, view_.rows, 0);
   std::fill_n(row_segment, view_.rows, -1);
   std::fill_n(output_rows, view_.outputs, 0);
-  std::fill_n(segments, segments_padded, StepSegment{count, 0, 0, {}, 0});
+  std::fill_n(segments, segments_padded, StepSegment{count, 0, 0, {}, 0, 0});
   for (int row = 0; row < count; ++row) {
     const auto at = static_cast<std::size_t>(row);
     tokens[row] = rows.tokens[at];
@@ -100,7 +118,7 @@ void StepUpload::fill(const StepRows& rows, KvArena arena) {
   for (std::size_t s = 0; s < rows.segments.size(); ++s) {
     const Segment& segment = rows.segments[s];
     StepSegment& its = segments[s];
-    its = {segment.first_row, segment.rows, static_cast<std::int32_t>(segment.first_position), {}, 0};
+    its = {segment.first_row, segment.rows, static_cast<std::int32_t>(segment.first_position), {}, 0, 0};
     std::fill_n(row_segment + segment.first_row, segment.rows, static_cast<std::int32_t>(s));
     for (int table = 0; table < kPageTables; ++table) {
       its.pages[table] = static_cast<std::int32_t>(page);
@@ -117,6 +135,14 @@ void StepUpload::fill(const StepRows& rows, KvArena arena) {
       fill_paths(segment, paths + static_cast<std::size_t>(segment.first_row) * kMaxPath);
     }
     longest = std::max(longest, segment.first_position + segment.rows);
+  }
+  growths_ = std::min(padded_count(static_cast<int>(rows.growths.size())), max_rows_);
+  std::fill_n(growths, growths_, StepGrowth{});
+  for (std::size_t g = 0; g < rows.growths.size(); ++g) {
+    const Growth& growth = rows.growths[g];
+    StepSegment& its = segments[growth.segment];
+    its.grown = 1;
+    growths[g] = {its.first_row, its.rows - 1, its.first_position, growth.proposed, found.passes, found.outputs};
   }
   view_.segment_count = segments_padded;
   view_.context = static_cast<std::int32_t>(std::bit_ceil(static_cast<std::uint64_t>(longest)));

@@ -47,6 +47,7 @@ struct Runtime {
   std::size_t device_limit = std::size_t{1} << 30;
   std::vector<EmulatedStream*> streams;
   EmulatedStream default_stream;
+  std::int64_t waits = 0;
   int devices = 1;
   int major = 9;
   int minor = 0;
@@ -283,6 +284,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   const Lock lock(runtime().mutex);
+  ++runtime().waits;
   return drain(of(stream));
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
@@ -384,6 +386,11 @@ const void* know_kernel(const void* address, std::size_t argument_bytes, Invoke 
 }
 
 void set_device_memory(std::size_t bytes) { runtime().device_limit = bytes; }
+
+std::int64_t waits() {
+  const Lock lock(runtime().mutex);
+  return runtime().waits;
+}
 
 std::size_t allocated_bytes() {
   const Lock lock(runtime().mutex);

@@ -5,6 +5,7 @@
 #define DRAFTWERK_CUDA_EMULATION 1
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 
 #include "device_functions.h"
@@ -34,6 +35,7 @@ enum cudaMemcpyKind {
   cudaMemcpyDefault
 };
 inline constexpr unsigned cudaStreamNonBlocking = 1;
+inline constexpr unsigned cudaEventDefault = 0;
 inline constexpr unsigned cudaEventDisableTiming = 2;
 inline constexpr unsigned cudaHostAllocDefault = 0;
 inline constexpr unsigned cudaMemAttachGlobal = 1;
@@ -125,6 +127,8 @@ const void* kernel_address(void (*kernel)(Arguments)) {
 void set_device_memory(std::size_t bytes);
 /// Bytes that are allocated now, of the device's and of pinned memory.
 std::size_t allocated_bytes();
+/// How often somebody has waited for a stream.
+std::int64_t waits();
 /// 0: no device; otherwise what properties and the driver say.
 void set_device(int count, int major, int minor, int driver_version);
 /// The `after`-th launch from now on (0: the next) ends the device with this error, as an illegal access would: all
