@@ -281,10 +281,11 @@ class Backend {
   /// Rows that a step of up to `rows` rows may be computed as: activations need room for so many. At least `rows`.
   [[nodiscard]] virtual int padded_rows(int rows) const = 0;
   /// An empty matrix to be filled by upload_rows. `columns` is a multiple of 32 (of 256 for q4_k and q6_k) for the
-  /// quantised types and free for the others.
+  /// types of blocks and free for the others.
   virtual std::unique_ptr<Weight> create_weight(WeightType type, std::int64_t rows, std::int64_t columns) = 0;
   /// Stores rows [first_row, first_row + count) from `source`, which holds them contiguously in `source_type`;
-  /// source_type is the weight's type, or f32/f16/bf16 for a q8_0, q4_0, f32, f16 or bf16 weight, converted on the way.
+  /// source_type is the weight's type, or f32/f16/bf16 for a q8_0, q4_0, f8_e4m3, f32, f16 or bf16 weight, converted on
+  /// the way.
   /// first_row is a multiple of 16, count too unless the range ends with the last row.
   virtual void upload_rows(Weight& weight, std::int64_t first_row, std::int64_t count, WeightType source_type,
                            const std::byte* source) = 0;

@@ -13,8 +13,6 @@ void require(bool condition, const char* backend, const char* what) {
   if (!condition) throw std::logic_error(std::string(backend) + ": " + what);
 }
 
-bool is_float(WeightType type) { return block_columns(type) == 1; }
-
 /// Parents of drafts, as of Segment and VerifyGroup: each an earlier draft or -1.
 bool is_tree(std::span<const std::int32_t> parents) {
   for (std::size_t i = 0; i < parents.size(); ++i) {
@@ -51,8 +49,8 @@ void check_upload(const Weight& weight, std::int64_t first_row, std::int64_t cou
                                 " of " + std::to_string(rows) + ": not whole groups of 16");
   }
   const WeightType type = weight.type();
-  const bool converts =
-      is_float(source_type) && (type == WeightType::q8_0 || type == WeightType::q4_0 || is_float(type));
+  const bool converts = is_float(source_type) && (type == WeightType::q8_0 || type == WeightType::q4_0 ||
+                                                  type == WeightType::f8_e4m3 || is_float(type));
   if (source_type != type && !converts) {
     throw std::invalid_argument(std::string("rows of type ") + weight_type_name(source_type) +
                                 " for a weight of type " + weight_type_name(type));

@@ -33,10 +33,13 @@ inline std::unique_ptr<Weight> upload(Backend& backend, WeightType type, std::in
 
 struct Matrix {
   Matrix(Backend& backend, WeightType type, std::int64_t rows, std::int64_t columns, std::mt19937& random)
-      : rows(rows), columns(columns), values(static_cast<std::size_t>(rows * columns)) {
-    const std::vector<std::byte> blocks = cpu::random_blocks(type, rows * columns, random);
-    cpu::dequantize(type, blocks.data(), rows * columns, values.data());
-    weight = upload(backend, type, rows, columns, blocks);
+      : rows(rows), columns(columns) {
+    const std::vector<std::byte> stored = cpu::random_rows(type, rows, columns, random);
+    values = cpu::values_of_rows(type, rows, columns, stored);
+    if (type == WeightType::f8_e4m3) {
+      for (float& value : values) value = cpu::bfloat_to_float(cpu::float_to_bfloat(value));
+    }
+    weight = upload(backend, type, rows, columns, stored);
   }
   [[nodiscard]] std::vector<double> times(const std::vector<double>& x) const {
     return cpu::reference::multiply(values, x);

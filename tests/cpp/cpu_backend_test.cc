@@ -526,7 +526,7 @@ TEST(CpuBackend, FloatsConvertOnTheWay) {
   std::mt19937 random(1);
   const std::vector<float> values = cpu::random_values(std::int64_t{32} * 32, random);
   for (const WeightType type :
-       {WeightType::f32, WeightType::f16, WeightType::bf16, WeightType::q8_0, WeightType::q4_0}) {
+       {WeightType::f32, WeightType::f16, WeightType::bf16, WeightType::q8_0, WeightType::q4_0, WeightType::f8_e4m3}) {
     const std::unique_ptr<Weight> weight = backend->create_weight(type, 32, 32);
     backend->upload_rows(*weight, 0, 32, WeightType::f32, reinterpret_cast<const std::byte*>(values.data()));
     PlainStep step(1, 32);
@@ -534,7 +534,9 @@ TEST(CpuBackend, FloatsConvertOnTheWay) {
     backend->begin(step.rows(), {});
     float row[32];
     backend->embed(*weight, 1, {row, 32});
-    const double tolerance = type == WeightType::q4_0 ? 0.4 : 0.02;
+    // Of f8_e4m3 half a step is 2^-4 of a value, and none is larger than 3.2.
+    const double tolerance = type == WeightType::q4_0 ? 0.4 : type == WeightType::f8_e4m3 ? 0.2 : 0.02;
+    EXPECT_EQ(weight->type(), type);
     for (std::size_t i = 0; i < 32; ++i) ASSERT_NEAR(row[i], values[std::size_t{21} * 32 + i], tolerance);
   }
 }

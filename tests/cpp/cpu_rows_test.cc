@@ -55,17 +55,16 @@ TEST_P(CpuRowsTest, TokenRowsMixIntoNormedRuns) {
   for (const WeightType type : cpu::kWeightTypes) {
     for (const int width : {256, 32, 20}) {
       const int columns = type == WeightType::q4_k || type == WeightType::q6_k ? 1280 : 320;
-      const auto blocks = std::make_shared<std::vector<std::byte>>(cpu::random_blocks(type, kRows * columns, random_));
+      const auto stored = std::make_shared<std::vector<std::byte>>(cpu::random_rows(type, kRows, columns, random_));
       if (columns % width != 0) continue;
-      std::vector<float> table(static_cast<std::size_t>(kRows * columns));
-      cpu::dequantize(type, blocks->data(), kRows * columns, table.data());
+      const std::vector<float> table = cpu::values_of_rows(type, kRows, columns, *stored);
       const std::vector<float> x = draw(kRows * columns);
       const std::vector<float> scale = draw(width);
       check(
           kRows,
           [&](Backend& backend, const PlainStep&, const Arrangement& way) {
             Rows inout(x, columns, way.order, way.gap);
-            const auto mapped = backend.map_table(type, kRows, columns, blocks->data(), blocks);
+            const auto mapped = backend.map_table(type, kRows, columns, stored->data(), stored);
             EXPECT_EQ(mapped->rows(), kRows);
             EXPECT_EQ(mapped->columns(), columns);
             EXPECT_EQ(mapped->type(), type);

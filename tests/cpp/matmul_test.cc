@@ -215,7 +215,7 @@ std::string test_name(const testing::TestParamInfo<std::tuple<Isa, WeightType>>&
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, Matmul,
-                         testing::Combine(testing::ValuesIn(available_isas()), testing::ValuesIn(kWeightTypes)),
+                         testing::Combine(testing::ValuesIn(available_isas()), testing::ValuesIn(kBlockTypes)),
                          test_name);
 
 class QuantizeRow : public testing::TestWithParam<Isa> {
@@ -297,7 +297,7 @@ INSTANTIATE_TEST_SUITE_P(Kernels, QuantizeRow, testing::ValuesIn(available_isas(
 TEST(MatmulAcrossInstructionSets, Avx2AndAvx512GiveTheSameBits) {
   if (available_isas().back() != Isa::avx512) GTEST_SKIP() << "needs AVX-512";
   std::mt19937 random(6);
-  for (const WeightType type : kWeightTypes) {
+  for (const WeightType type : kBlockTypes) {
     const Matrix matrix(type, 50, 512, random);
     const Rows x(matmul_kernels(Isa::avx512), 9, 512, random);
     std::vector<float> y(9 * 50);

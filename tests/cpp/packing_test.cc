@@ -129,6 +129,45 @@ TEST(Bfloat, RoundsToNearestEven) {
   EXPECT_TRUE(std::isnan(bfloat_to_float(float_to_bfloat(std::numeric_limits<float>::quiet_NaN()))));
 }
 
+// e4m3 by its definition: sign, 4 bits of exponent with a bias of 7, 3 bits of mantissa.
+float e4m3_by_definition(int bits) {
+  const int exponent = bits >> 3 & 15;
+  const int mantissa = bits & 7;
+  const double magnitude = exponent == 0 ? mantissa * 0x1p-9 : std::ldexp(1 + mantissa / 8.0, exponent - 7);
+  return static_cast<float>((bits & 128) != 0 ? -magnitude : magnitude);
+}
+
+TEST(E4m3, HasTheValuesOfItsDefinition) {
+  for (int bits = 0; bits < 256; ++bits) {
+    const float value = e4m3_to_float(static_cast<std::uint8_t>(bits));
+    if ((bits & 127) == 127) {
+      EXPECT_TRUE(std::isnan(value));
+      continue;
+    }
+    EXPECT_EQ(std::bit_cast<std::uint32_t>(value), std::bit_cast<std::uint32_t>(e4m3_by_definition(bits))) << bits;
+    EXPECT_EQ(float_to_e4m3(value), bits);
+    EXPECT_EQ(bfloat_to_float(float_to_bfloat(value)), value) << "exact in bfloat16";
+  }
+  EXPECT_EQ(e4m3_to_float(0x7E), 448.0F);
+}
+
+TEST(E4m3, RoundsToNearestEvenAndSaturates) {
+  for (int bits = 0; bits < 126; ++bits) {
+    const float here = e4m3_by_definition(bits);
+    const float next = e4m3_by_definition(bits + 1);
+    const float middle = (here + next) / 2;
+    EXPECT_EQ(float_to_e4m3(middle), bits % 2 == 0 ? bits : bits + 1) << middle;
+    EXPECT_EQ(float_to_e4m3(std::nextafter(middle, here)), bits) << middle;
+    EXPECT_EQ(float_to_e4m3(std::nextafter(middle, next)), bits + 1) << middle;
+    EXPECT_EQ(float_to_e4m3(-std::nextafter(middle, next)), bits + 129) << middle;
+  }
+  for (const float large : {448.1F, 464.0F, 1e30F, std::numeric_limits<float>::infinity()}) {
+    EXPECT_EQ(float_to_e4m3(large), 0x7E);
+    EXPECT_EQ(float_to_e4m3(-large), 0xFE);
+  }
+  EXPECT_EQ(float_to_e4m3(std::numeric_limits<float>::quiet_NaN()) & 0x7F, 0x7E);
+}
+
 class Packing : public testing::TestWithParam<WeightType> {};
 
 TEST_P(Packing, UnpackedRowsAreTheCheckpointsBits) {
@@ -179,7 +218,7 @@ TEST_P(Packing, RefusesColumnsThatAreNoWholeBlocks) {
   EXPECT_THROW(static_cast<void>(panel_bytes(type, block_columns(type) + 16)), std::invalid_argument);
 }
 
-INSTANTIATE_TEST_SUITE_P(Types, Packing, testing::ValuesIn(kWeightTypes),
+INSTANTIATE_TEST_SUITE_P(Types, Packing, testing::ValuesIn(kBlockTypes),
                          [](const auto& info) { return weight_type_name(info.param); });
 
 TEST(PackingConversion, FloatsBecomeEachFloatTypeToNearest) {
@@ -242,6 +281,70 @@ TEST(PackingConversion, NonFiniteFloatsDoNotBreakInt8) {
             panels.data());
 }
 
+TEST(PackingFloat8, RowsBecomeBfloat16) {
+  std::mt19937 random(8);
+  const std::int64_t columns = 45;
+  const std::int64_t rows = 21;
+  const auto stored = random_rows(WeightType::f8_e4m3, rows, columns, random);
+  const auto values = values_of_rows(WeightType::f8_e4m3, rows, columns, stored);
+  const std::size_t bytes = panel_bytes(WeightType::f8_e4m3, columns);
+  std::vector<std::byte> panels(bytes * panel_count(rows), std::byte{0xA5});
+  pack_rows(WeightType::f8_e4m3, columns, rows, WeightType::f8_e4m3, stored.data(), panels.data());
+  const PackedMatrix matrix = {packed_type(WeightType::f8_e4m3), panel_count(rows) * kPanel, columns, bytes,
+                               panels.data()};
+  ASSERT_EQ(matrix.type, WeightType::bf16);
+  std::vector<float> row(columns);
+  for (std::int64_t n = 0; n < matrix.rows; ++n) {
+    unpack_row(matrix, n, 1.0F, row.data());
+    for (std::int64_t c = 0; c < columns; ++c) {
+      ASSERT_EQ(row[c], n < rows ? bfloat_to_float(float_to_bfloat(values[n * columns + c])) : 0.0F);
+    }
+  }
+}
+
+TEST(PackingFloat8, AScaleMakesTheLargestOfARow448) {
+  std::mt19937 random(9);
+  const std::int64_t columns = 70;
+  const std::int64_t rows = 18;
+  for (const WeightType from : {WeightType::f32, WeightType::f16, WeightType::bf16}) {
+    auto source = random_rows(from, rows, columns, random);
+    const std::size_t row_bytes = stored_row_bytes(from, columns);
+    std::fill_n(source.begin(), row_bytes, std::byte{0});  // a row of zeros
+    const auto values = values_of_rows(from, rows, columns, source);
+    const std::size_t bytes = panel_bytes(WeightType::f8_e4m3, columns);
+    std::vector<std::byte> panels(bytes * panel_count(rows));
+    pack_rows(WeightType::f8_e4m3, columns, rows, from, source.data(), panels.data());
+    const PackedMatrix matrix = {WeightType::bf16, rows, columns, bytes, panels.data()};
+    std::vector<float> packed(columns);
+    for (std::int64_t n = 0; n < rows; ++n) {
+      float largest = 0;
+      for (std::int64_t c = 0; c < columns; ++c) largest = std::max(largest, std::fabs(values[n * columns + c]));
+      const float scale = largest / 448;
+      const Float8Row row(from, source.data() + n * row_bytes, columns);
+      EXPECT_EQ(row.scale(), scale);
+      unpack_row(matrix, n, 1.0F, packed.data());
+      for (std::int64_t c = 0; c < columns; ++c) {
+        const float value = values[n * columns + c];
+        EXPECT_EQ(row[c], scale == 0 ? 0 : float_to_e4m3(value / scale));
+        const float held = scale * e4m3_to_float(row[c]);
+        // Half a step of 3 bits of mantissa, or of the subnormal numbers.
+        EXPECT_NEAR(held, value, std::max(std::fabs(value) * 0x1p-4F, scale * 0x1p-10F) * 1.0001F);
+        ASSERT_EQ(packed[c], bfloat_to_float(float_to_bfloat(held)));
+      }
+    }
+  }
+}
+
+TEST(PackingFloat8, ARowThatIsNotFiniteStaysSo) {
+  for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    std::vector<float> values(8, 1.0F);
+    values[3] = bad;
+    const Float8Row row(WeightType::f32, reinterpret_cast<const std::byte*>(values.data()), 8);
+    EXPECT_FALSE(std::isfinite(row.scale()));
+    EXPECT_FALSE(std::isnan(e4m3_to_float(row[3])));
+  }
+}
+
 TEST(PackingConversion, OtherConversionsAreRefused) {
   std::vector<std::byte> source(4096);
   std::vector<std::byte> panels(65536);
@@ -252,6 +355,10 @@ TEST(PackingConversion, OtherConversionsAreRefused) {
   EXPECT_THROW(pack_rows(WeightType::f32, 256, 1, WeightType::q8_0, source.data(), panels.data()),
                std::invalid_argument);
   EXPECT_THROW(pack_rows(WeightType::q8_0, 256, 1, WeightType::q4_0, source.data(), panels.data()),
+               std::invalid_argument);
+  EXPECT_THROW(pack_rows(WeightType::f8_e4m3, 256, 1, WeightType::q8_0, source.data(), panels.data()),
+               std::invalid_argument);
+  EXPECT_THROW(pack_rows(WeightType::bf16, 256, 1, WeightType::f8_e4m3, source.data(), panels.data()),
                std::invalid_argument);
 }
 

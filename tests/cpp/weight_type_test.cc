@@ -10,7 +10,7 @@
 namespace draftwerk {
 namespace {
 
-TEST(WeightType, BlocksAreThoseOfGgml) {
+TEST(WeightType, RowsAreAsFilesStoreThem) {
   struct Case {
     WeightType type;
     const char* name;
@@ -26,6 +26,7 @@ TEST(WeightType, BlocksAreThoseOfGgml) {
       {WeightType::q5_0, "q5_0", 32, 2 + 4 + 16},
       {WeightType::q4_k, "q4_k", 256, 2 + 2 + 12 + 128},
       {WeightType::q6_k, "q6_k", 256, 128 + 64 + 16 + 2},
+      {WeightType::f8_e4m3, "f8_e4m3", 1, 1},
   };
   for (const Case& c : cases) {
     SCOPED_TRACE(c.name);
@@ -34,7 +35,8 @@ TEST(WeightType, BlocksAreThoseOfGgml) {
     EXPECT_EQ(block_columns(c.type), c.columns);
     EXPECT_EQ(block_bytes(c.type), c.bytes);
     for (const std::int64_t blocks : {1, 2, 7, 1 << 20}) {
-      EXPECT_EQ(stored_row_bytes(c.type, blocks * c.columns), static_cast<std::size_t>(blocks) * c.bytes);
+      const std::size_t scale_bytes = c.type == WeightType::f8_e4m3 ? 4 : 0;
+      EXPECT_EQ(stored_row_bytes(c.type, blocks * c.columns), scale_bytes + static_cast<std::size_t>(blocks) * c.bytes);
     }
     // No row at all, and rows that end within a block.
     for (const std::int64_t columns : {0, -1, -c.columns}) {

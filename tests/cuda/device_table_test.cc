@@ -32,11 +32,9 @@ TEST(DeviceTable, HoldsTheValuesOfEveryType) {
   for (const WeightType type : cpu::kWeightTypes) {
     const int rows = 5;
     const int columns = block_columns(type) == 1 ? 37 : 512;
-    const std::vector<std::byte> blocks = cpu::random_blocks(type, rows * columns, random);
-    std::vector<float> want(static_cast<std::size_t>(rows * columns));
-    cpu::dequantize(type, blocks.data(), rows * columns, want.data());
+    std::vector<std::byte> source = cpu::random_rows(type, rows, columns, random);
+    const std::vector<float> want = cpu::values_of_rows(type, rows, columns, source);
     Uploader uploader;
-    std::vector<std::byte> source = blocks;
     const DeviceTable table(type, rows, columns, source.data(), uploader);
     source.assign(source.size(), std::byte{0xFF});
     uploader.wait();

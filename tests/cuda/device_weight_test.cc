@@ -45,19 +45,18 @@ TEST(DeviceWeight, HoldsTheValuesOfEveryType) {
   for (const WeightType type : cpu::kWeightTypes) {
     const int rows = 37;
     const int columns = block_columns(type) == 1 ? 45 : block_columns(type) == 32 ? 96 : 256;
-    const std::vector<std::byte> blocks = cpu::random_blocks(type, rows * columns, random);
-    std::vector<float> want(static_cast<std::size_t>(rows * columns));
-    cpu::dequantize(type, blocks.data(), rows * columns, want.data());
+    const std::vector<std::byte> stored = cpu::random_rows(type, rows, columns, random);
+    const std::vector<float> want = cpu::values_of_rows(type, rows, columns, stored);
     Uploader uploader(2);
     DeviceWeight weight(type, rows, columns, uploader);
     const std::size_t row_bytes = stored_row_bytes(type, columns);
-    weight.upload(32, 5, type, blocks.data() + 32 * row_bytes, uploader);
-    weight.upload(0, 32, type, blocks.data(), uploader);
+    weight.upload(32, 5, type, stored.data() + 32 * row_bytes, uploader);
+    weight.upload(0, 32, type, stored.data(), uploader);
     uploader.wait();
     EXPECT_EQ(weight.type(), type);
     const std::vector<float> got = values_of(weight, 0.75F);
     for (std::size_t i = 0; i < want.size(); ++i) {
-      const bool exact = type == WeightType::q8_0 || type == WeightType::q4_0;
+      const bool exact = format_of(type) != WeightFormat::bf16;
       const float held = exact ? want[i] : cpu::bfloat_to_float(cpu::float_to_bfloat(want[i]));
       ASSERT_EQ(got[i], held * 0.75F) << weight_type_name(type) << ", " << i;
     }
@@ -83,6 +82,27 @@ TEST(DeviceWeight, QuantisesFloatsAsTheCpuDoes) {
       for (int r = 0; r < rows; ++r) cpu::unpack_row(packed, r, 1.0F, want.data() + std::ptrdiff_t{r} * columns);
       EXPECT_EQ(values_of(weight, 1.0F), want) << weight_type_name(type) << " of " << weight_type_name(source_type);
     }
+  }
+}
+
+TEST(DeviceWeight, QuantisesFloatsToFp8ByRows) {
+  std::mt19937 random(7);
+  for (const WeightType source_type : {WeightType::f32, WeightType::f16, WeightType::bf16}) {
+    const int rows = 21;
+    const int columns = 131;
+    std::vector<std::byte> source = cpu::random_rows(source_type, rows, columns, random);
+    const std::size_t row_bytes = stored_row_bytes(source_type, columns);
+    std::fill_n(source.begin() + static_cast<std::ptrdiff_t>(3 * row_bytes), row_bytes, std::byte{0});
+    Uploader uploader;
+    DeviceWeight weight(WeightType::f8_e4m3, rows, columns, uploader);
+    weight.upload(0, rows, source_type, source.data(), uploader);
+    uploader.wait();
+    std::vector<float> want;
+    for (int r = 0; r < rows; ++r) {
+      const cpu::Float8Row row(source_type, source.data() + static_cast<std::size_t>(r) * row_bytes, columns);
+      for (int c = 0; c < columns; ++c) want.push_back(row.scale() * cpu::e4m3_to_float(row[c]));
+    }
+    EXPECT_EQ(values_of(weight, 1.0F), want) << weight_type_name(source_type);
   }
 }
 

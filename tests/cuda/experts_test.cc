@@ -140,6 +140,7 @@ TEST_F(ExpertsOfRows, AgreeWithThePlainForm) {
   for (const Case c : {Case{WeightType::bf16, WeightType::bf16, 5, 2, 48, 16, 1},
                        {WeightType::q8_0, WeightType::q8_0, 40, 8, 64, 96, 7},
                        {WeightType::q4_0, WeightType::q4_0, 7, 1, 96, 32, 30},
+                       {WeightType::f8_e4m3, WeightType::f8_e4m3, 20, 4, 80, 48, 9},
                        {WeightType::f32, WeightType::f32, 3, 3, 32, 48, 12}}) {
     const Layer layer(c.type, c.count, c.chosen, c.hidden, c.mlp, random, uploader, c.router);
     mixture.reserve(c.rows, c.chosen, layer.experts);
@@ -154,7 +155,7 @@ TEST_F(ExpertsOfRows, AgreeWithThePlainForm) {
 // The promise, across all sizes of tiles: of prompts too, and beside rows of padding.
 TEST_F(ExpertsOfRows, OfARowAreItsOwn) {
   const int rows = 150;
-  for (const WeightType type : {WeightType::bf16, WeightType::q4_0}) {
+  for (const WeightType type : {WeightType::bf16, WeightType::q4_0, WeightType::f8_e4m3}) {
     const Layer layer(type, 4, 2, 64, 32, random, uploader);
     mixture.reserve(rows, 2, layer.experts);
     const std::vector<float> x = cpu::random_values(rows * 64, random);

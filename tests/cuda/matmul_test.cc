@@ -11,6 +11,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backend/cpu/reference.h"
@@ -112,7 +113,7 @@ TEST_F(ProductsOfRows, RoundNormedRowsToOperands) {
 
 TEST_F(ProductsOfRows, AgreeWithThePlainProduct) {
   projections.reserve(48, 8, 1600, 10);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 12; ++round) {
     const int rows = 1 + below(round % 3 == 0 ? 44 : 12);
     // Three matrices of one input, of any types; one has several splits, the last no whole panel.
     const int columns = round % 2 == 0 ? 256 * (1 + below(2)) : 1024 + 256 * below(3);
@@ -120,7 +121,7 @@ TEST_F(ProductsOfRows, AgreeWithThePlainProduct) {
     std::vector<Rows> outputs;
     std::vector<Projection> parts;
     for (const int outputs_of : {1 + below(150), 16 * (1 + below(5)), 1 + below(20)}) {
-      matrices.emplace_back(cpu::kWeightTypes[below(8)], outputs_of, columns, random, uploader);
+      matrices.emplace_back(cpu::kWeightTypes[below(9)], outputs_of, columns, random, uploader);
       outputs.emplace_back(rows, outputs_of, below(3));
     }
     for (std::size_t i = 0; i < 3; ++i) parts.push_back({&matrices[i].weight, outputs[i].tensor()});
@@ -148,17 +149,19 @@ TEST_F(ProductsOfRows, AgreeWithThePlainProduct) {
 TEST_F(ProductsOfRows, OfAnyColumns) {
   projections.reserve(8, 8, 200, 10);
   for (const int columns : {1, 5, 31, 33, 70, 200}) {
-    const Matrix m = matrix(WeightType::f32, 19, columns);
-    Rows x(3, columns, 0, random);
-    Rows y(3, 19);
-    const Projection part[] = {{&m.weight, y.tensor()}};
-    LaunchList launches;
-    projections.project(launches, 3, x.tensor(), nullptr, part);
-    run(launches);
-    const std::vector<float> operands = operands_of(3, x.tensor(), nullptr);
-    for (int r = 0; r < 3; ++r) {
-      const Wanted want(m, operands.data() + std::ptrdiff_t{r} * columns);
-      for (std::size_t n = 0; n < 19; ++n) ASSERT_NEAR(y.row(r)[n], want.products[n], want.bounds[n]);
+    for (const WeightType type : {WeightType::f32, WeightType::f8_e4m3}) {
+      const Matrix m = matrix(type, 19, columns);
+      Rows x(3, columns, 0, random);
+      Rows y(3, 19);
+      const Projection part[] = {{&m.weight, y.tensor()}};
+      LaunchList launches;
+      projections.project(launches, 3, x.tensor(), nullptr, part);
+      run(launches);
+      const std::vector<float> operands = operands_of(3, x.tensor(), nullptr);
+      for (int r = 0; r < 3; ++r) {
+        const Wanted want(m, operands.data() + std::ptrdiff_t{r} * columns);
+        for (std::size_t n = 0; n < 19; ++n) ASSERT_NEAR(y.row(r)[n], want.products[n], want.bounds[n]);
+      }
     }
   }
 }
@@ -176,6 +179,9 @@ TEST_F(ProductsOfRows, AreGated) {
                        {WeightType::q4_0, WeightType::q4_0, 40, 1024, 17},
                        {WeightType::q8_0, WeightType::q8_0, 100, 96, 9},
                        {WeightType::q4_k, WeightType::q6_k, 33, 256, 2},
+                       {WeightType::f8_e4m3, WeightType::f8_e4m3, 90, 1000, 3},
+                       {WeightType::f8_e4m3, WeightType::f8_e4m3, 55, 96, 20},
+                       {WeightType::f8_e4m3, WeightType::bf16, 40, 70, 4},
                        {WeightType::q4_0, WeightType::bf16, 70, 96, 5}}) {
     const Matrix gate = matrix(c.gate, c.outputs, c.columns);
     const Matrix up = matrix(c.up, c.outputs, c.columns);
@@ -223,17 +229,18 @@ TEST_F(ProductsOfRows, TakeAFactor) {
 
 TEST_F(ProductsOfRows, BecomeLogits) {
   projections.reserve(2, 12, 64, 150);
-  const Matrix head = matrix(WeightType::q8_0, 150, 64);
+  const Matrix heads[] = {matrix(WeightType::q8_0, 150, 64), matrix(WeightType::f8_e4m3, 150, 64)};
   Rows states(12, 64, 0, random);
-  for (const float cap : {0.0F, 3.0F}) {
+  for (const auto& [head, cap] :
+       {std::pair(&heads[0], 0.0F), {&heads[0], 3.0F}, {&heads[1], 0.0F}, {&heads[1], 3.0F}}) {
     LaunchList launches;
-    projections.head(launches, 12, states.tensor(), head.weight, cap);
+    projections.head(launches, 12, states.tensor(), head->weight, cap);
     run(launches);
     const Tensor logits = projections.logits();
     ASSERT_EQ(logits.columns, 150);
     const std::vector<float> operands = operands_of(12, states.tensor(), nullptr);
     for (int r = 0; r < 12; ++r) {
-      const Wanted want(head, operands.data() + std::ptrdiff_t{r} * 64);
+      const Wanted want(*head, operands.data() + std::ptrdiff_t{r} * 64);
       const float* got = static_cast<const float*>(logits.data) + std::ptrdiff_t{r} * logits.row_stride();
       for (std::size_t n = 0; n < 150; ++n) {
         const double logit = cap == 0.0F ? want.products[n] : cap * std::tanh(want.products[n] / cap);
@@ -270,6 +277,8 @@ TEST_F(ProductsOfRows, OfARowAreItsOwn) {
                        {WeightType::q8_0, 40, 1088},
                        {WeightType::q4_0, 100, 1024},
                        {WeightType::q4_0, 300, 224},
+                       {WeightType::f8_e4m3, 70, 1100},
+                       {WeightType::f8_e4m3, 300, 130},
                        {WeightType::bf16, 64, 192}}) {  // slices of one and two chunks
     const Matrix gate = matrix(c.type, c.outputs, c.columns);
     const Matrix up = matrix(c.type, c.outputs, c.columns);
@@ -330,6 +339,8 @@ TEST_F(ProductsOfRows, OfAPromptAreThoseOfFewRows) {
   for (const Case c : {Case{WeightType::bf16, 40, 1568, 65},
                        {WeightType::q8_0, 150, 192, 70},
                        {WeightType::q4_0, 30, 1024, 133},
+                       {WeightType::f8_e4m3, 150, 190, 70},
+                       {WeightType::f8_e4m3, 30, 1100, 133},
                        {WeightType::f32, 5, 21, 170}}) {
     const Matrix gate = matrix(c.type, c.outputs, c.columns);
     const Matrix up = matrix(c.type, c.outputs, c.columns);
@@ -392,6 +403,7 @@ TEST(Splits, FollowTheShapeAlone) {
   EXPECT_EQ(splits(8192, 5376, WeightFormat::bf16), 3);
   EXPECT_EQ(splits(1536, 6144, WeightFormat::bf16), 12);
   EXPECT_EQ(splits(262144, 1536, WeightFormat::int8), 1);
+  EXPECT_EQ(splits(1536, 6144, WeightFormat::fp8), 12);
   EXPECT_EQ(splits(16, 32, WeightFormat::bf16), 1);
 }
 

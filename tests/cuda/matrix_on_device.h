@@ -19,11 +19,11 @@ inline float rounded(float value) { return cpu::bfloat_to_float(cpu::float_to_bf
 /// A random matrix.
 struct Matrix {
   Matrix(WeightType type, std::int64_t rows, std::int64_t columns, std::mt19937& random, Uploader& uploader)
-      : weight(type, rows, columns, uploader), values(static_cast<std::size_t>(rows * columns)) {
-    const std::vector<std::byte> blocks = cpu::random_blocks(type, rows * columns, random);
-    cpu::dequantize(type, blocks.data(), rows * columns, values.data());
+      : weight(type, rows, columns, uploader) {
+    const std::vector<std::byte> stored = cpu::random_rows(type, rows, columns, random);
+    values = cpu::values_of_rows(type, rows, columns, stored);
     if (format_of(type) == WeightFormat::bf16) std::transform(values.begin(), values.end(), values.begin(), rounded);
-    weight.upload(0, rows, type, blocks.data(), uploader);
+    weight.upload(0, rows, type, stored.data(), uploader);
     uploader.wait();
   }
   DeviceWeight weight;

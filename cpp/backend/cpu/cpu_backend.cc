@@ -42,10 +42,10 @@ std::unique_ptr<Weight> CpuBackend::create_weight(WeightType type, std::int64_t 
                                 weight_type_name(type) + ": at most " + std::to_string(kMaxQuantizedColumns) +
                                 " columns");
   }
-  PackedMatrix matrix{type, rows, columns, panel_bytes(type, columns), nullptr};
+  PackedMatrix matrix{packed_type(type), rows, columns, panel_bytes(type, columns), nullptr};
   MemorySlice memory = weights_.take(static_cast<std::size_t>(panel_count(rows)) * matrix.panel_bytes);
   matrix.data = memory.data;
-  return std::make_unique<CpuWeight>(matrix, std::move(memory));
+  return std::make_unique<CpuWeight>(type, matrix, std::move(memory));
 }
 
 void CpuBackend::upload_rows(Weight& weight, std::int64_t first_row, std::int64_t count, WeightType source_type,
@@ -58,7 +58,7 @@ void CpuBackend::upload_rows(Weight& weight, std::int64_t first_row, std::int64_
   // Everything that pack_rows could refuse is checked above: the body of a parallel loop must not throw.
   pool_.parallel_for(panel_count(count), 8, [&](std::int64_t begin, std::int64_t end, int) {
     const std::int64_t rows = std::min(end * kPanel, count) - begin * kPanel;
-    pack_rows(matrix.type, matrix.columns, rows, source_type,
+    pack_rows(target.type(), matrix.columns, rows, source_type,
               source + static_cast<std::size_t>(begin * kPanel) * row_bytes,
               panels + static_cast<std::size_t>(begin) * matrix.panel_bytes, isa_);
   });

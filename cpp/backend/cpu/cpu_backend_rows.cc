@@ -30,7 +30,7 @@ void CpuBackend::mix_token_rows(const RowTable& table, float table_scale, const 
   const int columns = inout.columns;
   require(columns == rows.columns() && width > 0 && columns % width == 0, "table rows of whole runs");
   require_tokens(step_.tokens, rows.rows());
-  const bool floats = block_columns(rows.type()) == 1;
+  const bool floats = is_float(rows.type());
   for_each_row(step_rows(), columns, [&](std::int64_t r, int worker) {
     float* added = table_rows_.data() + worker * table_columns_;
     const std::byte* source = rows.row(step_.tokens[static_cast<std::size_t>(r)]);

@@ -232,6 +232,8 @@ void matmul(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_p
       return multiply_panels<WeightType::q4_k>(w, first_panel, last_panel, x, rows, y, y_stride);
     case WeightType::q6_k:
       return multiply_panels<WeightType::q6_k>(w, first_panel, last_panel, x, rows, y, y_stride);
+    case WeightType::f8_e4m3:  // no panel holds it
+      return;
   }
 }
 

@@ -120,9 +120,7 @@ const MatmulKernels& matmul_kernels() { return kKernels; }
 
 }  // namespace portable
 
-bool takes_quantized(WeightType type) {
-  return type != WeightType::f32 && type != WeightType::f16 && type != WeightType::bf16;
-}
+bool takes_quantized(WeightType type) { return !is_float(packed_type(type)); }
 
 const MatmulKernels& matmul_kernels(Isa isa) {
 #if defined(__x86_64__)

@@ -24,8 +24,10 @@ inline void require(bool condition, const char* what) {
 
 class CpuWeight final : public Weight {
  public:
-  CpuWeight(const PackedMatrix& matrix, MemorySlice memory) : matrix_(matrix), memory_(std::move(memory)) {}
-  [[nodiscard]] WeightType type() const override { return matrix_.type; }
+  /// `matrix` is of packed_type(type).
+  CpuWeight(WeightType type, const PackedMatrix& matrix, MemorySlice memory)
+      : type_(type), matrix_(matrix), memory_(std::move(memory)) {}
+  [[nodiscard]] WeightType type() const override { return type_; }
   [[nodiscard]] std::int64_t rows() const override { return matrix_.rows; }
   [[nodiscard]] std::int64_t columns() const override { return matrix_.columns; }
   [[nodiscard]] std::size_t bytes() const override {
@@ -35,6 +37,7 @@ class CpuWeight final : public Weight {
   [[nodiscard]] std::byte* data() const { return memory_.data; }
 
  private:
+  WeightType type_;
   PackedMatrix matrix_;
   MemorySlice memory_;
 };

@@ -28,8 +28,6 @@ void write(std::byte* p, T value) {
   std::memcpy(p, &value, sizeof value);
 }
 
-bool is_float(WeightType type) { return block_columns(type) == 1; }
-
 // Panels are written block by block, the 16 rows of a block together, so that the panel is written in order and each
 // source row is one of 16 sequential streams. Each function stores row `row` of the block that starts at `panel`.
 
@@ -198,6 +196,17 @@ void pack_converted_q4_0(std::int64_t columns, int rows, WeightType source_type,
   }
 }
 
+// Floats or f8_e4m3 to bf16 panels, by way of f8_e4m3.
+void pack_float8(std::int64_t columns, std::int64_t rows, WeightType source_type, const std::byte* source,
+                 std::byte* panel) {
+  for (std::int64_t n = 0; n < rows; ++n, source += stored_row_bytes(source_type, columns)) {
+    const Float8Row row(source_type, source, columns);
+    for (std::int64_t column = 0; column < columns; ++column) {
+      write(panel + (column * kPanel + n) * 2, float_to_bfloat(row.scale() * e4m3_to_float(row[column])));
+    }
+  }
+}
+
 template <typename T, typename Convert>
 void pack_floats(std::int64_t columns, std::int64_t rows, std::size_t source_element, const std::byte* source,
                  std::byte* panel, Convert convert) {
@@ -231,33 +240,62 @@ void pack_float_panel(WeightType type, std::int64_t columns, std::int64_t rows, 
 
 }  // namespace
 
+Float8Row::Float8Row(WeightType source_type, const std::byte* source, std::int64_t columns)
+    : type_(source_type), values_(source + row_scale_bytes(source_type)) {
+  if (source_type == WeightType::f8_e4m3) {
+    scale_ = read<float>(source);
+    return;
+  }
+  std::int32_t largest = 0;  // by the bits, as in quantize_q8_0
+  const std::size_t element = block_bytes(source_type);
+  for (std::int64_t c = 0; c < columns; ++c) {
+    const float value = read_float(source_type, source + c * element);
+    largest = std::max(largest, std::bit_cast<std::int32_t>(value) & 0x7FFFFFFF);
+  }
+  scale_ = std::bit_cast<float>(largest) / 448.0F;
+}
+
+std::uint8_t Float8Row::operator[](std::int64_t column) const {
+  if (type_ == WeightType::f8_e4m3) return read<std::uint8_t>(values_ + column);
+  // A row of zeros has no scale to divide by.
+  return scale_ == 0.0F ? std::uint8_t{0}
+                        : float_to_e4m3(read_float(type_, values_ + column * block_bytes(type_)) / scale_);
+}
+
+WeightType packed_type(WeightType type) { return type == WeightType::f8_e4m3 ? WeightType::bf16 : type; }
+
 std::size_t panel_bytes(WeightType type, std::int64_t columns) {
   const int block = block_columns(type);
   if (columns <= 0 || columns % block != 0) {
     throw std::invalid_argument(std::string(weight_type_name(type)) + " matrix with " + std::to_string(columns) +
                                 " columns: expected a positive multiple of " + std::to_string(block));
   }
-  return static_cast<std::size_t>(columns / block) * packed_block(type).bytes;
+  return static_cast<std::size_t>(columns / block) * packed_block(packed_type(type)).bytes;
 }
 
 void pack_rows(WeightType type, std::int64_t columns, std::int64_t count, WeightType source_type,
                const std::byte* source, std::byte* panels, Isa isa) {
   const bool to_int8 = type == WeightType::q8_0 && is_float(source_type);
   const bool to_int4 = type == WeightType::q4_0 && is_float(source_type);
-  if (type != source_type && !to_int8 && !to_int4 && !(is_float(type) && is_float(source_type))) {
+  const bool to_float8 = type == WeightType::f8_e4m3 && (source_type == type || is_float(source_type));
+  if (type != source_type && !to_int8 && !to_int4 && !to_float8 && !(is_float(type) && is_float(source_type))) {
     throw std::invalid_argument(std::string("cannot store ") + weight_type_name(source_type) + " values as " +
                                 weight_type_name(type));
   }
   const std::size_t stride = panel_bytes(type, columns);
   const PackedBlock packed = packed_block(type);
-  const int block = block_columns(source_type);
   const std::size_t block_size = block_bytes(source_type);
-  const std::size_t source_stride = static_cast<std::size_t>(columns / block) * block_size;
+  const std::size_t source_stride = stored_row_bytes(source_type, columns);
   for (std::int64_t first = 0; first < count; first += kPanel, source += kPanel * source_stride, panels += stride) {
     const std::int64_t rows = std::min<std::int64_t>(kPanel, count - first);
     if (is_float(type)) {
       if (rows < kPanel) std::memset(panels, 0, stride);
       pack_float_panel(type, columns, rows, source_type, source, panels);
+      continue;
+    }
+    if (to_float8) {
+      if (rows < kPanel) std::memset(panels, 0, stride);
+      pack_float8(columns, rows, source_type, source, panels);
       continue;
     }
     // Cleared first where rows are missing and for the bits of q5_0, which are set one by one.
@@ -371,6 +409,8 @@ void unpack_row(const PackedMatrix& matrix, std::int64_t row, float scale, float
         break;
       case WeightType::q6_k:
         unpack_q6_k(panel, lane, scale, out);
+        break;
+      case WeightType::f8_e4m3:  // no panel holds it
         break;
     }
   }

@@ -13,6 +13,7 @@
 //   q6_k  16 x f16 d | 8 blocks of: 2 x 16 x i8 scale (per 16 columns), 2 x 64 bytes upper bit pairs, nibbles;
 //         in upper vector h, bits 2f and 2f + 1 belong to group 4h + f
 //   f32, f16, bf16   [columns][16 rows]
+// f8_e4m3 is unpacked to bf16, each value rounded once: there is no other case in which bits are lost.
 #pragma once
 
 #include <cstddef>
@@ -57,17 +58,35 @@ struct PackedMatrix {
 
 [[nodiscard]] constexpr std::int64_t panel_count(std::int64_t rows) { return (rows + kPanel - 1) / kPanel; }
 
+/// What the panels of a weight of that type hold: bf16 for f8_e4m3, the type itself for all others.
+[[nodiscard]] WeightType packed_type(WeightType type);
+
 /// Bytes of one panel; a multiple of 32. Throws std::invalid_argument if `columns` is not a positive multiple of the
 /// type's block (32; 256 for q4_k and q6_k; 1 for the float types).
 [[nodiscard]] std::size_t panel_bytes(WeightType type, std::int64_t columns);
 
 /// Packs `count` rows of `columns` values, contiguous at `source`, into the ceil(count / 16) panels at `panels`; the
-/// rows that the last panel lacks become zero. source_type == type, or one of f32, f16, bf16 for a q8_0, q4_0, f32, f16
-/// or bf16 matrix: floats are rounded to nearest even, q8_0 has scale max|x| / 127 in f16, as ggml makes it, and q4_0
-/// is chosen by int4.h. `isa` says what that may use; the bits do not depend on it.
+/// rows that the last panel lacks become zero. source_type == type, or one of f32, f16, bf16 for a q8_0, q4_0, f8_e4m3,
+/// f32, f16 or bf16 matrix: floats are rounded to nearest even, q8_0 has scale max|x| / 127 in f16, as ggml makes it,
+/// q4_0 is chosen by int4.h, and f8_e4m3 by Float8Row. `isa` says what that may use; the bits do not depend on it.
 /// Throws std::invalid_argument for any other combination.
 void pack_rows(WeightType type, std::int64_t columns, std::int64_t count, WeightType source_type,
                const std::byte* source, std::byte* panels, Isa isa = Isa::portable);
+
+/// A row of floats or of f8_e4m3, a view, as a row of f8_e4m3. That of floats has the scale max|x| / 448, and each
+/// value is the quotient rounded to nearest even. A row that holds what is not finite has no finite scale either.
+class Float8Row {
+ public:
+  Float8Row(WeightType source_type, const std::byte* source, std::int64_t columns);
+  [[nodiscard]] float scale() const { return scale_; }
+  /// The bits of a value.
+  [[nodiscard]] std::uint8_t operator[](std::int64_t column) const;
+
+ private:
+  WeightType type_;
+  const std::byte* values_;
+  float scale_ = 0.0F;
+};
 
 /// out[0 .. columns) = scale * dequantised row.
 void unpack_row(const PackedMatrix& matrix, std::int64_t row, float scale, float* out);

@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cstring>
+#include <limits>
 
 namespace draftwerk::cpu {
 
@@ -121,9 +122,41 @@ std::uint16_t float_to_bfloat(float value) {
   return static_cast<std::uint16_t>((bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16);
 }
 
+float e4m3_to_float(std::uint8_t bits) {
+  const std::uint32_t magnitude = bits & 0x7FU;
+  float value;
+  if (magnitude == 0x7F) {
+    value = std::numeric_limits<float>::quiet_NaN();
+  } else if (magnitude < 8) {
+    value = static_cast<float>(magnitude) * 0x1p-9F;
+  } else {
+    value = std::bit_cast<float>((magnitude << 20) + (120U << 23));  // 120 = 127 - 7, the difference in bias
+  }
+  return (bits & 0x80) != 0 ? -value : value;
+}
+
+std::uint8_t float_to_e4m3(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const auto magnitude = std::bit_cast<float>(bits & 0x7FFFFFFFU);
+  std::uint32_t small;
+  if (!(magnitude < 448.0F)) {
+    small = 0x7E;
+  } else if (magnitude < 0x1p-6F) {
+    // Subnormal: adding 2^14 leaves the value, rounded to multiples of 2^-9, in the low mantissa bits.
+    small = std::bit_cast<std::uint32_t>(magnitude + 0x1p14F) - std::bit_cast<std::uint32_t>(0x1p14F);
+  } else {
+    const std::uint32_t wide = std::bit_cast<std::uint32_t>(magnitude);
+    small = (wide + 0x7FFFFU + ((wide >> 20) & 1U) - (120U << 23)) >> 20;
+  }
+  return static_cast<std::uint8_t>(small | (bits >> 24 & 0x80U));
+}
+
 void dequantize(WeightType type, const std::byte* source, std::int64_t elements, float* out) {
   const int columns = block_columns(type);
   const std::size_t bytes = block_bytes(type);
+  float row_scale = 1.0F;
+  std::memcpy(&row_scale, source, row_scale_bytes(type));
+  source += row_scale_bytes(type);
   for (std::int64_t first = 0; first + columns <= elements; first += columns, source += bytes, out += columns) {
     switch (type) {
       case WeightType::f32:
@@ -149,6 +182,9 @@ void dequantize(WeightType type, const std::byte* source, std::int64_t elements,
         break;
       case WeightType::q6_k:
         dequantize_q6_k(source, out);
+        break;
+      case WeightType::f8_e4m3:
+        *out = row_scale * e4m3_to_float(byte_at(source, 0));
         break;
     }
   }

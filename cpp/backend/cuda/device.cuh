@@ -43,6 +43,7 @@ using emulation::load_16;
 using emulation::mma_bf16;
 using emulation::mma_f16;
 using emulation::mma_s8;
+using emulation::multiply_bf16x2;
 using emulation::subtract_bf16x2;
 
 #else
@@ -88,6 +89,15 @@ __device__ __forceinline__ std::uint32_t subtract_bf16x2(std::uint32_t a, std::u
   constexpr std::uint32_t kMinusOnes = 0xBF80BF80U;
   std::uint32_t d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(b), "r"(kMinusOnes), "r"(a));
+  return d;
+}
+
+/// a * b of two bfloat16 each, rounded to nearest even, subnormal ones as well: a fused multiply-add of -0, which
+/// bf16x2 has on every device.
+__device__ __forceinline__ std::uint32_t multiply_bf16x2(std::uint32_t a, std::uint32_t b) {
+  constexpr std::uint32_t kMinusZeros = 0x80008000U;
+  std::uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(kMinusZeros));
   return d;
 }
 

@@ -1,5 +1,5 @@
-// Values of a DeviceTable, decoded one at a time: what each of ggml's block formats means (ggml-quants.c,
-// dequantize_row_*). Threads that read neighbouring columns read neighbouring bytes.
+// Values of a DeviceTable, decoded one at a time: what each of ggml's block formats (ggml-quants.c, dequantize_row_*)
+// and e4m3 mean. Threads that read neighbouring columns read neighbouring bytes.
 #pragma once
 
 #include <cstddef>
@@ -67,6 +67,15 @@ __device__ __forceinline__ float q6_k(const std::byte* block, int i) {
   return __fmul_rn(scale, static_cast<float>((low | high << 4) - 32));
 }
 
+// { f32 scale; e4m3 values[] }: a whole row, aligned to nothing.
+__device__ __forceinline__ float f8_e4m3(const std::byte* row, int i) {
+  const int scale = byte_at(row) | byte_at(row + 1) << 8 | byte_at(row + 2) << 16 | byte_at(row + 3) << 24;
+  const int magnitude = byte_at(row + 4 + i) & 0x7F;
+  const float value = magnitude < 8 ? __fmul_rn(static_cast<float>(magnitude), 0x1p-9F)
+                                    : __uint_as_float(static_cast<std::uint32_t>(magnitude + (120 << 3)) << 20);
+  return __fmul_rn(__int_as_float(scale), byte_at(row + 4 + i) < 0x80 ? value : -value);
+}
+
 }  // namespace table
 
 /// The value in `column` of row `token`, both inside of the table; the float32 that the CPU backend decodes too.
@@ -89,6 +98,8 @@ __device__ __forceinline__ float table_value(const TableView& view, std::int32_t
       return table::q4_k(row + column / 256 * 144, column % 256);
     case WeightType::q6_k:
       return table::q6_k(row + column / 256 * 210, column % 256);
+    case WeightType::f8_e4m3:
+      return table::f8_e4m3(row, column);
   }
   return 0.0F;
 }

@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(kThreads) score_rows(const ScoreArguments a) {
   if (row >= kScoreRows || first_row + row >= a.rows || expert >= a.weight.rows) return;
   float sum = 0;
   for (int w = 0; w < kWarps; ++w) sum = __fadd_rn(sum, sums[w][row][thread % kPanelRows]);
-  a.scores[static_cast<std::int64_t>(first_row + row) * a.weight.rows + expert] = sum;
+  a.scores[static_cast<std::int64_t>(first_row + row) * a.weight.rows + expert] =
+      times_row_scale(sum, a.weight, expert);
 }
 
 // --- choice -------------------------------------------------------------------------------------------------------

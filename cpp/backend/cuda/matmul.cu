@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
         cp_async_16(stage + panel * kChunkBytes + at, from + at, there);
       }
     }
-    if constexpr (kFormat != WeightFormat::bf16) {
+    if constexpr (Chunk<kFormat>::kBlockScales) {
       const int panel = lane() / 4;  // four lanes copy the scales of each
       if (panel < B::kPanels) {
         const int half = panel / kHalf;
@@ -215,8 +215,13 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
       const int row = i / width;
       const int output = i % width;
       if (output >= outputs) continue;
-      const float paired = pair ? product(row, output + width) : 0.0F;
-      finish(part, a.softcap, here.slot(a, row), first_panel * kPanelRows + output, product(row, output), paired);
+      const auto scaled = [&](const std::byte* panels, float sum) {
+        return times_row_scale<kFormat>(sum, panels + output / kPanelRows * part.panel_bytes, part.panel_bytes,
+                                        output % kPanelRows);
+      };
+      const float paired = pair ? scaled(halves[1], product(row, output + width)) : 0.0F;
+      finish(part, a.softcap, here.slot(a, row), first_panel * kPanelRows + output,
+             scaled(halves[0], product(row, output)), paired);
     }
   };
   if (part.splits == 1) {
@@ -369,10 +374,13 @@ __global__ void __launch_bounds__(Tile<kFormat, kRowWarps>::kThreads, 1) multipl
       for (int i = 0; i < 4; ++i) {
         const int row = (row_warp * T::kTiles + t) * kRows + lane() % 4 * 2 + i % 2;
         const int output = (first_panel + in_unit) * kPanelRows + lane() / 4 + i / 2 * 8;
-        const float paired = of_split[panel < 2 ? panel + 2 : panel][t][i];  // of no use where there is no pair
-        if (row < here.rows && output < part.outputs) {
-          finish(part, a.softcap, here.slot(a, row), output, of_split[panel][t][i], paired);
-        }
+        if (row >= here.rows || output >= part.outputs) continue;
+        const auto scaled = [&](const std::byte* weight, float sum) {
+          const std::byte* of_output = weight + here.weight_offset + output / kPanelRows * part.panel_bytes;
+          return times_row_scale<kFormat>(sum, of_output, part.panel_bytes, output % kPanelRows);
+        };
+        const float paired = pair ? scaled(part.paired, of_split[panel < 2 ? panel + 2 : panel][t][i]) : 0.0F;
+        finish(part, a.softcap, here.slot(a, row), output, scaled(part.weight, of_split[panel][t][i]), paired);
       }
     }
   }
@@ -468,7 +476,7 @@ void record_products(LaunchList& launches, WeightFormat format, std::size_t shar
 }
 
 void allow_products(std::size_t shared_bytes) {
-  for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
+  for (const WeightFormat format : kWeightFormats) {
     for (const int rows : {kRows, 2 * kRows, 4 * kRows}) {
       with_block(format, rows, [&]<WeightFormat kFormat, int kTiles>() {
         allow_shared(multiply_few<kFormat, kTiles>, Block<kFormat, kTiles>::kShared);

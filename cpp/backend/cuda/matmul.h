@@ -1,10 +1,10 @@
 // Products of rows with weight matrices: what kernels take, and how a matrix is cut.
 //
 // The bits of a row's product. Columns are cut into kSliceWarps * splits slices of whole chunks (weight_layout.h), by
-// the shape and format of the weight alone. A slice adds up its chunks in ascending order, in float32: of bf16 by the
-// tensor cores, of quantised weights each block of 32 columns by the tensor cores and then times its scale to the
-// slice's sum (fused). Every kSliceWarps slices are added in ascending order, starting from zero, and those sums again.
-// Whatever kernel computes a product does that.
+// the shape and format of the weight alone. A slice adds up its chunks in ascending order, in float32: of bf16 and fp8
+// by the tensor cores, of int8 and int4 each block of 32 columns by the tensor cores and then times its scale to the
+// slice's sum (fused). Every kSliceWarps slices are added in ascending order, starting from zero, and those sums again;
+// of fp8 the last sum is multiplied by the scale of the row. Whatever kernel computes a product does that.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -9,8 +9,8 @@
 
 namespace draftwerk::cuda {
 
-/// Adds a warp's products of a chunk: of kPanels panels, each chunk behind the other, with kTiles * 8 rows of operands,
-/// wherever they lie.
+/// Adds a warp's products of a chunk, without the scales of whole rows: of kPanels panels, each chunk behind the other,
+/// with kTiles * 8 rows of operands, wherever they lie.
 template <WeightFormat kFormat, int kPanels, int kTiles>
 __device__ __forceinline__ void multiply_chunk(const std::byte* panels, const std::byte* operands,
                                                float (&sums)[kPanels][kTiles][4]) {
@@ -39,6 +39,16 @@ __device__ __forceinline__ void multiply_chunk(const std::byte* panels, const st
           const std::uint32_t a[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
           for (int t = 0; t < kTiles; ++t) mma_bf16(sums[panel][t], a, x[t][step]);
+        }
+      } else if constexpr (kFormat == WeightFormat::fp8) {
+        const auto words = *reinterpret_cast<const uint4*>(own + block * kFragmentBytes);
+        std::uint32_t a[2][4];
+        unpack_fp8(words.x, words.y, a[0]);
+        unpack_fp8(words.z, words.w, a[1]);
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t) mma_bf16(sums[panel][t], a[step], x[t][step]);
         }
       } else {
         std::uint32_t a[2][4];

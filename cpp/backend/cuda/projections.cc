@@ -43,7 +43,7 @@ void Projections::operands(LaunchList& launches, int rows, Tensor input, const N
 void Projections::multiply(LaunchList& launches, int rows, std::span<const Output> outputs, float softcap) {
   require(outputs.size() <= Products::kMostParts, "at most four products of an input");
   const int columns = view_of(*outputs.front().weight).columns;
-  for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::int8, WeightFormat::int4}) {
+  for (const WeightFormat format : kWeightFormats) {
     Products products{};
     products.operands = {static_cast<const std::byte*>(operands_.get()),
                          static_cast<std::int64_t>(operand_bytes(1, columns))};

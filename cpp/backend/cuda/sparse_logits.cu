@@ -55,8 +55,9 @@ __global__ void __launch_bounds__(kWarps* kWarp) multiply_clusters(const Cluster
   for (int half = 0; half < 2; ++half) {
     const int in_cluster = panel * kPanelRows + lane() / 4 + half * 8 - first;
     if (in_cluster < 0 || in_cluster >= a.cluster_size) continue;
-    a.logits[row * a.stride + place * a.cluster_size + in_cluster] =
-        softcapped(sums[0][0][half * 2 + row % 2], a.softcap);
+    a.logits[row * a.stride + place * a.cluster_size + in_cluster] = softcapped(
+        times_row_scale<kFormat>(sums[0][0][half * 2 + row % 2], weight, a.panel_bytes, lane() / 4 + half * 8),
+        a.softcap);
   }
 }
 

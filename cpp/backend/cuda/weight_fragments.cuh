@@ -24,6 +24,13 @@ __device__ __forceinline__ std::uint32_t int4_pair(std::uint32_t word) {
   return subtract_bf16x2((word & 0x000F000FU) | kBf16Of128, kBf16Of136);
 }
 
+/// Bytes 1 and 3 of a word, of e4m3 that is not NaN. Its exponent and mantissa become the low ones of a bfloat16, which
+/// is the number divided by 2^120, the difference in bias, subnormal or not: multiplying takes that back exactly.
+__device__ __forceinline__ std::uint32_t fp8_pair(std::uint32_t word) {
+  constexpr std::uint32_t kBf16Of2To120 = 0x7B807B80U;
+  return multiply_bf16x2((word & 0x80008000U) | (word >> 4 & 0x07F007F0U), kBf16Of2To120);
+}
+
 /// The A operand of a step of 16 columns as integers: from the two words of an int8 weight,
 __device__ __forceinline__ void unpack_int8(std::uint32_t first, std::uint32_t second, std::uint32_t (&a)[4]) {
   a[0] = int8_pair(first);
@@ -37,8 +44,40 @@ __device__ __forceinline__ void unpack_int4(std::uint32_t word, std::uint32_t (&
   for (int i = 0; i < 4; ++i) a[i] = int4_pair(word >> 4 * i);
 }
 
+/// As what their bits mean: from the two words of an fp8 weight.
+__device__ __forceinline__ void unpack_fp8(std::uint32_t first, std::uint32_t second, std::uint32_t (&a)[4]) {
+  a[0] = fp8_pair(first << 8);
+  a[1] = fp8_pair(first);
+  a[2] = fp8_pair(second << 8);
+  a[3] = fp8_pair(second);
+}
+
+/// Bytes of a panel of fp8 weights.
+__device__ __forceinline__ std::int64_t fp8_panel_bytes(const MatrixView& matrix) {
+  return static_cast<std::int64_t>(matrix.chunks) * Chunk<WeightFormat::fp8>::kBytes + kRowScaleBytes;
+}
+/// The scale of a row of one.
+__device__ __forceinline__ float row_scale(const std::byte* panel, std::int64_t panel_bytes, int row_of_panel) {
+  return reinterpret_cast<const float*>(panel + panel_bytes - kRowScaleBytes)[row_of_panel];
+}
+/// A finished sum of products, times the scale of the row where the format has one: one multiplication, after all
+/// additions, whatever kernel it is.
+template <WeightFormat kFormat>
+__device__ __forceinline__ float times_row_scale(float sum, const std::byte* panel, std::int64_t panel_bytes,
+                                                 int row_of_panel) {
+  if constexpr (Chunk<kFormat>::kRowScales) return __fmul_rn(sum, row_scale(panel, panel_bytes, row_of_panel));
+  return sum;
+}
+/// The same of a row of any matrix.
+__device__ __forceinline__ float times_row_scale(float sum, const MatrixView& matrix, int row) {
+  if (matrix.format != WeightFormat::fp8) return sum;
+  const std::int64_t panel_bytes = fp8_panel_bytes(matrix);
+  const std::byte* panel = matrix.data + row / kPanelRows * panel_bytes;
+  return times_row_scale<WeightFormat::fp8>(sum, panel, panel_bytes, row % kPanelRows);
+}
+
 /// This lane's part of a step of 16 columns of a panel, from global memory: two bfloat16 in each register, which are
-/// the values, or times the scales of the upper (g) and lower row (g + 8) are.
+/// the values, or times the scales of the upper (g) and lower row (g + 8) are. The scales of whole rows are left out.
 __device__ __forceinline__ void step_fragment(const MatrixView& matrix, int panel, int step, std::uint32_t (&a)[4],
                                               float& upper_scale, float& lower_scale) {
   upper_scale = lower_scale = 1.0F;
@@ -52,8 +91,14 @@ __device__ __forceinline__ void step_fragment(const MatrixView& matrix, int pane
     a[3] = words.w;
     return;
   }
-  const std::int64_t chunk = static_cast<std::int64_t>(panel) * matrix.chunks + step / 4;
   const int block = step % 4 / 2;
+  if (matrix.format == WeightFormat::fp8) {
+    const std::byte* own = matrix.data + panel * fp8_panel_bytes(matrix) + step / 2 * kFragmentBytes;
+    const uint2 words = *reinterpret_cast<const uint2*>(own + lane() * 16 + step % 2 * 8);
+    unpack_fp8(words.x, words.y, a);
+    return;
+  }
+  const std::int64_t chunk = static_cast<std::int64_t>(panel) * matrix.chunks + step / 4;
   const std::byte* scales;
   if (matrix.format == WeightFormat::int8) {
     using C = Chunk<WeightFormat::int8>;
@@ -86,14 +131,20 @@ __device__ __forceinline__ float weight_value(const MatrixView& matrix, int row,
   }
   const int block = column % 64 / kBlockColumns;
   const int step = column % kBlockColumns / 16;
+  const int of_word = step * 8 + reg / 2 * 4 + within * 2 + reg % 2;  // of int8 and fp8
+  if (matrix.format == WeightFormat::fp8) {
+    const std::byte* own = matrix.data + row / kPanelRows * fp8_panel_bytes(matrix);
+    const std::byte* at = own + column / kBlockColumns * kFragmentBytes + of_lane + of_word;
+    const std::uint32_t value = fp8_pair(std::uint32_t{*reinterpret_cast<const std::uint8_t*>(at)} << 8);
+    return times_row_scale(bf16_to_float(static_cast<std::uint16_t>(value)), matrix, row);
+  }
   const int of_scale = in_panel % 8 * 8 + block * 4 + in_panel / 8 * 2;
   const std::byte* scales;
   int q;
   if (matrix.format == WeightFormat::int8) {
     const std::byte* chunk = matrix.data + (panel + column / 64) * Chunk<WeightFormat::int8>::kBytes;
     scales = chunk + Chunk<WeightFormat::int8>::kFragments * kFragmentBytes;
-    q = *reinterpret_cast<const std::int8_t*>(chunk + block * kFragmentBytes + of_lane + step * 8 + reg / 2 * 4 +
-                                              within * 2 + reg % 2);
+    q = *reinterpret_cast<const std::int8_t*>(chunk + block * kFragmentBytes + of_lane + of_word);
   } else {
     const std::byte* chunk = matrix.data + (panel + column / 64) * Chunk<WeightFormat::int4>::kBytes;
     scales = chunk + Chunk<WeightFormat::int4>::kFragments * kFragmentBytes;

@@ -79,13 +79,30 @@ void place_int4(const std::byte* nibbles, std::byte* fragments) {
   }
 }
 
+/// Bytes go where those of int8 go.
+void pack_fp8(std::int64_t columns, int rows, WeightType source_type, const std::byte* source, std::byte* panel) {
+  constexpr int kColumns = Chunk<WeightFormat::fp8>::kColumns;
+  const std::int64_t chunks = (columns + kColumns - 1) / kColumns;
+  std::byte* const scales = panel + panel_bytes(WeightFormat::fp8, chunks) - kRowScaleBytes;
+  for (int n = 0; n < rows; ++n, source += stored_row_bytes(source_type, columns)) {
+    const cpu::Float8Row row(source_type, source, columns);
+    const float scale = row.scale();
+    std::memcpy(scales + n * sizeof scale, &scale, sizeof scale);
+    std::byte* const to = panel + n % 8 * 64 + n / 8;
+    for (std::int64_t c = 0; c < columns; ++c) {
+      const std::int64_t in_lane = c % 32 / 16 * 8 + c % 16 / 8 * 4 + c % 2 * 2;
+      to[c / 32 * kFragmentBytes + c % 8 / 2 * 16 + in_lane] = static_cast<std::byte>(row[c]);
+    }
+  }
+}
+
 /// By way of the CPU's panel, which is what its quantiser makes.
 void pack_quantized(WeightType type, std::int64_t columns, int rows, WeightType source_type, const std::byte* source,
                     std::byte* panel, std::byte* scratch) {
   static const cpu::Isa isa = cpu::choose_isa();
   cpu::pack_rows(type, columns, rows, source_type, source, scratch, isa);
   const bool int8 = type == WeightType::q8_0;
-  const int bytes = chunk_bytes(format_of(type));
+  const std::int64_t bytes = int8 ? Chunk<WeightFormat::int8>::kBytes : Chunk<WeightFormat::int4>::kBytes;
   const std::byte* block = scratch;
   for (std::int64_t b = 0; b < columns / kBlockColumns; ++b) {
     std::byte* const chunk = panel + b / 2 * bytes;
@@ -107,29 +124,40 @@ void pack_quantized(WeightType type, std::int64_t columns, int rows, WeightType 
 
 WeightFormat format_of(WeightType type) {
   if (type == WeightType::q8_0) return WeightFormat::int8;
-  return type == WeightType::q4_0 ? WeightFormat::int4 : WeightFormat::bf16;
+  if (type == WeightType::q4_0) return WeightFormat::int4;
+  return type == WeightType::f8_e4m3 ? WeightFormat::fp8 : WeightFormat::bf16;
 }
 
 int chunk_columns(WeightFormat format) {
   return with_format(format, []<WeightFormat kFormat>() { return Chunk<kFormat>::kColumns; });
 }
 
-int chunk_bytes(WeightFormat format) {
-  return with_format(format, []<WeightFormat kFormat>() { return Chunk<kFormat>::kBytes; });
+std::int64_t panel_bytes(WeightFormat format, std::int64_t chunks) {
+  return with_format(format, [chunks]<WeightFormat kFormat>() {
+    return chunks * Chunk<kFormat>::kBytes + (Chunk<kFormat>::kRowScales ? kRowScaleBytes : 0);
+  });
 }
 
 std::size_t pack_scratch_bytes(WeightType type, std::int64_t columns) {
-  if (format_of(type) != WeightFormat::bf16) return cpu::panel_bytes(type, columns);
-  return static_cast<std::size_t>(columns) * sizeof(float);
+  switch (format_of(type)) {
+    case WeightFormat::bf16:
+      return static_cast<std::size_t>(columns) * sizeof(float);
+    case WeightFormat::fp8:
+      return 0;
+    default:
+      return cpu::panel_bytes(type, columns);
+  }
 }
 
 void pack_panel(WeightType type, std::int64_t columns, int rows, WeightType source_type, const std::byte* source,
                 std::byte* panel, std::byte* scratch) {
   const WeightFormat format = format_of(type);
   const std::int64_t chunks = (columns + chunk_columns(format) - 1) / chunk_columns(format);
-  std::memset(panel, 0, static_cast<std::size_t>(chunks * chunk_bytes(format)));
+  std::memset(panel, 0, static_cast<std::size_t>(panel_bytes(format, chunks)));
   if (format == WeightFormat::bf16) {
     pack_bf16(columns, rows, source_type, source, panel, scratch);
+  } else if (format == WeightFormat::fp8) {
+    pack_fp8(columns, rows, source_type, source, panel);
   } else {
     pack_quantized(type, columns, rows, source_type, source, panel, scratch);
   }

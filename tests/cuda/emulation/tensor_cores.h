@@ -99,6 +99,16 @@ inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
   return d;
 }
 
+inline std::uint32_t multiply_bf16x2(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t d = 0;
+  for (unsigned i = 0; i < 2; ++i) {
+    const float product =
+        bf16_to_float(static_cast<std::uint16_t>(a >> 16 * i)) * bf16_to_float(static_cast<std::uint16_t>(b >> 16 * i));
+    d |= static_cast<std::uint32_t>(float_to_bf16(product)) << 16 * i;
+  }
+  return d;
+}
+
 /// Rows of four 8x8 matrices, as lanes point to them; then each lane's two elements of each.
 inline void ldmatrix(std::uint32_t (&r)[4], const void* shared_row, bool transposed) {
   const auto address = reinterpret_cast<std::uintptr_t>(shared_row);
