@@ -295,17 +295,23 @@ void bind_errors(py::module_& m) {
   });
 }
 
-/// Dequantises `elements` values of a tensor stored in `type`: the plain form that the kernels are held to.
-py::array_t<float> dequantize_tensor(const std::string& type_name, const py::buffer& data, std::int64_t elements) {
+/// Dequantises rows of `columns` values stored in `type`, one after the other: the plain form that the kernels are held
+/// to.
+py::array_t<float> dequantize_tensor(const std::string& type_name, const py::buffer& data, std::int64_t columns,
+                                     std::int64_t rows) {
   const WeightType type = parse_weight_type(type_name);
   const py::buffer_info info = data.request();
   const auto bytes = static_cast<std::size_t>(info.size * info.itemsize);
-  if (elements < 0 || bytes != stored_row_bytes(type, elements)) {
-    throw std::invalid_argument(std::to_string(bytes) + " bytes do not hold " + std::to_string(elements) +
-                                " values of type " + type_name);
+  const std::size_t row_bytes = columns < 0 ? 0 : stored_row_bytes(type, columns);
+  if (columns < 0 || rows < 0 || bytes / row_bytes != static_cast<std::size_t>(rows) || bytes % row_bytes != 0) {
+    throw std::invalid_argument(std::to_string(bytes) + " bytes do not hold " + std::to_string(rows) + " rows of " +
+                                std::to_string(columns) + " values of type " + type_name);
   }
-  py::array_t<float> out(static_cast<py::ssize_t>(elements));
-  cpu::dequantize(type, static_cast<const std::byte*>(info.ptr), elements, out.mutable_data());
+  py::array_t<float> out(static_cast<py::ssize_t>(rows * columns));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    cpu::dequantize(type, static_cast<const std::byte*>(info.ptr) + static_cast<std::size_t>(r) * row_bytes, columns,
+                    out.mutable_data() + r * columns);
+  }
   return out;
 }
 
@@ -319,7 +325,7 @@ PYBIND11_MODULE(_core, m) {
   bind_requests(m);
   bind_events(m);
   bind_engine(m);
-  m.def("dequantize", &dequantize_tensor, py::arg("type"), py::arg("data"), py::arg("elements"));
+  m.def("dequantize", &dequantize_tensor, py::arg("type"), py::arg("data"), py::arg("columns"), py::arg("rows") = 1);
 }
 
 }  // namespace draftwerk

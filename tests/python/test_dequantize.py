@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from draftwerk import _core
 from draftwerk.loading import open_checkpoint
@@ -85,6 +86,23 @@ def test_wrong_sizes(name: str) -> None:
     for wrong in (elements, 3 * elements, -elements):
         with pytest.raises(ValueError, match="bytes do not hold"):
             _core.dequantize(name, data, wrong)
+
+
+def test_rows_of_fp8() -> None:
+    """Every number of e4m3, against torch's; the sign of zero too."""
+    scales = np.array([1.0, 0.0, 3e-5, 0.37, 1e20], np.float32)
+    rows = np.empty((scales.size, 4 + 256), np.uint8)
+    rows[:, :4] = scales.view(np.uint8).reshape(-1, 4)
+    rows[:, 4:] = np.arange(256)
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    expected = torch.from_numpy(scales)[:, None] * values
+    got = _core.dequantize("f8_e4m3", rows.reshape(-1), 256, scales.size).reshape(scales.size, 256)
+    assert_same(got, expected.numpy())
+    assert np.isnan(got[:, [127, 255]]).all()
+    assert not np.isnan(np.delete(got, [127, 255], axis=1)).any()
+    for wrong in ((255, scales.size), (256, scales.size - 1), (256, -1), (-4, scales.size)):
+        with pytest.raises(ValueError, match="bytes do not hold"):
+            _core.dequantize("f8_e4m3", rows.reshape(-1), *wrong)
 
 
 def test_unknown_type() -> None:

@@ -110,7 +110,8 @@ def _add_configuration(writer: gguf.GGUFWriter, drafter: AssistantCheckpoint) ->
 
 
 def _add_tensor(writer: gguf.GGUFWriter, tensor: TensorView, matrices: Matrices) -> None:
-    values = _core.dequantize(tensor.dtype, tensor.data, int(np.prod(tensor.shape))).reshape(tensor.shape)
+    rows = int(np.prod(tensor.shape[:-1]))
+    values = _core.dequantize(tensor.dtype, tensor.data, tensor.shape[-1], rows).reshape(tensor.shape)
     stored = drafter_tensor_name(tensor.name)
     if values.ndim == 1:
         writer.add_tensor(stored, values)

@@ -29,7 +29,7 @@ def torch_tensor(view: TensorView, dtype: torch.dtype | None = None) -> Tensor:
         if view.dtype in _FLOATS:
             part = torch.frombuffer(bytearray(data), dtype=_FLOATS[view.dtype])
         else:
-            part = torch.from_numpy(_core.dequantize(view.dtype, data.data, (last - first) * columns))
+            part = torch.from_numpy(_core.dequantize(view.dtype, data.data, columns, last - first))
         matrix[first:last] = part.view(last - first, columns)
         view.release(0, last * view.rows_bytes())
     return matrix
