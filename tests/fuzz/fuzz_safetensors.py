@@ -1,5 +1,5 @@
-"""Fuzzes reading a safetensors file, by itself and as the weights of a Gemma 4 model and of drafters for it: whatever
-the bytes, tensors inside the file, or a CheckpointError.
+"""Fuzzes reading a safetensors file, by itself and as the weights of a Gemma 4 model, in FP8 too, and of drafters for
+it: whatever the bytes, tensors inside the file, or a CheckpointError.
 
 python tests/fuzz/fuzz_safetensors.py --seconds 30
 python tests/fuzz/fuzz_safetensors.py --runs 20000 --seed 7
@@ -21,10 +21,12 @@ def seeds() -> list[bytes]:
     """Small valid files."""
     import tiny_files as tiny
     import tiny_gemma4_files as tiny4
+    from tiny_fp8_files import quantised
 
     tensors = {"a": ("F32", [2, 3], bytes(24)), "b": ("BF16", [4], bytes(8)), "empty": ("F16", [0, 7], b"")}
     plain = [tiny.safetensors_bytes(tensors), tiny.safetensors_bytes({}), tiny.safetensors_bytes(tensors, padding=1)]
-    models = (tiny4.text_tensors(), tiny4.assistant_tensors(), tiny4.reduced_tensors())
+    fp8 = quantised(tiny4.text_tensors())
+    models = (tiny4.text_tensors(), fp8, tiny4.assistant_tensors(), tiny4.reduced_tensors())
     return plain + [tiny.safetensors_bytes(tensors, padding=p) for tensors in models for p in (8, 1)]
 
 
@@ -38,7 +40,7 @@ def check(path: Path) -> None:
     from draftwerk.loading.safetensors import SafetensorsFile
 
     for directory in _directories(path):
-        open_directory = open_checkpoint if directory.name == "model" else open_assistant
+        open_directory = open_assistant if directory.name.endswith("drafter") else open_checkpoint
         try:
             for view in open_directory(directory).tensors():
                 int(view.data.sum())
@@ -56,11 +58,13 @@ def check(path: Path) -> None:
 
 
 def _directories(path: Path) -> list[Path]:
-    """Directories of a model and of two drafters whose weights are this file."""
+    """Directories of two models and of two drafters whose weights are this file."""
     import tiny_gemma4_files as tiny4
+    from tiny_fp8_files import QUANTISATION
 
     configs = {
         "model": tiny4.text_config(),
+        "FP8 model": tiny4.text_config() | {"quantization_config": QUANTISATION},
         "drafter": tiny4.assistant_config(),
         "reduced drafter": tiny4.reduced_config(),
     }

@@ -200,7 +200,6 @@ def _gemma3(path: str, config: Mapping[str, Any], tied: Any) -> TextConfig:
             "attn_logit_softcapping": (None, 0),
             "use_bidirectional_attention": (False, None),
             "hidden_activation": ("gelu_pytorch_tanh", None),
-            "quantization_config": (None,),
         },
     )
     sizes = {field: check_size(path, f"field {field}", field, config.get(field)) for field in _SIZES}
@@ -278,7 +277,6 @@ def _gemma4(path: str, given: Mapping[str, Any], tied: Any, *, unified: bool, dr
             # "vision": tokens of an image see each other, and text is causal.
             "use_bidirectional_attention": ("vision", False, None),
             "hidden_activation": ("gelu_pytorch_tanh", None),
-            "quantization_config": (None,),
         },
     )
     config = {**given, **_defaults_for(path, given, unified=unified)}

@@ -9,6 +9,8 @@ from typing import Any
 
 from draftwerk.loading.chat_template import ChatTemplate
 from draftwerk.loading.checkpoint import AssistantCheckpoint, Checkpoint
+from draftwerk.loading.compressed_tensors import holds_fp8
+from draftwerk.loading.config import TextConfig
 from draftwerk.loading.errors import CheckpointError, printable
 from draftwerk.loading.hugging_face_config import (
     MULTIMODAL_TYPES,
@@ -57,7 +59,11 @@ def open_model(directory: Path, name: str | None) -> Checkpoint:
     raw = read_config(directory)
     config_path = str(directory / "config.json")
     config = config_from_hugging_face(config_path, raw)
+    fp8 = holds_fp8(config_path, raw)
     found, skipped = _find_tensors(directory, _text_name)
+    if fp8:
+        found.attach_scales()
+    _join_experts(found, config)
     if raw["model_type"] in MULTIMODAL_TYPES:
         _logger.info("%s is multimodal: only its text model is loaded (%d other tensors are skipped)", path, skipped)
     head = found.take(HEAD)
@@ -110,8 +116,13 @@ def open_model(directory: Path, name: str | None) -> Checkpoint:
 def open_drafter(directory: Path, name: str | None) -> AssistantCheckpoint:
     """Opens a drafter; arguments and errors as of open_model()."""
     path = str(directory)
-    config = assistant_config_from_hugging_face(str(directory / "config.json"), read_config(directory))
+    config_path = str(directory / "config.json")
+    raw = read_config(directory)
+    config = assistant_config_from_hugging_face(config_path, raw)
+    fp8 = holds_fp8(config_path, raw)
     found, _ = _find_tensors(directory, _drafter_name)
+    if fp8:
+        found.attach_scales()
     if _EMBEDDING in found:  # the head is tied to it, and at times stored under this name alone
         found.take(HEAD)
         found.rename(_EMBEDDING, HEAD)
@@ -174,6 +185,16 @@ def _find_tensors(directory: Path, canonical: Callable[[str], str | None]) -> tu
     return found, skipped
 
 
+def _join_experts(found: FoundTensors, config: TextConfig) -> None:
+    """Experts that lie apart, each with a name of its own: quantised checkpoints have them as linear layers."""
+    for layer in range(config.num_hidden_layers if config.num_experts else 0):
+        prefix = f"model.layers.{layer}.experts."
+        for into, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            if f"{prefix}0.{parts[0]}.weight" in found:
+                names = [f"{prefix}{e}.{part}.weight" for e in range(config.num_experts) for part in parts]
+                found.join_experts(names, config.num_experts, prefix + into)
+
+
 def _weight_files(directory: Path) -> dict[str, list[str] | None]:
     """File name to the tensors to take from it, of every safetensors file of a directory; ``None`` for all of them."""
     index_path = directory / "model.safetensors.index.json"
@@ -198,8 +219,9 @@ def _text_name(stored: str) -> str | None:
     """The name in a text-only checkpoint; ``None`` for what is no part of the text model."""
     if stored.startswith(_OTHER_PARTS) or "rotary_emb." in stored:
         return None
-    if stored in (HEAD, "language_model.lm_head.weight"):
-        return HEAD
+    base = stored.removesuffix("_scale")
+    if base in (HEAD, "language_model.lm_head.weight"):
+        return HEAD + stored.removeprefix(base)
     prefix = next(prefix for prefix in _TEXT_PREFIXES if stored.startswith(prefix))
     return "model." + stored.removeprefix(prefix)
 
@@ -207,7 +229,7 @@ def _text_name(stored: str) -> str | None:
 def _drafter_name(stored: str) -> str | None:
     if "rotary_emb." in stored:
         return None
-    own = stored in (HEAD, DRAFT_TOKEN_IDS) or stored.startswith(_DRAFTER_PARTS)
+    own = stored.removesuffix("_scale") in (HEAD, DRAFT_TOKEN_IDS) or stored.startswith(_DRAFTER_PARTS)
     return stored if own else _text_name(stored)
 
 
