@@ -98,7 +98,7 @@ def quantisation(weights: str, stored_types: Mapping[str, int]) -> str | None:
         weights: as for draftwerk.weights.load_model().
         stored_types: type name to number of tensors, of the checkpoint.
     """
-    if weights in ("int8", "int4"):
+    if weights in ("int8", "int4", "fp8"):
         return f"weights = {weights}"
     quantised = sorted(stored_types.keys() - _FLOAT_TYPES)
     return f"{', '.join(quantised)} in the checkpoint" if quantised else None

@@ -75,8 +75,8 @@ class Engine:
         kv_memory: bytes for the KV cache, or a size such as "512MiB". Default: 1 GiB, or a quarter of the free memory
             if that is less; on a GPU what `gpu_memory_fraction` leaves.
         gpu_memory_fraction: share of a GPU's memory that may be in use, weights, KV cache and other processes together.
-        weights: "auto" keeps the checkpoint's types; "int8", "int4", "f32", "f16", "bf16" convert float matrices on
-            loading, those of an MTP drafter too.
+        weights: "auto" keeps the checkpoint's types; "int8", "int4", "fp8", "f32", "f16", "bf16" convert float matrices
+            on loading, those of an MTP drafter too.
         draft_length: drafts per step; None lets the measured costs decide.
         max_draft_length: at most this many drafts per step and sequence.
         max_sequences: sequences that run at the same time; more wait in the queue.

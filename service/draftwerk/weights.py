@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in all)."""
 
-WEIGHT_CHOICES = ("auto", "int8", "int4", "f32", "f16", "bf16")
+WEIGHT_CHOICES = ("auto", "int8", "int4", "fp8", "f32", "f16", "bf16")
 
 _FLOAT_TYPES = {"f32", "f16", "bf16"}
-_QUANTISED = {"int8": "q8_0", "int4": "q4_0"}
-_BLOCK = 32  # values of a row that share a scale, in both
+_QUANTISED = {"int8": "q8_0", "int4": "q4_0", "fp8": "f8_e4m3"}
+_BLOCK = 32  # values of a row that share a scale, in q8_0 and q4_0
 _CHUNK_BYTES = 4 << 20
 _SAMPLE_BYTES = 4 << 10
 _ROW_GROUP = 16  # the native model repacks whole groups of this many rows
@@ -64,9 +64,9 @@ def load_model(
 
     Args:
         weights: "auto" computes in the checkpoint's own types. "int8" quantises float matrices to int8 in blocks of 32
-            (GGUF's Q8_0). "int4" quantises those of the layers to int4 (Q4_0) and the others, the head among them, to
-            int8. Both leave quantised matrices as they are; "f32", "f16" and "bf16" convert float matrices. Routers of
-            experts always stay as they are.
+            (GGUF's Q8_0). "int4" quantises those of the layers to int4 (Q4_0), "fp8" to e4m3 with a scale for each row,
+            and both the others, the head among them, to int8. All three leave quantised matrices as they are; "f32",
+            "f16" and "bf16" convert float matrices. Routers of experts always stay as they are.
         gpu: where it computes; None: on the processor, with so many `threads`.
 
     Raises:
@@ -190,12 +190,13 @@ def _stored_type(tensor: TensorView, weights: str) -> str:
         return weights
     if tensor.dtype not in _FLOAT_TYPES:
         return tensor.dtype
-    if tensor.shape[1] % _BLOCK:
+    stored = _QUANTISED[weights if ".layers." in tensor.name else "int8"]
+    if stored != "f8_e4m3" and tensor.shape[1] % _BLOCK:
         raise ValueError(
             f"weights = {weights!r}: tensor {tensor.name} has rows of {tensor.shape[1]} values, "
             f"which is no multiple of {_BLOCK}"
         )
-    return _QUANTISED[weights if ".layers." in tensor.name else "int8"]
+    return stored
 
 
 def _sample(tensor: TensorView) -> bytes:

@@ -298,7 +298,9 @@ def test_a_drafter_bears_the_name_of_its_target(target: str, drafter: str, pair:
 def test_how_weights_are_quantised() -> None:
     assert quantisation("auto", {"bf16": 9, "f32": 3}) is None
     assert quantisation("bf16", {"f32": 3}) is None
-    assert quantisation("int4", {"bf16": 9}) == "weights = int4"
+    for weights in ("int8", "int4", "fp8"):
+        assert quantisation(weights, {"bf16": 9}) == f"weights = {weights}"
+    assert quantisation("auto", {"f8_e4m3": 7, "bf16": 3}) == "f8_e4m3 in the checkpoint"
     assert quantisation("auto", {"q8_0": 1, "q4_k": 5, "f32": 3}) == "q4_k, q8_0 in the checkpoint"
 
 

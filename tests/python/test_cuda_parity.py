@@ -52,7 +52,7 @@ def test_logits(tmp_path: Path, family: str) -> None:
         assert np.array_equal(native.logits(prompt(70), chunk=chunk), got), f"in chunks of {chunk}"
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
 def test_quantised_weights_are_those_of_the_processor(tmp_path: Path, weights: str) -> None:
     checkpoint = open_checkpoint(tiny_gemma4.save(FAMILIES["dense_k_eq_v"](seed=3), tmp_path, dtype=torch.bfloat16))
     on_gpu = load_model(checkpoint, gpu=find_gpu("cuda"), weights=weights).logits(prompt(30))

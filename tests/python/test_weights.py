@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_fp8_files
 import tiny_gemma4_files as tiny4
 
 from draftwerk.loading import CheckpointError, open_assistant, open_checkpoint
@@ -84,10 +85,15 @@ HEAD, CENTROIDS = "lm_head.weight", "masked_embedding.centroids.weight"
         ("int4", CENTROIDS, "q8_0"),
         ("int4", "pre_projection.weight", "q8_0"),
         ("int4", "post_projection.weight", "q8_0"),
+        ("fp8", LAYER, "f8_e4m3"),
+        ("fp8", "model.layers.0.experts.gate_up_proj", "f8_e4m3"),
+        ("fp8", "model.embed_tokens.weight", "q8_0"),
+        ("fp8", HEAD, "q8_0"),
+        ("fp8", "pre_projection.weight", "q8_0"),
         ("int8", LAYER, "q8_0"),
         ("int8", CENTROIDS, "q8_0"),
         ("f32", CENTROIDS, "f32"),
-        *((weights, "model.layers.0.router.proj.weight", "bf16") for weights in ("auto", "int8", "int4", "f32", "f16")),
+        *((weights, "model.layers.0.router.proj.weight", "bf16") for weights in ("auto", "int8", "int4", "fp8", "f32")),
     ],
 )
 def test_what_a_choice_means_for_each_tensor(core: ModuleType, weights: str, name: str, stored: str) -> None:
@@ -95,9 +101,10 @@ def test_what_a_choice_means_for_each_tensor(core: ModuleType, weights: str, nam
     assert model.matrices[name]["type"] == stored
 
 
+@pytest.mark.parametrize("weights", ["int4", "fp8"])
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0", "q6_k"])
-def test_int4_leaves_quantised_matrices_as_they_are(core: ModuleType, dtype: str) -> None:
-    model = load_model(FakeCheckpoint(views=[FakeTensor(LAYER, dtype, (16, 256))]), weights="int4")
+def test_quantised_matrices_are_left_as_they_are(core: ModuleType, dtype: str, weights: str) -> None:
+    model = load_model(FakeCheckpoint(views=[FakeTensor(LAYER, dtype, (16, 256))]), weights=weights)
     assert model.matrices[LAYER]["type"] == dtype
 
 
@@ -107,6 +114,7 @@ def test_rows_that_are_no_whole_blocks_cannot_be_quantised(core: ModuleType, wei
     with pytest.raises(ValueError, match=f"'{weights}': tensor {LAYER} has rows of 48 values, .* no multiple of 32"):
         load_model(checkpoint, weights=weights)
     assert load_model(checkpoint, weights="f32").matrices[LAYER]["type"] == "f32"
+    assert load_model(checkpoint, weights="fp8").matrices[LAYER]["type"] == "f8_e4m3"  # a scale for a whole row
 
 
 @pytest.mark.parametrize("weights", ["auto", "int8", "int4", "f32"])
@@ -140,10 +148,13 @@ def handed_over(model: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     return found
 
 
-@pytest.mark.parametrize("form", ["directory", "gguf"])
+@pytest.mark.parametrize("form", ["directory", "FP8 directory", "gguf"])
 def test_a_whole_checkpoint_reaches_the_core(core: ModuleType, form: str, tmp_path: Path) -> None:
     if form == "directory":
         checkpoint = open_checkpoint(tiny4.write_target(tmp_path))
+    elif form == "FP8 directory":
+        tensors = tiny_fp8_files.quantised(tiny4.text_tensors())
+        checkpoint = open_checkpoint(tiny_fp8_files.write(tmp_path, tensors, config=tiny4.text_config()))
     else:
         checkpoint = open_checkpoint(tiny4.TinyGemma4Gguf().write(tmp_path / "x.gguf"))
     model = load_model(checkpoint)

@@ -51,7 +51,9 @@ KvMemory = Annotated[
 ]
 Weights = Annotated[
     str,
-    typer.Option("--weights", help="auto, int8, int4, f32, f16 or bf16: how to hold float weights.", metavar="TYPE"),
+    typer.Option(
+        "--weights", help="auto, int8, int4, fp8, f32, f16 or bf16: how to hold float weights.", metavar="TYPE"
+    ),
 ]
 NoPrefixCache = Annotated[bool, typer.Option("--no-prefix-cache", help="Compute every prompt from its first token.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.", metavar="N")]

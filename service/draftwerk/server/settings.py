@@ -80,7 +80,7 @@ class Settings(BaseModel):
     )
     lookup: bool = _setting(True, "Model", "", "Draft by lookup too, beside an MTP drafter.")
     weights: str = _setting(
-        "auto", "Model", "TYPE", "auto, int8, int4, f32, f16 or bf16: the type to hold float weights in."
+        "auto", "Model", "TYPE", "auto, int8, int4, fp8, f32, f16 or bf16: the type to hold float weights in."
     )
     device: str = _setting(
         "auto",
