@@ -43,10 +43,11 @@ stage build 240 cmake --build "$build" --target _core draftwerk_cuda draftwerk_g
 cp "$build"/_core*.so service/draftwerk/
 
 stage tests 90 "$build/draftwerk_gpu_tests" --gtest_brief=1
-stage parity 90 "$python" -m pytest -q -p no:cacheprovider tests/python/test_devices.py tests/python/test_cuda_parity.py
+stage parity 90 "$python" -m pytest -q -p no:cacheprovider tests/python/test_devices.py tests/python/test_cuda_parity.py \
+  tests/python/test_fp8.py
 stage passes-small 120 "$python" bench/gpu_passes.py E2B 12B --json "$out/passes-small.json"
 stage passes-large 150 "$python" bench/gpu_passes.py 31B 26B-A4B --json "$out/passes-large.json"
-stage quantised 60 "$python" bench/gpu_passes.py E2B 12B --weights int8 int4 --json "$out/passes-quantised.json"
+stage quantised 90 "$python" bench/gpu_passes.py E2B 12B --weights int8 int4 fp8 --json "$out/passes-quantised.json"
 tiny='MtpDrafter.DraftsDoNotDependOnTheSequencesBesideIt:EngineTest.LogprobsAreThoseOfTheScoredLogits'
 stage memcheck 60 compute-sanitizer --tool memcheck "$build/draftwerk_gpu_tests" --gtest_filter="$tiny"
 stage racecheck 60 compute-sanitizer --tool racecheck "$build/draftwerk_gpu_tests" --gtest_filter="$tiny"

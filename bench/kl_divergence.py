@@ -5,7 +5,7 @@ The reference is transformers in float32 on the dequantised weights of the GGUF 
 positions of the same text, window by window:
 
 - draftwerk on the file as it is, on the same weights stored as F32 (what its kernels lose apart from rounding
-  activations and keys and values), and on these as --weights bf16, int8 and int4 convert them on loading;
+  activations and keys and values), and on these as --weights bf16, int8, int4 and fp8 convert them on loading;
 - with --llama-bin, llama.cpp on both files. llama-perplexity writes each position's log-probabilities to a file
   (--kl-divergence-base), rounded to 16 bits over the upper 16 nats; they are compared with the reference by the same
   code as ours. Its own figure (--kl-divergence: the file against the F32 file, both through llama.cpp) is printed too.
@@ -327,7 +327,9 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     windows[:, 0] = checkpoint.bos_token_id
     half = arguments.context // 2
     subjects = [("draftwerk", path, "auto"), ("draftwerk, F32 weights", f32_path, "auto")]
-    subjects += [(f"draftwerk, F32 weights as {weights}", f32_path, weights) for weights in ("bf16", "int8", "int4")]
+    subjects += [
+        (f"draftwerk, F32 weights as {weights}", f32_path, weights) for weights in ("bf16", "int8", "int4", "fp8")
+    ]
     cores = {
         name: load_model(open_checkpoint(model), weights=weights, threads=arguments.threads)
         for name, model, weights in subjects
