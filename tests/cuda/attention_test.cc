@@ -195,7 +195,6 @@ Part random_tree(int sequence, int first, int rows, std::mt19937& random) {
 class AttentionTest : public ::testing::Test {
  protected:
   ~AttentionTest() override {
-    emulation::set_order(emulation::Order::forward);
     emulation::reset();
   }
   int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_); }

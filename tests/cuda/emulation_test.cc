@@ -72,7 +72,6 @@ __global__ void hang(const Hang h) {
 class Emulation : public ::testing::Test {
  protected:
   ~Emulation() override {
-    emulation::set_order(emulation::Order::forward);
     emulation::reset();
   }
 };

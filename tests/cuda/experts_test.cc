@@ -82,7 +82,6 @@ struct Layer {
 class ExpertsOfRows : public ::testing::Test {
  protected:
   ~ExpertsOfRows() override {
-    emulation::set_order(Order::forward);
     emulation::reset();
   }
 

@@ -41,7 +41,6 @@ TEST(KvLayout, HasAPlaceForEachComponentOfEachPosition) {
 class KvTest : public ::testing::Test {
  protected:
   ~KvTest() override {
-    emulation::set_order(emulation::Order::forward);
     emulation::reset();
   }
   std::mt19937 random_{11};

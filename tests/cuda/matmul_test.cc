@@ -76,7 +76,6 @@ struct Wanted {
 class ProductsOfRows : public ::testing::Test {
  protected:
   ~ProductsOfRows() override {
-    emulation::set_order(Order::forward);
     emulation::reset();
   }
   Matrix matrix(WeightType type, std::int64_t rows, std::int64_t columns) {

@@ -61,7 +61,6 @@ struct Step {
 class RowsTest : public ::testing::Test {
  protected:
   ~RowsTest() override {
-    emulation::set_order(emulation::Order::forward);
     emulation::reset();
   }
   static void run(const std::function<void(LaunchList&)>& record) {

@@ -19,7 +19,7 @@ namespace draftwerk::testing {
 /// Tests whose steps run in one order of threads after the other.
 class InAnyOrder : public ::testing::Test {
  protected:
-  ~InAnyOrder() override { emulation::set_order(emulation::Order::forward); }
+  ~InAnyOrder() override { emulation::reset(); }
 
   static void any_order(int step) {
     constexpr emulation::Order kOrders[] = {emulation::Order::forward, emulation::Order::backward,

@@ -8,6 +8,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -33,6 +34,7 @@ struct Copy {
   std::size_t bytes;
 };
 using Copies = std::vector<Copy>;
+using Together = void (*)(Brought, std::uint32_t);
 
 struct Thread {
   Fiber fiber;
@@ -40,13 +42,35 @@ struct Thread {
   std::deque<Copies> closed_copies;
   uint3 index{};
   State state = State::running;
-  std::uint32_t warp_mask = 0;  ///< that it waits for
+  std::uint32_t warp_mask = 0;    ///< that it waits for
+  Together together = nullptr;    ///< what it will do with them
 };
 
 struct Warp {
   std::uint32_t ready = 0;    ///< lanes that can run
   std::uint32_t waiting = 0;  ///< lanes at a barrier of the warp
-  std::uint32_t shown[kWarpSize][kShownWords];
+  void* brought[kWarpSize];   ///< by the lanes that wait there
+};
+
+/// Of exactly the size that was asked for, so that a sanitizer sees what goes beyond it.
+class SharedMemory {
+ public:
+  void resize(std::size_t bytes) {
+    if (bytes == bytes_) return;
+    constexpr std::size_t kAlignment = 1024;
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kAlignment, bytes) != 0) throw std::bad_alloc();
+    memory_.reset(static_cast<std::byte*>(memory));
+    bytes_ = bytes;
+  }
+  [[nodiscard]] std::byte* get() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(std::byte* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<std::byte, Free> memory_;
+  std::size_t bytes_ = 0;
 };
 
 class Device {
@@ -66,6 +90,9 @@ class Device {
     while (threads_.size() < count) threads_.push_back(std::make_unique<Thread>());
     count_ = count;
     warps_.resize((count + kWarpSize - 1) / kWarpSize);
+    constexpr Order kOrders[] = {Order::forward, Order::backward, Order::shuffled};
+    order_now_ = order_ == Order::changing ? kOrders[launches_++ % 3] : order_;
+    shared_.resize(shared_bytes);
     block_size = block;
     grid_size = grid;
     body_ = &body;
@@ -74,15 +101,12 @@ class Device {
     lane_order_ = in_order(kWarpSize);
     for (const unsigned b : blocks) {
       block_index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
-      shared_.assign(shared_bytes + kSharedAlignment, std::byte{0xFF});
+      if (shared_bytes > 0) std::memset(shared_.get(), 0xFF, shared_bytes);
       run_block();
     }
   }
 
-  std::byte* shared() {
-    const auto address = reinterpret_cast<std::uintptr_t>(shared_.data());
-    return shared_.data() + (kSharedAlignment - address % kSharedAlignment) % kSharedAlignment;
-  }
+  std::byte* shared() { return shared_.get(); }
 
   int sync_block(bool predicate) {
     Thread& thread = *threads_[running_];
@@ -93,15 +117,18 @@ class Device {
     return counted_;
   }
 
-  void sync_warp(std::uint32_t mask) {
+  void meet(std::uint32_t mask, void* brought, Together together) {
     Thread& thread = *threads_[running_];
     const std::uint32_t own = 1U << lane();
     if ((mask & own) == 0) fail("a lane waits for a mask of lanes that it is not in");
     Warp& warp = warps_[running_ / kWarpSize];
     thread.state = State::at_warp_barrier;
     thread.warp_mask = mask;
+    thread.together = together;
+    warp.brought[lane()] = brought;
     warp.waiting |= own;
     if ((warp.waiting & mask) == mask && all_wait_for(mask)) {
+      if (together != nullptr) do_together(warp, mask, together);
       warp.waiting &= ~mask;
       warp.ready |= mask;  // this one too: that it came last is no right to go first
     }
@@ -128,11 +155,8 @@ class Device {
   }
 
   [[nodiscard]] unsigned lane() const { return running_ % kWarpSize; }
-  std::uint32_t* shown(unsigned lane) { return warps_[running_ / kWarpSize].shown[lane]; }
 
  private:
-  static constexpr std::size_t kSharedAlignment = 1024;
-
   void run_block() {
     for (unsigned t = 0; t < count_; ++t) {
       Thread& thread = *threads_[t];
@@ -182,12 +206,21 @@ class Device {
     return ended;
   }
 
+  void do_together(const Warp& warp, std::uint32_t mask, Together together) {
+    void* brought[kWarpSize] = {};
+    for_each_lane(mask, [&](unsigned l) {
+      if (threads_[first_of_warp() + l]->together != together) fail("lanes meet at different instructions");
+      brought[l] = warp.brought[l];
+    });
+    together(brought, mask);
+  }
+
+  [[nodiscard]] unsigned first_of_warp() const { return running_ / kWarpSize * kWarpSize; }
+
   [[nodiscard]] bool all_wait_for(std::uint32_t mask) const {
-    const unsigned first = running_ / kWarpSize * kWarpSize;
-    for (std::uint32_t left = mask; left != 0; left &= left - 1) {
-      if (threads_[first + static_cast<unsigned>(std::countr_zero(left))]->warp_mask != mask) return false;
-    }
-    return true;
+    bool all = true;
+    for_each_lane(mask, [&](unsigned l) { all &= threads_[first_of_warp() + l]->warp_mask == mask; });
+    return all;
   }
 
   std::string deadlock() {
@@ -205,17 +238,19 @@ class Device {
   std::vector<unsigned> in_order(unsigned count) {
     std::vector<unsigned> order(count);
     std::iota(order.begin(), order.end(), 0U);
-    if (order_ == Order::backward) std::reverse(order.begin(), order.end());
-    if (order_ == Order::shuffled) std::shuffle(order.begin(), order.end(), random_);
+    if (order_now_ == Order::backward) std::reverse(order.begin(), order.end());
+    if (order_now_ == Order::shuffled) std::shuffle(order.begin(), order.end(), random_);
     return order;
   }
 
   std::mutex mutex_;
-  Order order_ = Order::forward;
+  Order order_ = Order::changing;
+  Order order_now_ = Order::forward;
+  unsigned launches_ = 0;
   std::mt19937 random_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::vector<Warp> warps_;
-  std::vector<std::byte> shared_;
+  SharedMemory shared_;
   std::vector<unsigned> warp_order_;
   std::vector<unsigned> lane_order_;
   const std::function<void()>* body_ = nullptr;
@@ -247,11 +282,10 @@ void fail(const char* why) {
 
 std::byte* dynamic_shared() { return device().shared(); }
 int sync_block(bool predicate) { return device().sync_block(predicate); }
-void sync_warp(std::uint32_t mask) { device().sync_warp(mask); }
+void meet(std::uint32_t mask, void* brought, Together together) { device().meet(mask, brought, together); }
 void copy_later(void* to, const void* from, std::size_t bytes) { device().copy_later({to, from, bytes}); }
 void close_copies() { device().close_copies(); }
 void finish_copies(int pending) { device().finish_copies(static_cast<std::size_t>(pending)); }
 unsigned lane() { return device().lane(); }
-std::uint32_t* shown(unsigned lane) { return device().shown(lane); }
 
 }  // namespace emulation

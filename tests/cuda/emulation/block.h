@@ -12,7 +12,8 @@
 namespace emulation {
 
 /// In which order threads of a block, and blocks of a grid, come first. A kernel whose result depends on it has a race.
-enum class Order { forward, backward, shuffled };
+/// changing: each launch in another one of the others, which is how it begins.
+enum class Order { forward, backward, shuffled, changing };
 /// Of all launches from now on, of every thread of the process.
 void set_order(Order order, unsigned seed = 0);
 
@@ -37,8 +38,6 @@ extern dim3 grid_size;
 std::byte* dynamic_shared();
 /// Waits for all threads of the block that have not ended. Returns how many of them gave true.
 int sync_block(bool predicate = false);
-/// Waits for the lanes of `mask`.
-void sync_warp(std::uint32_t mask);
 /// Adds a copy to this thread's open group of copies; zeros where `from` is null.
 void copy_later(void* to, const void* from, std::size_t bytes);
 /// Closes that group.
@@ -47,33 +46,52 @@ void close_copies();
 void finish_copies(int pending);
 /// This thread's lane.
 unsigned lane();
-/// What each lane of the warp shows to the others: `kShownWords` words for each.
-inline constexpr unsigned kShownWords = 16;
-std::uint32_t* shown(unsigned lane);
+
+/// What the lanes of a warp brought to where they meet; null for a lane that did not come.
+using Brought = void* const*;
+/// Waits for the lanes of `mask`, as they wait with theirs. Whoever comes last does together(what each brought, mask)
+/// before all go on. Lanes that meet have to do the same together.
+void meet(std::uint32_t mask, void* brought, void (*together)(Brought brought, std::uint32_t mask));
+
+/// Calls visit(lane) for the lanes of a mask, from the lowest.
+template <typename Visit>
+void for_each_lane(std::uint32_t mask, Visit visit) {
+  for (; mask != 0; mask &= mask - 1) visit(static_cast<unsigned>(std::countr_zero(mask)));
+}
 
 /// The value of lane source(own lane), which must be in `mask`, as all lanes of `mask` show theirs.
 template <typename T>
 T exchange(std::uint32_t mask, T value, unsigned source) {
-  static_assert(sizeof(T) <= kShownWords * 4);
-  std::memcpy(shown(lane()), &value, sizeof value);
-  sync_warp(mask);
-  std::memcpy(&value, shown(source % kWarpSize), sizeof value);
-  sync_warp(mask);
-  return value;
+  struct Part {
+    T value;
+    unsigned source;
+    T got;
+  };
+  Part part{value, source % kWarpSize, value};
+  meet(mask, &part, [](Brought brought, std::uint32_t lanes) {
+    for_each_lane(lanes, [&](unsigned lane) {
+      Part& own = *static_cast<Part*>(brought[lane]);
+      if (brought[own.source] == nullptr) fail("a lane asks for the value of one that does not take part");
+      own.got = static_cast<const Part*>(brought[own.source])->value;
+    });
+  });
+  return part.got;
 }
 
-/// fold(result, value of a lane) over the lanes of `mask`, from the lowest.
-template <typename T, typename Fold>
-T fold(std::uint32_t mask, T value, T start, Fold fold) {
-  std::memcpy(shown(lane()), &value, sizeof value);
-  sync_warp(mask);
-  for (std::uint32_t left = mask; left != 0; left &= left - 1) {
-    T other;
-    std::memcpy(&other, shown(static_cast<unsigned>(std::countr_zero(left))), sizeof other);
-    start = fold(start, other);
-  }
-  sync_warp(mask);
-  return start;
+/// Fold()(result, value of a lane) over the lanes of `mask`, from the lowest.
+template <typename Fold, typename T>
+T fold(std::uint32_t mask, T value, T start) {
+  struct Part {
+    T value;
+    T result;
+  };
+  Part part{value, start};
+  meet(mask, &part, [](Brought brought, std::uint32_t lanes) {
+    T result = static_cast<const Part*>(brought[std::countr_zero(lanes)])->result;
+    for_each_lane(lanes, [&](unsigned lane) { result = Fold()(result, static_cast<const Part*>(brought[lane])->value); });
+    for_each_lane(lanes, [&](unsigned lane) { static_cast<Part*>(brought[lane])->result = result; });
+  });
+  return part.result;
 }
 
 }  // namespace emulation

@@ -128,8 +128,8 @@ cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, std::size_t 
 }
 
 cudaError_t allocate(void** pointer, std::size_t bytes, std::map<void*, std::size_t>& known) {
-  *pointer = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
-  if (*pointer == nullptr) return told(cudaErrorMemoryAllocation);
+  // Each by itself and of exactly this size, so that a sanitizer sees what goes beyond it.
+  if (posix_memalign(pointer, kAlignment, bytes) != 0) return told(cudaErrorMemoryAllocation);
   std::memset(*pointer, 0xFF, bytes);  // NaN: what was never written must not be read
   known[*pointer] = bytes;
   return cudaSuccess;
@@ -424,6 +424,7 @@ void reset() {
   r.fail_after = -1;
   r.fail_graph = cudaSuccess;
   r.dead = r.last = cudaSuccess;
+  set_order(Order::changing);
 }
 
 }  // namespace emulation

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <utility>
 
 #include "block.h"
@@ -30,7 +31,7 @@ inline constexpr int warpSize = emulation::kWarpSize;
 inline void __syncthreads() { emulation::sync_block(); }
 inline int __syncthreads_or(int predicate) { return emulation::sync_block(predicate != 0) != 0; }
 inline int __syncthreads_count(int predicate) { return emulation::sync_block(predicate != 0); }
-inline void __syncwarp(std::uint32_t mask = 0xFFFFFFFFU) { emulation::sync_warp(mask); }
+inline void __syncwarp(std::uint32_t mask = 0xFFFFFFFFU) { emulation::meet(mask, nullptr, nullptr); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
@@ -58,18 +59,20 @@ T __shfl_up_sync(std::uint32_t mask, T value, unsigned delta, int width = 32) {
 }
 inline std::uint32_t __ballot_sync(std::uint32_t mask, int predicate) {
   const std::uint32_t own = predicate != 0 ? 1U << emulation::lane() : 0U;
-  return emulation::fold(mask, own, 0U, [](std::uint32_t a, std::uint32_t b) { return a | b; });
+  return emulation::fold<std::bit_or<>>(mask, own, 0U);
 }
 inline int __any_sync(std::uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(std::uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 inline std::uint32_t __reduce_max_sync(std::uint32_t mask, std::uint32_t value) {
-  return emulation::fold(mask, value, 0U, [](std::uint32_t a, std::uint32_t b) { return std::max(a, b); });
+  using Max = decltype([](std::uint32_t a, std::uint32_t b) { return std::max(a, b); });
+  return emulation::fold<Max>(mask, value, 0U);
 }
 inline std::uint32_t __reduce_min_sync(std::uint32_t mask, std::uint32_t value) {
-  return emulation::fold(mask, value, 0xFFFFFFFFU, [](std::uint32_t a, std::uint32_t b) { return std::min(a, b); });
+  using Min = decltype([](std::uint32_t a, std::uint32_t b) { return std::min(a, b); });
+  return emulation::fold<Min>(mask, value, 0xFFFFFFFFU);
 }
 inline std::uint32_t __reduce_add_sync(std::uint32_t mask, std::uint32_t value) {
-  return emulation::fold(mask, value, 0U, [](std::uint32_t a, std::uint32_t b) { return a + b; });
+  return emulation::fold<std::plus<>>(mask, value, 0U);
 }
 
 // --- atomics: fibers give way only where they wait ----------------------------------------------------------------

@@ -7,6 +7,7 @@
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -116,6 +117,7 @@ void Fiber::start(Body body, void* argument) {
   state_->done = false;
 #if defined(__SANITIZE_ADDRESS__)
   state_->fake_stack = nullptr;
+  __asan_unpoison_memory_region(state_->stack, kStackBytes);  // of one that hung, whose frames were never left
 #endif
   state_->prepare(state_->stack, &State::run);
 }

@@ -30,63 +30,84 @@ std::uint16_t float_to_f16(float x);
 
 namespace tensor_cores {
 
-/// Element (row, column) of what lanes show: `words` registers a lane, found by the fragments of A of an m16 tile.
-/// `per_word`: elements in a register.
-struct Place {
-  unsigned lane;
-  unsigned word;
-  unsigned within;
+template <typename Accumulator>
+struct Fragments {
+  Accumulator* d;          ///< 4
+  const std::uint32_t* a;  ///< 4
+  const std::uint32_t* b;  ///< 2
 };
 
-/// A [16, 8 * per_word]: register 0 rows 0-7, 1 rows 8-15, both of the left half; 2 and 3 of the right half.
-inline Place of_a(unsigned row, unsigned k, unsigned per_word) {
-  const unsigned half = k / (4 * per_word);
-  const unsigned in_half = k % (4 * per_word);
-  return {row % 8 * 4 + in_half / per_word, half * 2 + row / 8, in_half % per_word};
-}
-/// B [8 * per_word, 8]: register 0 the upper half, 1 the lower.
-inline Place of_b(unsigned k, unsigned column, unsigned per_word) {
-  const unsigned in_half = k % (4 * per_word);
-  return {column * 4 + in_half / per_word, k / (4 * per_word), in_half % per_word};
-}
-
-/// d += a b over one instruction's fragments, for this lane's four elements.
-template <typename Accumulator, typename Decode>
-void multiply(Accumulator (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], unsigned per_word,
-              Decode decode) {
-  constexpr unsigned kB = 4;  // words of A come first
-  std::uint32_t* own = shown(lane());
-  std::memcpy(own, a, sizeof a);
-  std::memcpy(own + kB, b, sizeof b);
-  sync_warp(0xFFFFFFFFU);
-  for (unsigned i = 0; i < 4; ++i) {
-    const unsigned row = lane() / 4 + i / 2 * 8;
-    const unsigned column = lane() % 4 * 2 + i % 2;
-    for (unsigned k = 0; k < 8 * per_word; ++k) {
-      const Place at_a = of_a(row, k, per_word);
-      const Place at_b = of_b(k, column, per_word);
-      d[i] += decode(shown(at_a.lane)[at_a.word], at_a.within) * decode(shown(at_b.lane)[kB + at_b.word], at_b.within);
+/// d += a b over the fragments of a warp: a [16, K], b [K, 8], d [16, 8]. Format: how numbers lie in registers.
+/// Register 0 of a has rows 0-7, 1 rows 8-15, both of the left half; 2 and 3 of the right half. Of b: the upper half
+/// and the lower.
+template <typename Format>
+void multiply(Brought brought, std::uint32_t) {
+  using Accumulator = typename Format::Accumulator;
+  constexpr unsigned kPerWord = Format::kPerWord;
+  constexpr unsigned kColumns = 8 * kPerWord;
+  Accumulator a[16][kColumns];
+  Accumulator b[kColumns][8];
+  for (unsigned l = 0; l < kWarpSize; ++l) {
+    const auto& of_lane = *static_cast<const Fragments<Accumulator>*>(brought[l]);
+    for (unsigned half = 0; half < 2; ++half) {
+      for (unsigned i = 0; i < kPerWord; ++i) {
+        const unsigned k = (half * 4 + l % 4) * kPerWord + i;
+        a[l / 4][k] = Format::decode(of_lane.a[2 * half], i);
+        a[l / 4 + 8][k] = Format::decode(of_lane.a[2 * half + 1], i);
+        b[k][l / 4] = Format::decode(of_lane.b[half], i);
+      }
     }
   }
-  sync_warp(0xFFFFFFFFU);
+  for (unsigned row = 0; row < 16; ++row) {
+    const auto place = [&](unsigned column) -> Accumulator& {
+      const unsigned l = row % 8 * 4 + column / 2;
+      return static_cast<const Fragments<Accumulator>*>(brought[l])->d[row / 8 * 2 + column % 2];
+    };
+    Accumulator d[8];
+    for (unsigned column = 0; column < 8; ++column) d[column] = place(column);
+    for (unsigned k = 0; k < kColumns; ++k) {
+      for (unsigned column = 0; column < 8; ++column) d[column] += a[row][k] * b[k][column];
+    }
+    for (unsigned column = 0; column < 8; ++column) place(column) = d[column];
+  }
 }
+
+template <typename Format>
+void mma(typename Format::Accumulator (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  Fragments<typename Format::Accumulator> own{d, a, b};
+  meet(0xFFFFFFFFU, &own, multiply<Format>);
+}
+
+struct Bf16 {
+  using Accumulator = float;
+  static constexpr unsigned kPerWord = 2;
+  static float decode(std::uint32_t word, unsigned i) {
+    return bf16_to_float(static_cast<std::uint16_t>(word >> 16 * i));
+  }
+};
+struct F16 {
+  using Accumulator = float;
+  static constexpr unsigned kPerWord = 2;
+  static float decode(std::uint32_t word, unsigned i) {
+    return f16_to_float(static_cast<std::uint16_t>(word >> 16 * i));
+  }
+};
+struct S8 {
+  using Accumulator = int;
+  static constexpr unsigned kPerWord = 4;
+  static int decode(std::uint32_t word, unsigned i) { return static_cast<std::int8_t>(word >> 8 * i); }
+};
 
 }  // namespace tensor_cores
 
 inline void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  tensor_cores::multiply(d, a, b, 2, [](std::uint32_t word, unsigned i) {
-    return bf16_to_float(static_cast<std::uint16_t>(word >> 16 * i));
-  });
+  tensor_cores::mma<tensor_cores::Bf16>(d, a, b);
 }
 inline void mma_f16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  tensor_cores::multiply(d, a, b, 2, [](std::uint32_t word, unsigned i) {
-    return f16_to_float(static_cast<std::uint16_t>(word >> 16 * i));
-  });
+  tensor_cores::mma<tensor_cores::F16>(d, a, b);
 }
 inline void mma_s8(int (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  tensor_cores::multiply(d, a, b, 4, [](std::uint32_t word, unsigned i) {
-    return static_cast<int>(static_cast<std::int8_t>(word >> 8 * i));
-  });
+  tensor_cores::mma<tensor_cores::S8>(d, a, b);
 }
 
 inline std::uint32_t subtract_bf16x2(std::uint32_t a, std::uint32_t b) {
@@ -110,26 +131,30 @@ inline std::uint32_t multiply_bf16x2(std::uint32_t a, std::uint32_t b) {
 }
 
 /// Rows of four 8x8 matrices, as lanes point to them; then each lane's two elements of each.
-inline void ldmatrix(std::uint32_t (&r)[4], const void* shared_row, bool transposed) {
-  const auto address = reinterpret_cast<std::uintptr_t>(shared_row);
-  if (address % 16 != 0) fail("ldmatrix: a row that is not aligned to 16 bytes");
-  std::memcpy(shown(lane()), &address, sizeof address);
-  sync_warp(0xFFFFFFFFU);
-  for (unsigned j = 0; j < 4; ++j) {
-    std::uint16_t pair[2];
-    for (unsigned i = 0; i < 2; ++i) {
-      const unsigned row = transposed ? lane() % 4 * 2 + i : lane() / 4;
-      const unsigned column = transposed ? lane() / 4 : lane() % 4 * 2 + i;
-      std::uintptr_t from;
-      std::memcpy(&from, shown(j * 8 + row), sizeof from);
-      pair[i] = reinterpret_cast<const std::uint16_t*>(from)[column];
-    }
-    r[j] = pair[0] | static_cast<std::uint32_t>(pair[1]) << 16;
-  }
-  sync_warp(0xFFFFFFFFU);
+template <bool kTransposed>
+void ldmatrix(std::uint32_t (&r)[4], const void* shared_row) {
+  if (reinterpret_cast<std::uintptr_t>(shared_row) % 16 != 0) fail("ldmatrix: a row that is not aligned to 16 bytes");
+  struct Part {
+    std::uint32_t* registers;
+    const std::uint16_t* row;
+  };
+  Part own{r, static_cast<const std::uint16_t*>(shared_row)};
+  meet(0xFFFFFFFFU, &own, [](Brought brought, std::uint32_t lanes) {
+    for_each_lane(lanes, [&](unsigned l) {
+      for (unsigned j = 0; j < 4; ++j) {
+        std::uint32_t pair = 0;
+        for (unsigned i = 0; i < 2; ++i) {
+          const unsigned row = kTransposed ? l % 4 * 2 + i : l / 4;
+          const unsigned column = kTransposed ? l / 4 : l % 4 * 2 + i;
+          pair |= static_cast<std::uint32_t>(static_cast<const Part*>(brought[j * 8 + row])->row[column]) << 16 * i;
+        }
+        static_cast<const Part*>(brought[l])->registers[j] = pair;
+      }
+    });
+  });
 }
-inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* shared_row) { ldmatrix(r, shared_row, false); }
-inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* shared_row) { ldmatrix(r, shared_row, true); }
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* shared_row) { ldmatrix<false>(r, shared_row); }
+inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* shared_row) { ldmatrix<true>(r, shared_row); }
 
 inline uint4 load_16(const void* global) {
   if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0) fail("load: an address that is not aligned to 16 bytes");
