@@ -1,11 +1,16 @@
-"""Tokens per second beside transformers on the same weights, with and without the MTP drafter.
+"""Tokens per second beside transformers on the same weights and device, with and without the MTP drafter.
 
     python bench/random_gemma4.py E2B DIR
     python bench/compare_transformers.py DIR/E2B --rounds 3 --json transformers.json
+    python bench/compare_transformers.py DIR/E2B --device cuda --weights bf16 int8 int4 --told --json transformers.json
 
-Greedy, one stream; the prompt is not part of the time. Each engine has a process of its own, and the processes take
-turns, so that a slow spell of the machine falls on all of them and none computes beside another. The output of
-draftwerk with the drafter has to be that without it.
+Greedy, one stream; the prompt is not part of the time, but for draftwerk's drafts that are told. Each engine has a
+process of its own, and the processes take turns, so that a slow spell of the machine falls on all of them and none
+computes beside another. The output of draftwerk with the drafter has to be that without it.
+
+Drafts of random weights are never right. --told adds what both would be with 8 drafts and 4.0 tokens in every step:
+draftwerk is measured with drafts that are right that often (gpu_decoding.py), its drafter run for the time that it
+takes; of transformers the steps per second with 8 drafts are measured, and multiplied by 4.0.
 """
 
 from __future__ import annotations
@@ -15,14 +20,29 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from compare_llama_cpp import machine
+from gpu_decoding import ACCEPTANCE, DRAFTS, decode
 
 PROMPT = [2, *range(1000, 1031)]
+TOLD = "told drafts"
+TOLD_TOKENS = sum(ACCEPTANCE**accepted for accepted in range(DRAFTS + 1))  # of a step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, whoever computes it."""
+
+    model: str
+    assistant: str
+    tokens: int
+    threads: int
+    device: str
+    told: bool
 
 
 @dataclass(frozen=True)
@@ -30,51 +50,121 @@ class Speed:
     """One measurement."""
 
     tokens_per_second: float
-    token_ids: tuple[int, ...]
+    tokens_per_step: float
+    token_ids: tuple[int, ...] = ()
 
 
-def run_transformers(model: str, drafter: str | None, tokens: int, threads: int) -> Speed:
+def run_transformers(settings: Settings) -> dict[str, Speed]:
     """Loads, warms up and measures once."""
     import torch
     import transformers
 
-    torch.set_num_threads(threads)
-    target = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    assistant = None
-    if drafter is not None:
-        assistant = transformers.AutoModelForCausalLM.from_pretrained(drafter, dtype=torch.bfloat16)
-    inputs = torch.tensor([PROMPT])
+    torch.set_num_threads(settings.threads)
+    target, assistant = (
+        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).to(settings.device)
+        for path in (settings.model, settings.assistant)
+    )
+    inputs = torch.tensor([PROMPT], device=settings.device)
+    steps = 0
 
-    def generate(count: int) -> tuple[float, list[int]]:
-        start = time.perf_counter()
+    def count_step(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    target.register_forward_hook(count_step)
+
+    def generate(count: int, drafter: Any) -> tuple[float, int, list[int]]:
+        before, start = steps, time.perf_counter()
         with torch.inference_mode():
             out = target.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                assistant_model=assistant,
+                assistant_model=drafter,
                 do_sample=False,
                 max_new_tokens=count,
                 min_new_tokens=count,
                 pad_token_id=0,
             )
-        return time.perf_counter() - start, out[0, len(PROMPT) :].tolist()
+        token_ids = out[0, len(PROMPT) :].tolist()  # waits for a GPU
+        return time.perf_counter() - start, steps - before, token_ids
 
-    generate(2)
-    # The difference of two lengths leaves out the prompt.
-    (short, _), (long, token_ids) = generate(1), generate(tokens)
-    assert len(token_ids) == tokens
-    return Speed((tokens - 1) / (long - short), tuple(token_ids))
+    def measure(drafter: Any) -> Speed:
+        generate(2, drafter)
+        # The difference of two lengths leaves out the prompt.
+        short, few, _ = generate(1, drafter)
+        long, many, token_ids = generate(settings.tokens, drafter)
+        assert len(token_ids) == settings.tokens
+        tokens = settings.tokens - 1
+        return Speed(tokens / (long - short), tokens / (many - few), tuple(token_ids))
+
+    found = {"no drafter": measure(None), "drafter": measure(assistant)}
+    if settings.told:
+        assistant.generation_config.num_assistant_tokens = DRAFTS
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        speed = measure(assistant)
+        found[TOLD] = Speed(speed.tokens_per_second / speed.tokens_per_step * TOLD_TOKENS, TOLD_TOKENS)
+    return found
 
 
-def run_draftwerk(model: str, drafter: str | None, tokens: int, threads: int, weights: str) -> Speed:
+def run_draftwerk(settings: Settings, weights: str) -> dict[str, Speed]:
     """Loads, warms up and measures once."""
     from draftwerk import Engine, SamplingParams
 
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
-    with Engine(model, drafter=drafter or "none", lookup=False, weights=weights, threads=threads) as engine:
-        engine.generate(PROMPT, params)
-        completion = engine.generate(PROMPT, params)
-    return Speed((tokens - 1) / completion.stats.decode_time, completion.token_ids)
+    params = SamplingParams(max_tokens=settings.tokens, ignore_eos=True)
+    found = {}
+    for name, drafter in (("no drafter", "none"), ("drafter", settings.assistant)):
+        with Engine(
+            settings.model,
+            drafter=drafter,
+            lookup=False,
+            weights=weights,
+            device=settings.device,
+            threads=settings.threads,
+            kv_memory="256MiB",
+        ) as engine:
+            engine.generate(PROMPT, params)
+            completion = engine.generate(PROMPT, params)
+        rate = (settings.tokens - 1) / completion.stats.decode_time
+        found[name] = Speed(rate, settings.tokens / completion.stats.steps, completion.token_ids)
+    assert found["drafter"].token_ids == found["no drafter"].token_ids, f"{weights}: drafts changed a token"
+    if settings.told:
+        found[TOLD] = run_told(settings, weights)
+    return found
+
+
+def run_told(settings: Settings, weights: str) -> Speed:
+    """Drafts of draftwerk that are told."""
+    from draftwerk.devices import find_gpu
+    from draftwerk.loading import open_assistant, open_checkpoint
+    from draftwerk.weights import load_assistant, load_model
+
+    checkpoint = open_checkpoint(settings.model)
+    gpu = find_gpu(settings.device)
+    model = load_model(checkpoint, gpu=gpu, weights=weights, threads=settings.threads)
+    mtp = load_assistant(open_assistant(settings.assistant), checkpoint, model, weights=weights)
+    figures = decode(model, mtp, streams=1, tokens=settings.tokens, rounds=1, kv_memory=256 << 20)["drafted"]
+    return Speed(figures.tokens_per_second, figures.tokens_per_step)
+
+
+def device_name(device: str) -> str:
+    """The GPU by its own name, or the processor by its."""
+    if device == "cpu":
+        return machine()
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def rounds(subjects: dict[str, tuple[Callable[..., dict[str, Speed]], tuple[Any, ...]]], count: int) -> Iterator[Any]:
+    """(name, speed) of every measurement, round by round."""
+    # All of them at once would not fit into memory: a round opens each anew.
+    for _ in range(count):
+        for subject, (run, arguments) in subjects.items():
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found: dict[str, Speed] = pool.apply(run, arguments)
+            for name, speed in found.items():
+                print(f"{subject}, {name:12} {speed.tokens_per_second:9.2f} tokens/s", flush=True)
+                yield f"{subject}, {name}", speed
 
 
 def main() -> None:
@@ -82,41 +172,46 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--drafter", help="default: MODEL-assistant")
     parser.add_argument("--weights", nargs="+", default=["bf16", "int8", "int4"], help="of draftwerk")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, of both")
+    parser.add_argument("--told", action="store_true", help="with drafts of which 4.0 tokens a step are kept, besides")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     assistant = arguments.drafter or arguments.model.rstrip("/") + "-assistant"
-    common = (arguments.tokens, arguments.threads)
-    subjects: dict[str, tuple[Callable[..., Speed], tuple[Any, ...]]] = {}
-    for name, drafter in (("no drafter", None), ("drafter", assistant)):
-        subjects[f"transformers bf16, {name}"] = (run_transformers, (arguments.model, drafter, *common))
-        for weights in arguments.weights:
-            settings = (arguments.model, drafter, *common, weights)
-            subjects[f"draftwerk {weights}, {name}"] = (run_draftwerk, settings)
+    settings = Settings(
+        arguments.model, assistant, arguments.tokens, arguments.threads, arguments.device, arguments.told
+    )
+    subjects: dict[str, tuple[Callable[..., dict[str, Speed]], tuple[Any, ...]]] = {
+        "transformers bf16": (run_transformers, (settings,))
+    }
+    for weights in arguments.weights:
+        subjects[f"draftwerk {weights}"] = (run_draftwerk, (settings, weights))
 
-    # All of them at once would not fit into memory: a round opens each anew.
-    speeds: dict[str, list[float]] = {name: [] for name in subjects}
-    texts: dict[str, tuple[int, ...]] = {}
-    for _ in range(arguments.rounds):
-        for name, (run, settings) in subjects.items():
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                speed = pool.apply(run, settings)
-            speeds[name].append(speed.tokens_per_second)
-            if name.startswith("draftwerk"):
-                undrafted = name.partition(",")[0]
-                assert texts.setdefault(undrafted, speed.token_ids) == speed.token_ids, f"{name}: another text"
-            print(f"{name:32} {speed.tokens_per_second:7.2f} tokens/s", flush=True)
-    base = "transformers bf16, no drafter"
+    taken: dict[str, list[Speed]] = {}
+    for name, speed in rounds(subjects, arguments.rounds):
+        taken.setdefault(name, []).append(speed)
+        if name.startswith("draftwerk"):
+            assert taken[name][0].token_ids == speed.token_ids, f"{name}: another text"
+    report: dict[str, Any] = {}
     print()
-    report = {}
-    for name, values in speeds.items():
-        ratio = statistics.median(value / of for value, of in zip(values, speeds[base], strict=True))
-        report[name] = {"tokens_per_second": statistics.median(values), "of_transformers": ratio}
-        print(f"{name:32} {statistics.median(values):7.2f} tokens/s {ratio:6.2f}x")
+    for name, speeds in taken.items():
+        kind = name.rpartition(", ")[2]
+        figures = {
+            "tokens_per_second": statistics.median(s.tokens_per_second for s in speeds),
+            "tokens_per_step": statistics.median(s.tokens_per_step for s in speeds),
+        }
+        # Of transformers without its drafter, and of transformers with the same drafts.
+        for of, base in (("of_transformers", "no drafter"), ("of_the_same_drafts", kind)):
+            pairs = zip(speeds, taken[f"transformers bf16, {base}"], strict=True)
+            figures[of] = statistics.median(s.tokens_per_second / b.tokens_per_second for s, b in pairs)
+        report[name] = figures
+        print(f"{name:32}", "  ".join(f"{figure}: {value:.2f}" for figure, value in figures.items()))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine(), "tokens": arguments.tokens, **report}, indent=2))
+        arguments.json.write_text(
+            json.dumps({"device": device_name(arguments.device), **asdict(settings), **report}, indent=2)
+        )
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 # What only a machine with a GPU can tell: whether the CUDA backend builds and passes its tests there, what
 # compute-sanitizer finds, and how long things take. Eight minutes at most; what fails is noted and the rest goes on.
 #
-#   bench/gpu.sh OUT [WHEELS]
+#   bench/gpu.sh [OUT [WHEELS]]
 #
-# OUT gets a log of each stage, stages.txt, and passes-*.json. WHEELS is a directory of wheels for a machine without a
+# OUT (bench/results if it is not given) gets a log of each stage, stages.txt, passes-*.json and transformers.json.
+# WHEELS is a directory of wheels for a machine without a
 # network; it needs what `pip download pybind11 ros-gtest-vendor .` brings for its Python. There have to be nvcc 13,
 # cmake, ninja and Python 3.10 or newer; parity and comparisons need torch and transformers.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(mkdir -p "$1" && cd "$1" && pwd)
+out=${1:-bench/results}
+out=$(mkdir -p "$out" && cd "$out" && pwd)
 wheels=${2:-}
 build=build/gpu
 budget=${GPU_SECONDS:-480}
@@ -35,6 +37,10 @@ export PYTHONPATH=$PWD/service:$PWD/client:$PWD/tests/python DRAFTWERK_CUDA_LIBR
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 [[ $capability == 90 ]] && capability=90a
 nvidia-smi >"$out/gpu.txt"
+# 10 GB that the comparison with transformers reads, written while the compilers work.
+"$python" bench/random_gemma4.py E2B "$build/weights" >"$out/writing.log" 2>&1 &
+weights=$!
+trap 'kill "$weights" 2>/dev/null' EXIT
 
 stage configure 60 cmake -S . -B "$build" -G Ninja -DDRAFTWERK_BUILD_CUDA=ON -DDRAFTWERK_BUILD_TESTS=ON \
   -DCMAKE_CUDA_ARCHITECTURES="$capability-real" -DPython_EXECUTABLE="$python" \
@@ -44,8 +50,11 @@ cp "$build"/_core*.so service/draftwerk/
 
 stage tests 90 "$build/draftwerk_gpu_tests" --gtest_brief=1
 stage parity 90 "$python" -m pytest -q -p no:cacheprovider tests/python/test_devices.py tests/python/test_cuda_parity.py \
-  tests/python/test_fp8.py
+  tests/python/test_fp8.py tests/python/test_gemma4_parity.py tests/python/test_drafter_parity.py
 stage passes-small 120 "$python" bench/gpu_passes.py E2B 12B --json "$out/passes-small.json"
+stage weights 60 tail --pid="$weights" -f /dev/null
+stage transformers 120 "$python" bench/compare_transformers.py "$build/weights/E2B" --device cuda --weights bf16 int4 \
+  --told --tokens 128 --rounds 1 --json "$out/transformers.json"
 stage passes-large 150 "$python" bench/gpu_passes.py 31B 26B-A4B --json "$out/passes-large.json"
 stage quantised 90 "$python" bench/gpu_passes.py E2B 12B --weights int8 int4 fp8 --json "$out/passes-quantised.json"
 tiny='MtpDrafter.DraftsDoNotDependOnTheSequencesBesideIt:EngineTest.LogprobsAreThoseOfTheScoredLogits'

@@ -34,7 +34,13 @@ class Decoding:
 
 
 def decode(
-    model: _core.Model, mtp: _core.MtpModel | None, *, streams: int, tokens: int, rounds: int
+    model: _core.Model,
+    mtp: _core.MtpModel | None,
+    *,
+    streams: int,
+    tokens: int,
+    rounds: int,
+    kv_memory: int = 2 << 30,
 ) -> dict[str, Decoding]:
     """Without drafts, and with 8 in every step, 4.0 of whose tokens are accepted on average; text is the same.
 
@@ -44,25 +50,32 @@ def decode(
         streams: that run at the same time.
         tokens: of each stream.
         rounds: of which the fastest counts; a warm-up comes before.
+        kv_memory: bytes for keys and values.
     """
     prompts = [[2, *((17 * i + 31 * j) % 200_000 + 5 for j in range(_PROMPT))] for i in range(streams)]
-    plain, texts = _runs(model, None, None, prompts, tokens, rounds)
+    plain, texts = _runs(model, None, None, prompts, tokens, rounds, kv_memory)
     recorded = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
     synthetic = _core.SyntheticDrafts(recorded, ACCEPTANCE, 1)
-    drafted, same = _runs(model, mtp, synthetic, prompts, tokens, rounds)
+    drafted, same = _runs(model, mtp, synthetic, prompts, tokens, rounds, kv_memory)
     if same != texts:
         raise RuntimeError("drafts changed a token")
     return {"none": plain, "drafted": drafted}
 
 
 def _runs(
-    model: _core.Model, mtp: Any, synthetic: Any, prompts: list[list[int]], tokens: int, rounds: int
+    model: _core.Model,
+    mtp: Any,
+    synthetic: Any,
+    prompts: list[list[int]],
+    tokens: int,
+    rounds: int,
+    kv_memory: int,
 ) -> tuple[Decoding, list[list[int]]]:
     options = _core.EngineOptions()
     options.drafters = [] if synthetic is None else ["synthetic"]
     options.draft_length = 0 if synthetic is None else DRAFTS
     options.max_draft_length = DRAFTS
-    options.kv_memory_bytes = 2 << 30
+    options.kv_memory_bytes = kv_memory
     options.max_context = 4096
     options.prefix_cache = False
     engine = _core.Engine(model, options, None, mtp=mtp, synthetic=synthetic)
