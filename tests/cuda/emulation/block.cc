@@ -42,12 +42,12 @@ struct Thread {
   std::deque<Copies> closed_copies;
   uint3 index{};
   State state = State::running;
-  std::uint32_t warp_mask = 0;    ///< that it waits for
-  Together together = nullptr;    ///< what it will do with them
+  std::uint32_t warp_mask = 0;  ///< that it waits for
+  Together together = nullptr;  ///< what it will do with them
 };
 
 struct Warp {
-  std::uint32_t ready = 0;    ///< lanes that can run
+  std::uint32_t ready = 0;    ///< that can run: bit p is the lane whose turn is the p-th
   std::uint32_t waiting = 0;  ///< lanes at a barrier of the warp
   void* brought[kWarpSize];   ///< by the lanes that wait there
 };
@@ -99,6 +99,7 @@ class Device {
     const std::vector<unsigned> blocks = in_order(grid.x * grid.y * grid.z);
     warp_order_ = in_order(static_cast<unsigned>(warps_.size()));
     lane_order_ = in_order(kWarpSize);
+    for (unsigned turn = 0; turn < kWarpSize; ++turn) turns_[lane_order_[turn]] = turn;
     for (const unsigned b : blocks) {
       block_index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
       if (shared_bytes > 0) std::memset(shared_.get(), 0xFF, shared_bytes);
@@ -113,7 +114,7 @@ class Device {
     true_ += predicate;
     thread.state = State::at_block_barrier;
     ++at_barrier_;
-    thread.fiber.yield();
+    give_way(thread);
     return counted_;
   }
 
@@ -130,9 +131,9 @@ class Device {
     if ((warp.waiting & mask) == mask && all_wait_for(mask)) {
       if (together != nullptr) do_together(warp, mask, together);
       warp.waiting &= ~mask;
-      warp.ready |= mask;  // this one too: that it came last is no right to go first
+      for_each_lane(mask, [&](unsigned l) { warp.ready |= turn_of(l); });  // that it came last is no right to go first
     }
-    thread.fiber.yield();
+    give_way(thread);
   }
 
   void copy_later(const Copy& copy) { threads_[running_]->open_copies.push_back(copy); }
@@ -164,47 +165,66 @@ class Device {
       thread.state = State::running;
       thread.open_copies.clear();
       thread.closed_copies.clear();
-      thread.fiber.start([](void* body) { (*static_cast<const std::function<void()>*>(body))(); },
-                         const_cast<std::function<void()>*>(body_));
+      thread.fiber.start(run_thread, this);
     }
     at_barrier_ = true_ = 0;
     for (std::size_t w = 0; w < warps_.size(); ++w) {
       const unsigned lanes = std::min(count_ - static_cast<unsigned>(w) * kWarpSize, kWarpSize);
-      warps_[w].ready = lanes == kWarpSize ? 0xFFFFFFFFU : (1U << lanes) - 1;
+      warps_[w].ready = 0;
+      for (unsigned l = 0; l < lanes; ++l) warps_[w].ready |= turn_of(l);
       warps_[w].waiting = 0;
     }
-    unsigned left = count_;
-    while (left > 0) {
-      for (const unsigned w : warp_order_) left -= run_warp(w);
-      if (left == 0) return;
-      if (at_barrier_ < left) throw std::logic_error(deadlock());
+    left_ = count_;
+    for (;;) {
+      for (const unsigned w : warp_order_) run_warp(w);
+      if (left_ == 0) return;
+      if (at_barrier_ < left_) throw std::logic_error(deadlock());
       counted_ = true_;
       at_barrier_ = true_ = 0;
       for (unsigned t = 0; t < count_; ++t) {
-        if (threads_[t]->state == State::at_block_barrier) warps_[t / kWarpSize].ready |= 1U << t % kWarpSize;
+        if (threads_[t]->state == State::at_block_barrier) warps_[t / kWarpSize].ready |= turn_of(t % kWarpSize);
       }
     }
   }
 
-  /// Runs a warp until all its lanes wait for others or have ended; returns how many have.
-  unsigned run_warp(unsigned w) {
-    Warp& warp = warps_[w];
-    unsigned ended = 0;
-    while (warp.ready != 0) {
-      for (const unsigned l : lane_order_) {
-        if ((warp.ready >> l & 1U) == 0) continue;
-        warp.ready &= ~(1U << l);
-        running_ = w * kWarpSize + l;
-        Thread& thread = *threads_[running_];
-        thread_index = thread.index;
-        thread.fiber.resume();
-        if (!thread.fiber.finished()) continue;
-        thread.state = State::ended;
-        ++ended;
-      }
-    }
-    return ended;
+  /// Runs a warp until all its lanes wait for others or have ended.
+  void run_warp(unsigned w) {
+    running_ = w * kWarpSize;
+    turn_ = 0;
+    if (Thread* first = next()) first->fiber.resume();
   }
+
+  static void run_thread(void* self) {
+    Device& device = *static_cast<Device*>(self);
+    (*device.body_)();
+    Thread& thread = *device.threads_[device.running_];
+    thread.state = State::ended;
+    --device.left_;
+    Thread* next = device.next();
+    thread.fiber.end(next == nullptr ? nullptr : &next->fiber);
+  }
+
+  void give_way(Thread& thread) {
+    Thread* other = next();
+    if (other != &thread) thread.fiber.give_way(other == nullptr ? nullptr : &other->fiber);
+  }
+
+  /// The lane of the running warp whose turn comes next, which then is the running one; null if none can run.
+  Thread* next() {
+    std::uint32_t& ready = warps_[running_ / kWarpSize].ready;
+    if (ready == 0) return nullptr;
+    // Round and round: those behind the last turn come first.
+    const std::uint32_t behind = ready & ~((1U << turn_) - 1);
+    const auto turn = static_cast<unsigned>(std::countr_zero(behind != 0 ? behind : ready));
+    ready &= ~(1U << turn);
+    turn_ = turn;
+    running_ = first_of_warp() + lane_order_[turn];
+    Thread& thread = *threads_[running_];
+    thread_index = thread.index;
+    return &thread;
+  }
+
+  [[nodiscard]] std::uint32_t turn_of(unsigned lane) const { return 1U << turns_[lane]; }
 
   void do_together(const Warp& warp, std::uint32_t mask, Together together) {
     void* brought[kWarpSize] = {};
@@ -253,9 +273,12 @@ class Device {
   SharedMemory shared_;
   std::vector<unsigned> warp_order_;
   std::vector<unsigned> lane_order_;
+  unsigned turns_[kWarpSize] = {};  ///< of lanes, in that order
   const std::function<void()>* body_ = nullptr;
   unsigned count_ = 0;    ///< threads of a block
   unsigned running_ = 0;  ///< thread
+  unsigned turn_ = 0;     ///< of its lane
+  unsigned left_ = 0;     ///< threads that have not ended
   unsigned at_barrier_ = 0;
   int true_ = 0;     ///< predicates of those at the barrier
   int counted_ = 0;  ///< of those that were at the last one

@@ -88,7 +88,8 @@ T fold(std::uint32_t mask, T value, T start) {
   Part part{value, start};
   meet(mask, &part, [](Brought brought, std::uint32_t lanes) {
     T result = static_cast<const Part*>(brought[std::countr_zero(lanes)])->result;
-    for_each_lane(lanes, [&](unsigned lane) { result = Fold()(result, static_cast<const Part*>(brought[lane])->value); });
+    for_each_lane(lanes,
+                  [&](unsigned lane) { result = Fold()(result, static_cast<const Part*>(brought[lane])->value); });
     for_each_lane(lanes, [&](unsigned lane) { static_cast<Part*>(brought[lane])->result = result; });
   });
   return part.result;

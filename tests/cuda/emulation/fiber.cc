@@ -3,7 +3,9 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#include <cstdint>
+#include <atomic>
+#include <cstddef>
+#include <cstdlib>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -15,6 +17,10 @@ namespace emulation {
 namespace {
 
 constexpr std::size_t kStackBytes = std::size_t{128} << 10;
+// Stacks that begin at multiples of a power of two share a few sets of the caches, and hundreds of them take turns.
+constexpr std::size_t kStagger = 512;
+constexpr std::size_t kStaggers = 256;
+constexpr std::size_t kMappedBytes = kStackBytes + kStagger * kStaggers;
 
 }  // namespace
 
@@ -45,105 +51,108 @@ emulation_switch_stack:
 .size emulation_switch_stack, .-emulation_switch_stack
 )");
 
-struct Fiber::State {
-  void* outside = nullptr;
-  void* inside = nullptr;
+struct Context {
+  void* top = nullptr;
 
   void prepare(void* stack, void (*entry)()) {
-    auto* top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStackBytes);
-    *--top = nullptr;  // where entry would return to
-    *--top = reinterpret_cast<void*>(entry);
-    for (int i = 0; i < 6; ++i) *--top = nullptr;
-    inside = top;
+    auto* at = reinterpret_cast<void**>(static_cast<char*>(stack) + kStackBytes);
+    *--at = nullptr;  // where entry would return to
+    *--at = reinterpret_cast<void*>(entry);
+    for (int i = 0; i < 6; ++i) *--at = nullptr;
+    top = at;
   }
-  void enter() { emulation_switch_stack(&outside, inside); }
-  void leave() { emulation_switch_stack(&inside, outside); }
-#else
-
-struct Fiber::State {
-  ucontext_t outside{};
-  ucontext_t inside{};
-
-  void prepare(void* stack, void (*entry)()) {
-    getcontext(&inside);
-    inside.uc_stack.ss_sp = stack;
-    inside.uc_stack.ss_size = kStackBytes;
-    inside.uc_link = nullptr;
-    makecontext(&inside, entry, 0);
-  }
-  void enter() { swapcontext(&outside, &inside); }
-  void leave() { swapcontext(&inside, &outside); }
-#endif
-
-  static void run();
-
-  void* stack = nullptr;
-  Body body = nullptr;
-  void* argument = nullptr;
-  bool done = true;
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake_stack = nullptr;  ///< the sanitizer's own record of the fiber's frames
-  const void* outer_stack = nullptr;
-  std::size_t outer_bytes = 0;
-#endif
-  static thread_local State* current;
+  void change_to(const Context& next) { emulation_switch_stack(&top, next.top); }
 };
 
-thread_local Fiber::State* Fiber::State::current = nullptr;
+#else
+
+struct Context {
+  ucontext_t registers{};
+
+  void prepare(void* stack, void (*entry)()) {
+    getcontext(&registers);
+    registers.uc_stack.ss_sp = stack;
+    registers.uc_stack.ss_size = kStackBytes;
+    registers.uc_link = nullptr;
+    makecontext(&registers, entry, 0);
+  }
+  void change_to(const Context& next) { swapcontext(&registers, &next.registers); }
+};
+
+#endif
+
+struct Fiber::State {
+  Context context;
+  const void* stack = nullptr;  ///< its lowest address
+  std::size_t stack_bytes = kStackBytes;
+  void* mapped = nullptr;
+  Body body = nullptr;
+  void* argument = nullptr;
+  void* sanitizers_stack = nullptr;  ///< the sanitizer's own record of the fiber's frames
+
+  static thread_local State outside;
+  static thread_local State* entered;  ///< whose turn it is
+
+  static void run();
+  void change_to(State& next, bool for_ever) {
+    entered = &next;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(for_ever ? nullptr : &sanitizers_stack, next.stack, next.stack_bytes);
+#else
+    static_cast<void>(for_ever);
+#endif
+    context.change_to(next.context);
+    arrived(sanitizers_stack);
+  }
+  /// On a stack that was just changed to.
+  static void arrived([[maybe_unused]] void* saved) {
+#if defined(__SANITIZE_ADDRESS__)
+    const void* left = nullptr;
+    std::size_t left_bytes = 0;
+    __sanitizer_finish_switch_fiber(saved, &left, &left_bytes);
+    if (outside.stack != nullptr) return;
+    outside.stack = left;  // the first change of a thread is from its own stack
+    outside.stack_bytes = left_bytes;
+#endif
+  }
+};
+
+thread_local Fiber::State Fiber::State::outside;
+thread_local Fiber::State* Fiber::State::entered = nullptr;
 
 void Fiber::State::run() {
-  State& state = *current;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &state.outer_stack, &state.outer_bytes);
-#endif
-  state.body(state.argument);
-  state.done = true;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(nullptr, state.outer_stack, state.outer_bytes);
-#endif
-  state.leave();
+  arrived(nullptr);
+  entered->body(entered->argument);
+  std::abort();  // bodies do not return
 }
 
 Fiber::Fiber() : state_(std::make_unique<State>()) {
-  state_->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (state_->stack == MAP_FAILED) throw std::bad_alloc();
+  static std::atomic<std::size_t> made = 0;
+  void* mapped = mmap(nullptr, kMappedBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  state_->mapped = mapped;
+  state_->stack = static_cast<std::byte*>(mapped) + made++ % kStaggers * kStagger;
 }
 
-Fiber::~Fiber() { munmap(state_->stack, kStackBytes); }
+Fiber::~Fiber() { munmap(state_->mapped, kMappedBytes); }
 
 void Fiber::start(Body body, void* argument) {
   state_->body = body;
   state_->argument = argument;
-  state_->done = false;
+  state_->sanitizers_stack = nullptr;
 #if defined(__SANITIZE_ADDRESS__)
-  state_->fake_stack = nullptr;
   __asan_unpoison_memory_region(state_->stack, kStackBytes);  // of one that hung, whose frames were never left
 #endif
-  state_->prepare(state_->stack, &State::run);
+  state_->context.prepare(const_cast<void*>(state_->stack), &State::run);
 }
 
-void Fiber::resume() {
-  State::current = state_.get();
-#if defined(__SANITIZE_ADDRESS__)
-  void* fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&fake_stack, state_->stack, kStackBytes);
-  state_->enter();
-  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#else
-  state_->enter();
-#endif
-}
+void Fiber::resume() { State::outside.change_to(*state_, false); }
 
-void Fiber::yield() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&state_->fake_stack, state_->outer_stack, state_->outer_bytes);
-  state_->leave();
-  __sanitizer_finish_switch_fiber(state_->fake_stack, &state_->outer_stack, &state_->outer_bytes);
-#else
-  state_->leave();
-#endif
-}
+void Fiber::give_way(Fiber* next) { state_->change_to(next != nullptr ? *next->state_ : State::outside, false); }
 
-bool Fiber::finished() const { return state_->done; }
+void Fiber::end(Fiber* next) {
+  state_->change_to(next != nullptr ? *next->state_ : State::outside, true);
+  std::abort();  // nobody comes back to one that ended
+}
 
 }  // namespace emulation

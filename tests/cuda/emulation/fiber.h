@@ -1,12 +1,11 @@
-// Threads of a block as fibers: each has a stack of its own, and whoever runs decides when another does.
+// Threads of a block as fibers: each has a stack of its own, and whoever runs decides who does next.
 #pragma once
 
-#include <cstddef>
 #include <memory>
 
 namespace emulation {
 
-/// A stack on which a function runs until it yields or returns.
+/// A stack on which a function runs until it gives way. Fibers that give way to each other run in one thread.
 class Fiber {
  public:
   using Body = void (*)(void*);
@@ -18,13 +17,18 @@ class Fiber {
   Fiber& operator=(Fiber&&) = delete;
   ~Fiber();
 
-  /// Gets ready to run body(argument) from its beginning. Not while an earlier one is unfinished.
+  /// Gets ready to run body(argument) from its beginning; an unfinished one is forgotten. The body must not return: it
+  /// ends by end().
   void start(Body body, void* argument);
-  /// Runs it until it yields or returns; called from outside of any fiber.
+  /// From outside of any fiber: runs this one, until one gives way to the outside.
   void resume();
-  /// Goes back to who called resume(); called on the fiber's own stack.
-  void yield();
-  [[nodiscard]] bool finished() const;
+
+  // --- called on the fiber's own stack
+
+  /// Runs `next` (null: whoever called resume()), until somebody runs this one.
+  void give_way(Fiber* next);
+  /// The same for the last time.
+  [[noreturn]] void end(Fiber* next);
 
  private:
   struct State;
