@@ -22,10 +22,8 @@ CLIENT_SOURCES := $(shell find client -type f \( -name '*.py' -o -name '*.pyi' -
 CPP_SOURCES := $(shell find cpp tests/cpp tests/cuda -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \))
 
 # Those of the Python tests that say what a model computes, whatever it computes on.
-CUDA_PYTHON_TESTS := tests/python/test_devices.py tests/python/test_cuda_parity.py \
-	tests/python/test_gemma4_promise.py::test_random_setups
-# Minutes each, for threads that are emulated.
-CUDA_SLOW_TESTS := *Gemma4Promise*:MtpDrafter.ReadsTheStateOfTheRowThatChoseTheToken
+CUDA_PYTHON_TESTS := $(addprefix tests/python/,test_devices.py test_cuda_parity.py test_gemma4_parity.py \
+	test_drafter_parity.py test_gemma4_promise.py)
 
 .PHONY: demo test test-cpp test-cuda test-python lint api build clean
 .DELETE_ON_ERROR:
@@ -47,8 +45,9 @@ test-cpp: $(STAMPS)/cpp-tests
 # The CUDA backend on an emulated device: its own tests, and the models' and engine's on it.
 test-cuda: $(STAMPS)/cpp-tests
 	$(BIN)/cmake --build $(BUILD) --target draftwerk_cuda_tests draftwerk_cuda_emulated
-	$(BIN)/python tests/run_cpp_tests.py $(BUILD)/tests/cuda/draftwerk_cuda_tests --gtest_filter=-$(CUDA_SLOW_TESTS)
-	DRAFTWERK_CUDA_LIBRARY=$(abspath $(BUILD))/tests/cuda/libdraftwerk_cuda_emulated.so DRAFTWERK_PROMISE_EXAMPLES=2 \
+	$(BIN)/python tests/run_cpp_tests.py $(BUILD)/tests/cuda/draftwerk_cuda_tests
+	DRAFTWERK_CUDA_LIBRARY=$(abspath $(BUILD))/tests/cuda/libdraftwerk_cuda_emulated.so \
+	  DRAFTWERK_PROMISE_EXAMPLES=2 DRAFTWERK_PROMISE_CASES=9 DRAFTWERK_PROMISE_TOKENS=12 \
 	  $(BIN)/python -m pytest $(CUDA_PYTHON_TESTS)
 
 lint: $(STAMPS)/dev $(STAMPS)/package

@@ -1,32 +1,57 @@
-"""Runs a GoogleTest program and ends with one line that counts its tests.
+"""Runs a GoogleTest program, its tests shared among processes, and ends with one line that counts them.
 
-python tests/run_cpp_tests.py build/cpp/draftwerk_tests [--gtest_filter=...]
+python tests/run_cpp_tests.py [--processes 2] build/cpp/draftwerk_tests [--gtest_filter=...]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
-    program, *arguments = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("program")
+    arguments, of_gtest = parser.parse_known_args()
+    program, processes = arguments.program, arguments.processes
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        command = [program, "--gtest_brief=1", f"--gtest_output=json:{report}", *arguments]
-        code = subprocess.run(command, check=False).returncode
-        if not report.exists():
-            print(f"{program} ended with {code} before it could report", file=sys.stderr)
-            return code or 1
-        counts = json.loads(report.read_text(encoding="utf-8"))
-    failed = counts["failures"] + counts.get("errors", 0)
-    skipped = sum(test.get("result") == "SKIPPED" for suite in counts["testsuites"] for test in suite["testsuite"])
-    disabled = counts.get("disabled", 0)
-    print(f"cpp: {counts['tests'] - failed - skipped - disabled} passed, {failed} failed, {skipped + disabled} skipped")
-    return code or (1 if counts["tests"] == 0 else 0)
+        reports = [Path(folder) / f"{index}.json" for index in range(processes)]
+        running = [
+            subprocess.Popen(
+                [program, "--gtest_brief=1", f"--gtest_output=json:{report}", *of_gtest],
+                env={**os.environ, "GTEST_TOTAL_SHARDS": str(processes), "GTEST_SHARD_INDEX": str(index)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for index, report in enumerate(reports)
+        ]
+        code = 0
+        for process in running:
+            output, _ = process.communicate()
+            print(output, end="")
+            code = code or process.returncode
+        counted = [json.loads(report.read_text(encoding="utf-8")) for report in reports if report.exists()]
+    if len(counted) < processes:
+        print(f"{program} ended with {code} before it could report", file=sys.stderr)
+        return code or 1
+    tests, failed, skipped = (sum(counts) for counts in zip(*map(numbers, counted), strict=True))
+    print(f"cpp: {tests - failed - skipped} passed, {failed} failed, {skipped} skipped")
+    return code or (1 if tests == 0 else 0)
+
+
+def numbers(report: dict[str, Any]) -> tuple[int, int, int]:
+    """Tests of a report, and how many of them failed or were skipped."""
+    skipped = sum(test.get("result") == "SKIPPED" for suite in report["testsuites"] for test in suite["testsuite"])
+    failed: int = report["failures"] + report.get("errors", 0)
+    return report["tests"], failed, skipped + report.get("disabled", 0)
 
 
 if __name__ == "__main__":

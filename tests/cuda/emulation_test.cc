@@ -69,11 +69,17 @@ __global__ void hang(const Hang h) {
   if (static_cast<int>(threadIdx.x) == h.who) __syncwarp();
 }
 
+struct Read {
+  const float* device;
+  float* out;
+  int index;
+};
+__global__ void read_device(const Read r) { *r.out = r.device[r.index]; }
+__global__ void read_shared(const Read r) { *r.out = reinterpret_cast<const float*>(dynamic_shared())[r.index]; }
+
 class Emulation : public ::testing::Test {
  protected:
-  ~Emulation() override {
-    emulation::reset();
-  }
+  ~Emulation() override { emulation::reset(); }
 };
 
 TEST_F(Emulation, SumsRowsInEveryOrderOfThreads) {
@@ -138,6 +144,26 @@ TEST_F(Emulation, ThreadsThatWaitForeverAreNamed) {
   list.run(nullptr);
   EXPECT_THROW(cudaDeviceSynchronize(), std::logic_error);
 }
+
+#if defined(__SANITIZE_ADDRESS__)
+TEST_F(Emulation, TheSanitizerSeesWhatIsReadBeyondMemory) {
+  constexpr int kFloats = 100;
+  const DeviceMemory memory = DeviceMemory::of(kFloats * sizeof(float));
+  float out = 0;
+  const auto run = [&](void (*kernel)(Read), int index) {
+    LaunchList list;
+    list.add(kernel, {dim3(1), dim3(1), kFloats * sizeof(float)},
+             {static_cast<const float*>(memory.get()), &out, index});
+    list.run(nullptr);
+    check(cudaDeviceSynchronize(), "waiting");
+  };
+  run(read_device, kFloats - 1);
+  run(read_shared, kFloats - 1);
+  EXPECT_DEATH(run(read_device, kFloats), "heap-buffer-overflow");
+  EXPECT_DEATH(run(read_shared, kFloats), "heap-buffer-overflow");
+  EXPECT_DEATH(run(read_shared, -1), "heap-buffer-overflow");
+}
+#endif
 
 TEST_F(Emulation, RoundsToHalfPrecision) {
   EXPECT_EQ(emulation::float_to_f16(1.0F), 0x3C00);
