@@ -74,8 +74,10 @@ struct Read {
   float* out;
   int index;
 };
-__global__ void read_device(const Read r) { *r.out = r.device[r.index]; }
-__global__ void read_shared(const Read r) { *r.out = reinterpret_cast<const float*>(dynamic_shared())[r.index]; }
+[[maybe_unused]] __global__ void read_device(const Read r) { *r.out = r.device[r.index]; }
+[[maybe_unused]] __global__ void read_shared(const Read r) {
+  *r.out = reinterpret_cast<const float*>(dynamic_shared())[r.index];
+}
 
 class Emulation : public ::testing::Test {
  protected:
