@@ -241,6 +241,10 @@ def test_greedy_check_value(real: Subject) -> None:
 
 BOS_TOKEN_ID = 2
 VOCABULARY = 352
+# Of each test; fewer where threads are emulated (make test-cuda).
+EXAMPLES = os.environ.get("DRAFTWERK_PROMISE_EXAMPLES")
+CASES = int(os.environ.get("DRAFTWERK_PROMISE_CASES", "40"))
+MOST_TOKENS = int(os.environ.get("DRAFTWERK_PROMISE_TOKENS", "40"))
 
 # Type of the checkpoint's weights, and what they are loaded as.
 VARIANTS = {
@@ -281,7 +285,7 @@ def tiny_cases(seed: int, count: int) -> list[Case]:
         params = replace(
             params,
             seed=rng.randrange(1 << 64),
-            max_tokens=rng.randrange(1, 41),
+            max_tokens=rng.randrange(1, MOST_TOKENS + 1),
             ignore_eos=i % 4 != 0,
             logprobs=None if i % 3 == 0 else i % 3 + 2,
         )
@@ -308,7 +312,7 @@ def tiny(tiny_directories: dict[str, Path], subject_of: Callable[..., Subject]) 
     return subjects.__getitem__
 
 
-TINY_POOL = tiny_cases(seed=11, count=40)
+TINY_POOL = tiny_cases(seed=11, count=CASES)
 
 
 def tight_kv_memory(variant: str) -> int:
@@ -332,7 +336,7 @@ setups = st.builds(
 
 
 @settings(
-    max_examples=int(os.environ.get("DRAFTWERK_PROMISE_EXAMPLES", "60")),
+    max_examples=int(EXAMPLES or 60),
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
