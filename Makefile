@@ -22,7 +22,7 @@ CLIENT_SOURCES := $(shell find client -type f \( -name '*.py' -o -name '*.pyi' -
 CPP_SOURCES := $(shell find cpp tests/cpp tests/cuda -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \))
 
 # Those of the Python tests that say what a model computes, whatever it computes on.
-CUDA_PYTHON_TESTS := $(addprefix tests/python/,test_devices.py test_cuda_parity.py test_gemma4_parity.py \
+CUDA_PYTHON_TESTS := $(addprefix tests/python/,test_devices.py test_cuda_parity.py test_fp8.py test_gemma4_parity.py \
 	test_drafter_parity.py test_gemma4_promise.py)
 
 .PHONY: demo test test-cpp test-cuda test-python lint api build clean

@@ -192,7 +192,10 @@ void Engine::close() {
     closing_ = true;
   }
   wake_.notify_one();
-  if (thread_.joinable()) thread_.join();
+  if (thread_.joinable()) {
+    thread_.join();
+    arena_.reset();  // the owner may keep the engine for its statistics
+  }
   events_.close();
 }
 

@@ -115,7 +115,7 @@ class Engine {
   [[nodiscard]] EngineStatistics statistics() const;
   /// Why nothing is computed any more, which every request since then has ended with; empty as long as all is well.
   [[nodiscard]] std::string failure() const;
-  /// Cancels what is left and ends the thread. Idempotent.
+  /// Cancels what is left, ends the thread and frees the KV memory. Idempotent.
   void close();
 
  private:
