@@ -194,9 +194,7 @@ Part random_tree(int sequence, int first, int rows, std::mt19937& random) {
 
 class AttentionTest : public ::testing::Test {
  protected:
-  ~AttentionTest() override {
-    emulation::reset();
-  }
+  ~AttentionTest() override { emulation::reset(); }
   int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(random_); }
 
   std::mt19937 random_{7};

@@ -81,9 +81,7 @@ struct Layer {
 
 class ExpertsOfRows : public ::testing::Test {
  protected:
-  ~ExpertsOfRows() override {
-    emulation::reset();
-  }
+  ~ExpertsOfRows() override { emulation::reset(); }
 
   /// Outputs [rows, hidden] for rows of x by their numbers; -1: a row of padding, of NaN.
   std::vector<std::vector<float>> run(const Layer& layer, const std::vector<float>& x, const std::vector<int>& order) {

@@ -40,9 +40,7 @@ TEST(KvLayout, HasAPlaceForEachComponentOfEachPosition) {
 
 class KvTest : public ::testing::Test {
  protected:
-  ~KvTest() override {
-    emulation::reset();
-  }
+  ~KvTest() override { emulation::reset(); }
   std::mt19937 random_{11};
 };
 

@@ -75,9 +75,7 @@ struct Wanted {
 
 class ProductsOfRows : public ::testing::Test {
  protected:
-  ~ProductsOfRows() override {
-    emulation::reset();
-  }
+  ~ProductsOfRows() override { emulation::reset(); }
   Matrix matrix(WeightType type, std::int64_t rows, std::int64_t columns) {
     return {type, rows, columns, random, uploader};
   }

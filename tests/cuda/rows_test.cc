@@ -60,9 +60,7 @@ struct Step {
 
 class RowsTest : public ::testing::Test {
  protected:
-  ~RowsTest() override {
-    emulation::reset();
-  }
+  ~RowsTest() override { emulation::reset(); }
   static void run(const std::function<void(LaunchList&)>& record) {
     LaunchList list;
     record(list);
