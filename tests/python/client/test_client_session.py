@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +16,7 @@ import grpc
 import pytest
 from scripted_server import TIMEOUT, ScriptedServer, obedient_session, piece, status
 
+import draftwerk_client.session
 from draftwerk_client import Cancelled, Client, DeadlineExceeded, InvalidRequest, OutOfOrder, ServerError, Unavailable
 from draftwerk_client.errors import CallContext
 from draftwerk_client.session_state import MAX_UNREAD_MESSAGES, Mailbox, SessionState
@@ -347,9 +350,21 @@ def test_closing_twice_and_after_the_client(client: Any) -> None:
     other.close()
 
 
+def reads_a_session(thread: int) -> bool:
+    """Whether a thread is in the code that reads what a session sends."""
+    frame: types.FrameType | None = sys._current_frames()[thread]
+    while frame is not None and frame.f_code.co_filename != draftwerk_client.session.__file__:
+        frame = frame.f_back
+    return frame is not None
+
+
 def test_ctrl_c_leaves_the_session_usable(server: ScriptedServer) -> None:
+    reader = threading.get_ident()
+
     def interrupt() -> None:
         actions(server, 3)
+        while not reads_a_session(reader):
+            time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
 
     with Client(server.address) as client, client.session() as session:
@@ -357,7 +372,7 @@ def test_ctrl_c_leaves_the_session_usable(server: ScriptedServer) -> None:
         stream = session.stream()
         interrupter = threading.Thread(target=interrupt)
         with pytest.raises(KeyboardInterrupt):
-            interrupter.start()  # which may not have returned yet when the signal comes
+            interrupter.start()
             for _ in stream:
                 pass
         interrupter.join(TIMEOUT)
