@@ -301,6 +301,7 @@ void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyRe
 
 void CudaBackend::propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) {
   check_proposal(rows, count, candidates.size());
+  if (in_flight_) wait();
   sampler_.stage_propose(rows, count, outputs(), copies_in_);
   sampler_.record_propose(launches_, logits_, count, outputs(), 0, nullptr);
   sampler_.collect(1, outputs(), copies_out_);
@@ -314,7 +315,10 @@ void CudaBackend::propose(std::span<const ProposeRow> rows, int count, std::span
 void CudaBackend::propose_ahead(std::span<const ProposeRow> rows, int count) {
   require(passes_ < kMostPassesAhead, "no more passes ahead than there is room for");
   check_proposal(rows, count, rows.size() * static_cast<std::size_t>(count));
-  if (passes_ == 0) sampler_.stage_propose(rows, count, outputs(), copies_in_);
+  if (passes_ == 0) {
+    if (in_flight_) wait();  // of a step whose own passes nobody asked for: its rows may still be read
+    sampler_.stage_propose(rows, count, outputs(), copies_in_);
+  }
   sampler_.record_propose(launches_, logits_, count, outputs(), passes_++, &upload_);
 }
 
