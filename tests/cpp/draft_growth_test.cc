@@ -7,23 +7,13 @@
 #include <vector>
 
 #include "drafting/draft_tree.h"
+#include "taken_drafts.h"
 
 namespace draftwerk {
 namespace {
 
-struct Taken {
-  std::vector<TokenId> drafts;
-  std::vector<std::int32_t> parents;
-};
-
-Taken take(DraftTree& tree, int count) {
-  Taken taken{std::vector<TokenId>(static_cast<std::size_t>(count)),
-              std::vector<std::int32_t>(static_cast<std::size_t>(count))};
-  const auto size = static_cast<std::size_t>(tree.take(taken.drafts.data(), taken.parents.data()).drafts);
-  taken.drafts.resize(size);
-  taken.parents.resize(size);
-  return taken;
-}
+using testing::take;
+using testing::Taken;
 
 std::vector<Candidate> candidates(TokenId first, int count) {
   std::vector<Candidate> found;

@@ -12,6 +12,7 @@
 #include "backend/cpu/choosing.h"
 #include "drafting/draft_tree.h"
 #include "sampler_on_device.h"
+#include "taken_drafts.h"
 
 namespace draftwerk::cuda {
 namespace {
@@ -52,24 +53,14 @@ std::vector<Candidate> candidates_of(const ProposedRow& found, const ProposeRow&
   return candidates;
 }
 
-struct HostTree {
-  std::vector<TokenId> drafts;
-  std::vector<std::int32_t> parents;
-};
-
-HostTree host_tree(const std::vector<std::vector<Candidate>>& passes, int count, bool greedy) {
+testing::Taken host_tree(const std::vector<std::vector<Candidate>>& passes, int count, bool greedy) {
   DraftTree tree;
   tree.start(count, {}, 0.0);
   for (std::size_t p = 0; p < passes.size() && (p == 0 || tree.frontier_size() > 0); ++p) {
     tree.add(0, passes[p], choice_probabilities(passes[p], greedy));
     tree.advance_ahead();
   }
-  HostTree taken{std::vector<TokenId>(static_cast<std::size_t>(count)),
-                 std::vector<std::int32_t>(static_cast<std::size_t>(count))};
-  const auto size = static_cast<std::size_t>(tree.take(taken.drafts.data(), taken.parents.data()).drafts);
-  taken.drafts.resize(size);
-  taken.parents.resize(size);
-  return taken;
+  return testing::take(tree, count);
 }
 
 class Growth : public testing::InAnyOrder {};
@@ -163,7 +154,7 @@ TEST_F(Growth, IsWhatTheHostWouldHaveGrown) {
     for (std::size_t g = 0; g < growths.size(); ++g) {
       const Segment& segment = segments[static_cast<std::size_t>(growths[g].segment)];
       const auto proposed = static_cast<std::size_t>(growths[g].proposed);
-      HostTree want = host_tree(of_host[proposed], segment.rows - 1, sampling[proposed].temperature <= 0.0F);
+      testing::Taken want = host_tree(of_host[proposed], segment.rows - 1, sampling[proposed].temperature <= 0.0F);
       // Where less was found, the others are drafts of token 0 behind the last known token.
       want.drafts.resize(segment.parents.size(), 0);
       want.parents.resize(segment.parents.size(), -1);

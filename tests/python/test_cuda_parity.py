@@ -13,8 +13,8 @@ import torch
 
 import tiny_checkpoint
 import tiny_gemma4
-from draftwerk.loading import open_checkpoint
-from draftwerk.weights import load_model
+from draftwerk.loading import open_assistant, open_checkpoint
+from draftwerk.weights import load_assistant, load_model
 from test_gemma4_parity import prompt
 from tested_device import GPU, few, load, relative_error, tolerance
 
@@ -39,3 +39,19 @@ def test_quantised_weights_are_those_of_the_processor(tmp_path: Path, weights: s
     on_gpu = load(checkpoint, weights=weights).logits(prompt(30))
     on_cpu = load_model(checkpoint, weights=weights, threads=1).logits(prompt(30))
     assert relative_error(on_gpu, torch.from_numpy(on_cpu)) < 0.05
+
+
+@pytest.mark.parametrize("centroids", [0, 32], ids=["full head", "centroids"])
+def test_a_first_draft_is_that_of_the_processor(tmp_path: Path, centroids: int) -> None:
+    model = tiny_gemma4.FAMILIES["ple_shared"](seed=6)
+    assistant = tiny_gemma4.assistant_for(model, centroids=centroids, seed=7)
+    checkpoint = open_checkpoint(tiny_gemma4.save(model, tmp_path / "target"))
+    opened = open_assistant(tiny_gemma4.save(assistant, tmp_path / "assistant"))
+    logits = []
+    for gpu in (GPU, None):
+        drafter = load_assistant(opened, checkpoint, load_model(checkpoint, gpu=gpu, threads=1))
+        _, of_draft = drafter.draft(prompt(40), 1)
+        logits.append(of_draft[0])
+    both = np.isfinite(logits[0]) & np.isfinite(logits[1])  # the last cluster may be another one
+    assert both.sum() >= (logits[0].size if centroids == 0 else logits[0].size * 2 // 32)
+    assert relative_error(logits[0][both], torch.from_numpy(logits[1][both])) < 0.05

@@ -15,11 +15,11 @@ from tiny_fp8_files import QUANTISATION
 import tiny_checkpoint
 import tiny_gemma4
 from draftwerk import Engine, SamplingParams
-from draftwerk.devices import DeviceError, find_gpu
 from draftwerk.loading import open_checkpoint
 from draftwerk.training.torch_tensors import torch_tensor
 from draftwerk.weights import fingerprint, load_model
-from test_gemma4_parity import prompt, relative_error
+from test_gemma4_parity import prompt
+from tested_device import GPU, relative_error
 
 FAMILIES = {"gemma3": tiny_checkpoint.tiny_model, **tiny_gemma4.FAMILIES}
 
@@ -66,18 +66,11 @@ def write(target: Path, like: Path, tensors: dict[str, torch.Tensor], fields: di
 
 
 def logits(path: Path, *, weights: str = "auto", chunk: int = 0, gpu: bool = False) -> npt.NDArray[np.float32]:
-    model = load_model(open_checkpoint(path), weights=weights, threads=1, gpu=find_gpu("cuda") if gpu else None)
+    model = load_model(open_checkpoint(path), weights=weights, threads=1, gpu=GPU if gpu else None)
     return model.logits(prompt(40), chunk=chunk)
 
 
-def _gpu_is_there() -> bool:
-    try:
-        return find_gpu("cuda") is not None
-    except DeviceError:
-        return False
-
-
-needs_gpu = pytest.mark.skipif(not _gpu_is_there(), reason="needs a GPU or its emulation (make test-cuda)")
+needs_gpu = pytest.mark.skipif(GPU is None, reason="needs a GPU or its emulation (make test-cuda)")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -120,9 +113,7 @@ def test_a_gpu_computes_with_its_values(directory: Path, tmp_path: Path) -> None
 def test_a_gpu_holds_a_byte_for_each_weight(tmp_path: Path) -> None:
     directory = tiny_gemma4.save(tiny_checkpoint.tiny_model(seed=1), tmp_path / "bf16", dtype=torch.bfloat16)
     values = save_as_fp8(directory, tmp_path / "fp8")
-    bytes_of = [
-        load_model(open_checkpoint(path), gpu=find_gpu("cuda")).weight_bytes for path in (directory, tmp_path / "fp8")
-    ]
+    bytes_of = [load_model(open_checkpoint(path), gpu=GPU).weight_bytes for path in (directory, tmp_path / "fp8")]
     saved = sum(tensor.numel() for tensor in values.values())
     padding = sum(64 * tensor.shape[0] + 4 * (tensor.shape[0] + 15) for tensor in values.values())
     assert saved - padding < bytes_of[0] - bytes_of[1] <= saved
