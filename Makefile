@@ -35,7 +35,7 @@ build: $(STAMPS)/package
 
 # Python's tests take one processor most of the time, and the CUDA backend's are compiled for long.
 test: test-cpp
-	@$(MAKE) -j 2 --output-sync=line test-cuda test-python
+	@$(MAKE) --no-print-directory -j 2 --output-sync=line test-cuda test-python
 
 test-python: $(STAMPS)/dev $(STAMPS)/package
 	$(BIN)/python -m pytest

@@ -5,9 +5,9 @@
 #   bench/gpu.sh [OUT [WHEELS]]
 #
 # OUT (bench/results if it is not given) gets a log of each stage, stages.txt, passes-*.json and transformers.json.
-# WHEELS is a directory of wheels for a machine without a
-# network; it needs what `pip download pybind11 ros-gtest-vendor .` brings for its Python. There have to be nvcc 13,
-# cmake, ninja and Python 3.10 or newer; parity and comparisons need torch and transformers.
+# WHEELS is a directory of wheels for a machine without a network; it needs what `pip download pybind11 ros-gtest-vendor .`
+# brings for its Python. There have to be nvcc 13, cmake, ninja and Python 3.10 or newer; parity and comparisons need
+# torch and transformers.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results}

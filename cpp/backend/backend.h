@@ -285,8 +285,7 @@ class Backend {
   virtual std::unique_ptr<Weight> create_weight(WeightType type, std::int64_t rows, std::int64_t columns) = 0;
   /// Stores rows [first_row, first_row + count) from `source`, which holds them contiguously in `source_type`;
   /// source_type is the weight's type, or f32/f16/bf16 for a q8_0, q4_0, f8_e4m3, f32, f16 or bf16 weight, converted on
-  /// the way.
-  /// first_row is a multiple of 16, count too unless the range ends with the last row.
+  /// the way. first_row is a multiple of 16, count too unless the range ends with the last row.
   virtual void upload_rows(Weight& weight, std::int64_t first_row, std::int64_t count, WeightType source_type,
                            const std::byte* source) = 0;
   /// A table of `rows` rows of `columns` values as a file stores them in `type`, contiguous at `data`, which `owner`

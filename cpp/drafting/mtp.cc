@@ -55,10 +55,10 @@ class MtpDrafter final : public Drafter {
   }
 
   // The tree that the device has grown, once more: what it took is not told, but how likely it was.
-  void settle() override {
-    if (passes_ahead_ == 0) return;
+  double settle() override {
+    if (passes_ahead_ == 0) return 0.0;
     backend_.proposed(rows_, kDraftBranches, candidates_);
-    for (DraftJob* job : jobs_) drafting_[static_cast<std::size_t>(job->proposed)].tree.start(job->produced, {}, 0.0);
+    for (std::size_t j = 0; j < jobs_.size(); ++j) drafting_[j].tree.start(jobs_[j]->produced, {}, 0.0);
     std::span<const Candidate> found = candidates_;
     for (int pass = 0; pass < passes_ahead_; ++pass) {
       double reached = 0.0;
@@ -80,11 +80,15 @@ class MtpDrafter final : public Drafter {
       job.promised = size.promised;
       for (int d = size.drafts; d < job.produced; ++d) job.parents[d] = -1;  // where less was found
     }
+    return backend_.proposing_seconds();
   }
 
  private:
   /// Every pass is for what those before it found.
   int draft_by_pass() {
+    for (std::size_t j = 0; j < jobs_.size(); ++j) {
+      drafting_[j].tree.start(jobs_[j]->count, jobs_[j]->row_prices, jobs_[j]->pass_price);
+    }
     int passes = 0;
     for (; !tokens_.empty(); ++passes) {
       if (passes == 0) {
@@ -181,7 +185,6 @@ class MtpDrafter final : public Drafter {
     for (std::size_t j = 0; j < jobs_.size(); ++j) {
       const DraftJob& job = *jobs_[j];
       Drafting& drafting = drafting_[j];
-      drafting.tree.start(job.count, job.row_prices, job.pass_price);
       drafting.first_row = static_cast<int>(tokens_.size());
       drafting.rows = 1;
       states_.push_back(job.context.target_row);

@@ -35,11 +35,10 @@ bool is_chain(std::span<const std::int32_t> parents) {
 
 }  // namespace
 
-DraftRounds::DraftRounds(std::vector<std::unique_ptr<Drafter>> drafters, const DraftLimits& limits, Backend& backend,
-                         ParkedKv& parked, KvArena arena)
+DraftRounds::DraftRounds(std::vector<std::unique_ptr<Drafter>> drafters, const DraftLimits& limits, ParkedKv& parked,
+                         KvArena arena)
     : drafters_(checked(std::move(drafters))),
       limits_(limits),
-      backend_(backend),
       parked_(parked),
       arena_(arena),
       counts_(drafters_.size()),
@@ -67,7 +66,7 @@ std::span<const ProposedDrafts> DraftRounds::propose(const StepPlan& plan, std::
 void DraftRounds::grant(const StepPlan& plan) {
   candidates_.clear();
   candidate_sequences_.clear();
-  const int room = std::min(limits_.max_step_rows - plan.rows, limits_.max_outputs - plan.outputs);
+  const int room = std::min(limits_.step.max_step_rows - plan.rows, limits_.step.max_outputs - plan.outputs);
   for (std::size_t i = 0; i < plan.sequences.size(); ++i) {
     const PlannedSequence& planned = plan.sequences[i];
     if (!planned.decides || planned.rows != 1) continue;
@@ -198,8 +197,7 @@ double DraftRounds::settle() {
   for (std::size_t d = 0; d < rounds_.size(); ++d) {
     Round& round = rounds_[d];
     if (!std::exchange(round.on_device, false)) continue;
-    drafters_[d]->settle();
-    const double of_round = backend_.proposing_seconds();
+    const double of_round = drafters_[d]->settle();
     observe_round(d, of_round);
     seconds += of_round;
     for (std::size_t j = 0; j < round.jobs.size(); ++j) {

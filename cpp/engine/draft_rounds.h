@@ -35,8 +35,7 @@ struct DrafterStatistics : DraftCounts {
 struct DraftLimits {
   int draft_length = -1;      ///< see EngineOptions
   int max_draft_length = 16;  ///< likewise
-  int max_step_rows = 0;      ///< see SchedulerLimits
-  int max_outputs = 0;        ///< likewise
+  SchedulerLimits step;
 };
 
 /// Used from the engine thread alone, but for open(). Per step: propose(); once the step is verified, settle(),
@@ -44,8 +43,8 @@ struct DraftLimits {
 class DraftRounds {
  public:
   /// `parked` and `arena` are those of the sequences that will come. Throws std::invalid_argument: too many drafters.
-  DraftRounds(std::vector<std::unique_ptr<Drafter>> drafters, const DraftLimits& limits, Backend& backend,
-              ParkedKv& parked, KvArena arena);
+  DraftRounds(std::vector<std::unique_ptr<Drafter>> drafters, const DraftLimits& limits, ParkedKv& parked,
+              KvArena arena);
 
   /// What the drafters keep of a new sequence. Any thread, at any time.
   void open(Sequence& sequence);
@@ -97,7 +96,6 @@ class DraftRounds {
 
   const std::vector<std::unique_ptr<Drafter>> drafters_;
   const DraftLimits limits_;
-  Backend& backend_;
   ParkedKv& parked_;
   const KvArena arena_;
   DraftBudget budget_;

@@ -97,9 +97,8 @@ Engine::Engine(Gemma& model, EngineOptions options, std::vector<std::unique_ptr<
       arena_(model.backend().allocate(kv_.arena_bytes())),
       parked_(kv_),
       scheduler_({options_.max_sequences, model.max_rows(), model.max_outputs(), options_.prefill_chunk}, kv_, parked_),
-      drafts_(std::move(drafters),
-              {options_.draft_length, options_.max_draft_length, model.max_rows(), model.max_outputs()},
-              model.backend(), parked_, {static_cast<std::byte*>(arena_->data())}) {
+      drafts_(std::move(drafters), {options_.draft_length, options_.max_draft_length, scheduler_.limits()}, parked_,
+              {static_cast<std::byte*>(arena_->data())}) {
   publish_statistics();
   thread_ = std::thread(&Engine::run, this);
 }
