@@ -21,6 +21,7 @@ struct ReadTable {
   float* out;
 };
 __global__ void read_table(const ReadTable r) {
+  follow_previous();
   const auto row = static_cast<std::int32_t>(blockIdx.x);
   for (int c = static_cast<int>(threadIdx.x); c < r.table.columns; c += static_cast<int>(blockDim.x)) {
     r.out[row * r.table.columns + c] = table_value(r.table, row, c);

@@ -21,6 +21,7 @@ struct Sum {
 
 /// Each block sums a row, warp by warp.
 __global__ void sum_rows(const Sum a) {
+  follow_previous();
   __shared__ float partial[kWarp];
   float sum = 0;
   for (int i = static_cast<int>(threadIdx.x); i < a.count; i += static_cast<int>(blockDim.x)) {
@@ -43,6 +44,7 @@ struct Tile {
 };
 
 __global__ void multiply_tile(const Tile t) {
+  follow_previous();
   alignas(16) __shared__ std::uint16_t a[16][16];
   const int group = lane() / 4;
   const int place = lane() % 4;
@@ -66,6 +68,7 @@ struct Hang {
   int who;
 };
 __global__ void hang(const Hang h) {
+  follow_previous();
   if (static_cast<int>(threadIdx.x) == h.who) __syncwarp();
 }
 
@@ -74,10 +77,30 @@ struct Read {
   float* out;
   int index;
 };
-[[maybe_unused]] __global__ void read_device(const Read r) { *r.out = r.device[r.index]; }
+[[maybe_unused]] __global__ void read_device(const Read r) {
+  follow_previous();
+  *r.out = r.device[r.index];
+}
 [[maybe_unused]] __global__ void read_shared(const Read r) {
+  follow_previous();
   *r.out = reinterpret_cast<const float*>(dynamic_shared())[r.index];
 }
+
+struct AddOne {
+  const float* from;
+  float* to;
+};
+__global__ void add_one(const AddOne a) {
+  follow_previous();
+  *a.to = *a.from + 1;
+}
+__global__ void add_one_too_early(const AddOne a) {
+  let_next_start();
+  const float x = *a.from;
+  await_previous();
+  *a.to = x + 1;
+}
+__global__ void add_one_never_awaiting(const AddOne a) { *a.to = *a.from + 1; }
 
 class Emulation : public ::testing::Test {
  protected:
@@ -113,6 +136,26 @@ TEST_F(Emulation, RunsAGraphAsOftenAsItIsLaunched) {
     stream.wait();
     EXPECT_EQ(sums[0], want);
   }
+}
+
+TEST_F(Emulation, BlocksOfAGraphStartBeforeTheLaunchAheadFromHopperOn) {
+  const auto run = [](void (*kernel)(AddOne)) {
+    std::vector<float> x{1.0F, 0.0F, 0.0F, 0.0F};
+    LaunchList list;
+    list.add(add_one, {dim3(1), dim3(1)}, {&x[0], &x[1]});
+    list.add(kernel, {dim3(1), dim3(1)}, {&x[1], &x[2]});
+    list.add(add_one, {dim3(1), dim3(1)}, {&x[2], &x[3]});
+    const GraphExec graph = list.instantiate();
+    const Stream stream = Stream::create();
+    check(cudaGraphLaunch(graph.get(), stream.get()), "launching a graph");
+    stream.wait();
+    return x;
+  };
+  EXPECT_EQ(run(add_one), (std::vector<float>{1, 2, 3, 4}));
+  EXPECT_EQ(run(add_one_too_early), (std::vector<float>{1, 2, 1, 2})) << "what was there before is what it reads";
+  EXPECT_DEATH(run(add_one_never_awaiting), "has not awaited");
+  emulation::set_device(1, 8, 0, 13000);
+  EXPECT_EQ(run(add_one_too_early), (std::vector<float>{1, 2, 3, 4}));
 }
 
 TEST_F(Emulation, MultipliesTilesAsTensorCoresDo) {

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "backend/cuda/device.cuh"
 #include "backend/cuda/graph_cache.h"
 
 namespace draftwerk::cuda {
@@ -99,7 +100,10 @@ struct Add {
   int* sum;
   std::int64_t number;
 };
-__global__ void add(const Add a) { *a.sum += static_cast<int>(a.number); }
+__global__ void add(const Add a) {
+  follow_previous();
+  *a.sum += static_cast<int>(a.number);
+}
 
 TEST(GraphCache, RunsListsAndKeepsTheLatestGraphs) {
   GraphCache cache(2);

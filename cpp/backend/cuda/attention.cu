@@ -28,6 +28,7 @@ namespace {
 /// chain, bit by bit.
 template <int kHeadDim, int kTiles, typename Element>
 __global__ void __launch_bounds__(kAttentionThreads, kTiles == 1 ? 2 : 1) attend_spans(const Attend a) {
+  follow_previous();
   AttentionBlock<kHeadDim, kTiles, Element> block(a);
   if (!block.find_rows()) return;
   block.find_positions();
@@ -61,6 +62,7 @@ __global__ void __launch_bounds__(kAttentionThreads, kTiles == 1 ? 2 : 1) attend
 /// Adds up the spans of row blockIdx.x and head blockIdx.y, four components a thread. Bound by latency: partial results
 /// are read back from the second-level cache, 5 us for 88 of them.
 __global__ void merge_spans(const Attend a) {
+  follow_previous();
   const int row = static_cast<int>(blockIdx.x);
   if (a.step.row_segment[row] < 0) return;
   const bool windowed = a.window > 0;

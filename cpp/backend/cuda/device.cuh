@@ -4,6 +4,10 @@
 //
 // A kernel takes one struct by value, so that a launch can be recorded and compared as bytes (launch.h). Shared memory
 // is a __shared__ array where its size is known (48 KiB at most), or dynamic_shared().
+//
+// Blocks of a kernel may start while the kernel before it still runs. So each thread of every kernel calls
+// await_previous() before it reads what another kernel wrote, writes anything or ends; all but those who have weights
+// to fetch first do so by follow_previous(), in the beginning.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,7 +33,9 @@ __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / k
 #if defined(DRAFTWERK_CUDA_EMULATION)
 
 inline std::byte* dynamic_shared() { return emulation::dynamic_shared(); }
+inline void let_next_start() {}
 
+using emulation::await_previous;
 using emulation::bf16_to_float;
 using emulation::cp_async_16;
 using emulation::cp_async_commit;
@@ -51,6 +57,19 @@ using emulation::subtract_bf16x2;
 __device__ __forceinline__ std::byte* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char memory[];
   return reinterpret_cast<std::byte*>(memory);
+}
+
+/// Lets blocks of the next kernel start once every block of this one has come here: they take what room is left.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/// Waits until the kernel before this one has ended, and with it all before that, and sees what they wrote.
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 __device__ __forceinline__ float bf16_to_float(std::uint16_t x) { return __uint_as_float(std::uint32_t{x} << 16); }
@@ -144,6 +163,11 @@ __device__ __forceinline__ void cp_async_wait() {
 }
 
 #endif
+
+__device__ __forceinline__ void follow_previous() {
+  let_next_start();
+  await_previous();
+}
 
 /// A number that float16 holds, for any: beyond its range the largest, for NaN the smallest.
 __device__ __forceinline__ float finite_f16(float x) { return fminf(fmaxf(x, -65504.0F), 65504.0F); }

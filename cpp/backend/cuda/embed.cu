@@ -21,6 +21,7 @@ struct EmbedArguments {
 // small step; the lines of a panel that a row lies in are shared by its 15 neighbours, so a row of 5376 bf16 values
 // touches 21 KB.
 __global__ void __launch_bounds__(kThreads) embed_rows(const EmbedArguments a) {
+  follow_previous();
   const int row = static_cast<int>(blockIdx.x);
   const int column = static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x);
   if (column >= a.table.columns) return;

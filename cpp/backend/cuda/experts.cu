@@ -32,6 +32,7 @@ struct ScoreArguments {
 // A block takes 16 experts and four rows, in float32; each of its warps every eighth step of 16 columns. Bound by
 // latency: 128 experts of 2816 columns are 720 KB, read by each group of four rows from the second-level cache: 3 us.
 __global__ void __launch_bounds__(kThreads) score_rows(const ScoreArguments a) {
+  follow_previous();
   __shared__ float squares[kScoreRows][kWarps];
   __shared__ float sums[kWarps][kScoreRows][kPanelRows];
   const int thread = static_cast<int>(threadIdx.x);
@@ -119,6 +120,7 @@ struct ChoiceArguments {
 // A warp takes a row: the best of all scores behind the last one taken, as often as experts are chosen; then it sorts
 // them. Bound by latency: 128 experts and 8 chosen are some 100 shuffles, 2 us.
 __global__ void __launch_bounds__(kWarp) choose_experts(const ChoiceArguments a) {
+  follow_previous();
   const int row = static_cast<int>(blockIdx.x);
   const std::int64_t first = static_cast<std::int64_t>(row) * a.chosen;
   std::int32_t* ids = a.ids + first;
@@ -193,6 +195,7 @@ struct SortArguments {
 // A block takes an expert. It counts the pairs of all experts, which says where its own tiles begin, and fills these
 // with its pairs in the order of rows. Bound by latency: 3 us; 2048 rows with 8 experts each some 5.
 __global__ void __launch_bounds__(kThreads) sort_pairs(const SortArguments a) {
+  follow_previous();
   int* const counts = reinterpret_cast<int*>(dynamic_shared());  // [experts]
   __shared__ int tiles_before;
   __shared__ int all_tiles;
@@ -258,6 +261,7 @@ struct SumArguments {
 
 // A block takes 256 columns of a row. Bound by latency, 2 us; for prompts by the bytes of the experts' outputs.
 __global__ void __launch_bounds__(kThreads) sum_experts(const SumArguments a) {
+  follow_previous();
   const int row = static_cast<int>(blockIdx.x);
   const int column = static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x);
   if (column >= a.columns) return;

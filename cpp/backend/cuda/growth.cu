@@ -38,6 +38,7 @@ __device__ int chances_of(const ProposedRow& found, const SampledRow& row, int p
 /// A tree in each block, a thread for each draft that was found. The same as drafting/draft_tree.h makes of passes that
 /// went ahead. Bound by the latency of some exponentials and two barriers, a few us.
 __global__ void __launch_bounds__(kNodes) grow(const GrowArguments a) {
+  follow_previous();
   __shared__ float chances[kMostPassesAhead][kDraftBranches];
   __shared__ int counts[kMostPassesAhead];
   __shared__ float reaches[kNodes];
@@ -92,6 +93,7 @@ struct TellArguments {
 
 /// A thread for each output row: latency only.
 __global__ void tell(const TellArguments a) {
+  follow_previous();
   const int output = static_cast<int>(blockIdx.x) * threads() + thread();
   if (output >= a.step.outputs || a.rows[output].way == Way::none) return;
   const std::int32_t row = a.step.output_rows[output];

@@ -97,6 +97,7 @@ __device__ void store(std::byte* head, int index, float x, bool wide) {
 /// 2,048 rows of 32 + 16 + 16 heads of 256 reads and writes 0.2 GB: 60 us on an H200, with as much again for the
 /// sectors of values, of which a row writes two bytes each.
 __global__ void __launch_bounds__(kHeadsPerBlock* kWarp) prepare_heads(const HeadsOfRows a) {
+  follow_previous();
   __shared__ float cosine[kMaxHeadDim / 2];
   __shared__ float sine[kMaxHeadDim / 2];
   const int row = static_cast<int>(blockIdx.x);
@@ -202,6 +203,7 @@ __device__ void move_component(const MoveView& a, const MovedLayer& layer, const
 
 /// A thread has a component of layer z of sequence y.
 __global__ void __launch_bounds__(kMoveThreads) move_elements(const MoveView a) {
+  follow_previous();
   const MovedLayer& layer = a.layers[blockIdx.z];
   const int component = static_cast<int>(blockIdx.x) * kMoveThreads + static_cast<int>(threadIdx.x);
   if (component >= layer.components) return;

@@ -22,6 +22,15 @@ constexpr std::size_t kAlignment = 16;
 
 constexpr std::size_t rounded_up(std::size_t bytes) { return round_up(bytes, kAlignment); }
 
+/// Whether a kernel may start before the one ahead of it has ended: it waits where it has to (device.cuh) only if it
+/// was compiled for devices that can.
+bool awaits_previous(const void* kernel) {
+  constexpr int kLeastVersion = 90;
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "asking for what a kernel was compiled for");
+  return attributes.ptxVersion >= kLeastVersion;
+}
+
 }  // namespace
 
 void LaunchList::append(const void* kernel, const LaunchShape& shape, const void* arguments, std::size_t bytes) {
@@ -72,14 +81,22 @@ GraphExec LaunchList::instantiate() const {
   cudaGraphNode_t last = nullptr;
   for_each([&](const Entry& entry, void* argument) {
     void* arguments[] = {argument};
-    cudaKernelNodeParams node{};
-    node.func = const_cast<void*>(entry.kernel);
-    node.gridDim = dim3(entry.grid[0], entry.grid[1], entry.grid[2]);
-    node.blockDim = dim3(entry.block[0], entry.block[1], entry.block[2]);
-    node.sharedMemBytes = static_cast<unsigned>(entry.shared_bytes);
-    node.kernelParams = arguments;
+    cudaGraphNodeParams node{};
+    node.type = cudaGraphNodeTypeKernel;
+    node.kernel.func = const_cast<void*>(entry.kernel);
+    node.kernel.gridDim = dim3(entry.grid[0], entry.grid[1], entry.grid[2]);
+    node.kernel.blockDim = dim3(entry.block[0], entry.block[1], entry.block[2]);
+    node.kernel.sharedMemBytes = static_cast<unsigned>(entry.shared_bytes);
+    node.kernel.kernelParams = arguments;
+    cudaGraphEdgeData edge{};
+    if (awaits_previous(entry.kernel)) {
+      edge.type = cudaGraphDependencyTypeProgrammatic;
+      edge.from_port = cudaGraphKernelNodePortProgrammatic;
+    }
+    const std::size_t before = last == nullptr ? 0 : 1;
     cudaGraphNode_t added = nullptr;
-    check(cudaGraphAddKernelNode(&added, graph.get(), &last, last == nullptr ? 0 : 1, &node), "adding to a graph");
+    check(cudaGraphAddNode(&added, graph.get(), &last, before == 0 ? nullptr : &edge, before, &node),
+          "adding to a graph");
     last = added;
   });
   return GraphExec::of(graph);

@@ -98,6 +98,8 @@ template <WeightFormat kFormat, int kTiles>
 __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) multiply_few(const Products a) {
   using B = Block<kFormat, kTiles>;
   constexpr int kChunkBytes = Chunk<kFormat>::kBytes;
+  let_next_start();
+  if (a.expert_tiles != nullptr) await_previous();  // which weights are wanted is a result
   // Tiles of rows that want the same weights are neighbours in time.
   const int tile = static_cast<int>(blockIdx.x) % a.tile_count;
   const ProductPart& part = part_of(a, static_cast<int>(blockIdx.x) / a.tile_count);
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) operands[t] = here.operand(a, t * kRows + lane() / 4) + lane() % 4 * 16;
 
-  const auto fetch = [&](int chunk, int slot) {
+  const auto fetch_weights = [&](int chunk, int slot) {
     std::byte* stage = ring + slot * B::kStageBytes;
     const std::int64_t offset = static_cast<std::int64_t>(chunk) * kChunkBytes;
 #pragma unroll
@@ -149,6 +151,9 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
         cp_async_16(stage + panel * kChunkBytes + at, from + at, there);
       }
     }
+  };
+  const auto fetch_operands = [&](int chunk, int slot) {
+    std::byte* stage = ring + slot * B::kStageBytes;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
       const bool there = t * kRows + lane() / 4 < here.rows;
@@ -163,17 +168,26 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
   };
 
   float sums[B::kPanels][kTiles][4] = {};
+  // Weights do not wait for the kernel before: the memory is busy with them while that one ends.
 #pragma unroll
   for (int i = 0; i < B::kStages - 1; ++i) {
-    if (begin + i < end) fetch(begin + i, i);
-    cp_async_commit();
+    if (begin + i < end) fetch_weights(begin + i, i);
+  }
+  await_previous();
+#pragma unroll
+  for (int i = 0; i < B::kStages - 1; ++i) {
+    if (begin + i < end) fetch_operands(begin + i, i);
+    cp_async_commit();  // the first group has all of these weights
   }
   int slot = 0;
   int free_slot = B::kStages - 1;
   for (int chunk = begin; chunk < end; ++chunk) {
     cp_async_wait<B::kStages - 2>();
     __syncwarp();  // scales are shared; and everybody is done with the stage that is filled next
-    if (chunk + B::kStages - 1 < end) fetch(chunk + B::kStages - 1, free_slot);
+    if (chunk + B::kStages - 1 < end) {
+      fetch_weights(chunk + B::kStages - 1, free_slot);
+      fetch_operands(chunk + B::kStages - 1, free_slot);
+    }
     cp_async_commit();
     const std::byte* stage = ring + slot * B::kStageBytes;
     multiply_chunk<kFormat>(stage, stage + B::kOperandOffset, sums);
@@ -281,6 +295,7 @@ struct Tile {
 // where they are bf16: 2048 rows with [21504, 5376] are 474 GFLOP, 1.2 ms at the 400 TFLOP/s that mma.sync gives.
 template <WeightFormat kFormat, int kRowWarps>
 __global__ void __launch_bounds__(Tile<kFormat, kRowWarps>::kThreads, 1) multiply_many(const Products a) {
+  follow_previous();
   using T = Tile<kFormat, kRowWarps>;
   constexpr int kChunkBytes = Chunk<kFormat>::kBytes;
   const int thread = static_cast<int>(threadIdx.x);

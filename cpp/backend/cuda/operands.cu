@@ -20,6 +20,7 @@ struct OperandArguments {
 
 // A block takes a row. Bound by latency: a launch, a read and, for a norm, a reduction: 2 to 3 us.
 __global__ void __launch_bounds__(kThreads) round_rows(const OperandArguments a) {
+  follow_previous();
   const int row = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
   const float* x = a.input + static_cast<std::int64_t>(row) * a.stride;

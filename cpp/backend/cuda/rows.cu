@@ -45,6 +45,7 @@ struct Gather {
 };
 
 __global__ void __launch_bounds__(kThreads) gather_rows(const Gather a) {
+  follow_previous();
   const int row = static_cast<int>(blockIdx.x);
   const float* const x = a.source + row_at(a.rows[row], a.source_stride);
   float* const out = a.out + row_at(row, a.out_stride);
@@ -71,6 +72,7 @@ struct AddNorm {
 };
 
 __global__ void __launch_bounds__(kThreads) add_norm_rows(const AddNorm a) {
+  follow_previous();
   const int row = static_cast<int>(blockIdx.x);
   const float* const x = a.x + row_at(row, a.x_stride);
   float* const residual = a.residual + row_at(row, a.residual_stride);
@@ -98,6 +100,7 @@ struct AddNormed {
 };
 
 __global__ void __launch_bounds__(kThreads) add_normed_rows(const AddNormed p) {
+  follow_previous();
   const int row = static_cast<int>(blockIdx.x);
   const float* const a = p.a + row_at(row, p.a_stride);
   const float* const b = p.b + row_at(row, p.b_stride);
@@ -138,6 +141,7 @@ constexpr int kRunsPerBlock = 4;
 
 /// A warp for each run of a row.
 __global__ void __launch_bounds__(kRunsPerBlock* kWarp) mix_rows(const MixRows a) {
+  follow_previous();
   const int run = static_cast<int>(blockIdx.y) * kRunsPerBlock + warp();
   if (run >= a.runs) return;
   const int row = static_cast<int>(blockIdx.x);

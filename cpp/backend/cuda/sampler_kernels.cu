@@ -45,6 +45,7 @@ __device__ Rank* of_chunks(std::uint64_t* ranks, const LogitRow& row, int output
 /// Best ranks of all chunks. Bound by reading the logits: 8 rows of 262,144 are 8 MiB, about 2.5 us at 3.5 TB/s from
 /// memory; four 16-byte loads are under way in every lane.
 __global__ void __launch_bounds__(kPassThreads) scan(const PassArguments a) {
+  follow_previous();
   const auto output = static_cast<int>(blockIdx.y);
   const SampledRow& sampled = a.view.rows[output];
   if (sampled.way == Way::none || (a.pass == Pass::original && sampled.logprobs < 0)) return;
@@ -66,6 +67,7 @@ __global__ void __launch_bounds__(kPassThreads) scan(const PassArguments a) {
 /// from the second-level cache; bound by arithmetic, some 40 instructions a token for noise and 30 for mass: about 0.7
 /// us for each row of 262,144 once the device is full.
 __global__ void __launch_bounds__(kPassThreads) weigh(const PassArguments a) {
+  follow_previous();
   const auto output = static_cast<int>(blockIdx.y);
   const SampledRow& sampled = a.view.rows[output];
   const bool original = a.pass == Pass::original;
@@ -107,6 +109,7 @@ struct ListArguments {
 /// Mass and most probable tokens of the rows whose log-probabilities are asked for. A block takes a row; bound by the
 /// latency of a dozen dependent steps, about 5 us.
 __global__ void __launch_bounds__(kRowThreads, 1) log_probabilities(const ListArguments a) {
+  follow_previous();
   __shared__ ShortList list;
   const auto output = static_cast<int>(blockIdx.x);
   const SampledRow& sampled = a.view.rows[output];
@@ -131,6 +134,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) log_probabilities(const ListAr
 /// Steps 1 to 3 of sampling.h. A block takes a row; bound by the latency of reading and writing logits here and there,
 /// about 3 us for up to 1,024 penalties.
 __global__ void __launch_bounds__(kAdjustThreads) adjust(const PassArguments a) {
+  follow_previous();
   const auto output = static_cast<int>(blockIdx.x);
   const SampledRow& sampled = a.view.rows[output];
   if (sampled.way == Way::none || sampled.penalties == sampled.adjustments_end) return;
@@ -285,6 +289,7 @@ __device__ void exclude(const LogitRow& row, std::int32_t token, Rank* best, Ran
 /// each as if those before it had no finite logit. Bound by the latency of its steps: about 2 us for a greedy row, 6 us
 /// for top_k 64 with top_p of 262,144 tokens, of which it reads the few chunks that hold the best.
 __global__ void __launch_bounds__(kRowThreads, 1) choose(const ListArguments a) {
+  follow_previous();
   __shared__ ShortList list;
   const auto output = static_cast<int>(blockIdx.x);
   const SampledRow& sampled = a.view.rows[output];
@@ -357,6 +362,7 @@ struct AcceptArguments {
 
 /// A thread for each group, at its first row, follows the drafts that were chosen. Latency only, about 1 us.
 __global__ void accept(const AcceptArguments a) {
+  follow_previous();
   const int first = static_cast<int>(blockIdx.x) * threads() + thread();
   if (first >= a.outputs) return;
   const int rows = a.view.rows[first].group_rows;

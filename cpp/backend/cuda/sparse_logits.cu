@@ -35,6 +35,7 @@ struct ClusterProducts {
 // warps a row.
 template <WeightFormat kFormat>
 __global__ void __launch_bounds__(kWarps* kWarp) multiply_clusters(const ClusterProducts a) {
+  follow_previous();
   constexpr int kBlocks = Chunk<kFormat>::kColumns / kBlockColumns;
   const int row = static_cast<int>(blockIdx.y);
   const int work = static_cast<int>(blockIdx.x) * kWarps + warp();

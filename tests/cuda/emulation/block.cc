@@ -11,6 +11,7 @@
 #include <new>
 #include <numeric>
 #include <random>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,7 +27,7 @@ dim3 grid_size;
 
 namespace {
 
-enum class State : std::uint8_t { running, at_block_barrier, at_warp_barrier, ended };
+enum class State : std::uint8_t { running, at_block_barrier, at_warp_barrier, awaits_launch, ended };
 
 struct Copy {
   void* to;
@@ -42,6 +43,7 @@ struct Thread {
   std::deque<Copies> closed_copies;
   uint3 index{};
   State state = State::running;
+  bool awaited = false;         ///< it knows that the launch before has ended
   std::uint32_t warp_mask = 0;  ///< that it waits for
   Together together = nullptr;  ///< what it will do with them
 };
@@ -73,36 +75,50 @@ class SharedMemory {
   std::size_t bytes_ = 0;
 };
 
-class Device {
+/// A launch under way, one block of it at a time.
+class Grid {
  public:
-  void set_order(Order order, unsigned seed) {
-    const std::lock_guard lock(mutex_);
-    order_ = order;
-    random_.seed(seed);
-  }
-
-  void run(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body) {
-    const std::lock_guard lock(mutex_);
-    const unsigned count = block.x * block.y * block.z;
+  /// `launches`: how many there were before, by which orders change.
+  void begin(const Launch& launch, Order order, unsigned launches, std::mt19937& random) {
+    const unsigned count = launch.block.x * launch.block.y * launch.block.z;
     if (count == 0 || count > kMaxThreads) {
       throw std::logic_error("a block of " + std::to_string(count) + " threads; 1 to 1024 are possible");
     }
     while (threads_.size() < count) threads_.push_back(std::make_unique<Thread>());
+    launch_ = &launch;
     count_ = count;
     warps_.resize((count + kWarpSize - 1) / kWarpSize);
     constexpr Order kOrders[] = {Order::forward, Order::backward, Order::shuffled};
-    order_now_ = order_ == Order::changing ? kOrders[launches_++ % 3] : order_;
-    shared_.resize(shared_bytes);
-    block_size = block;
-    grid_size = grid;
-    body_ = &body;
-    const std::vector<unsigned> blocks = in_order(grid.x * grid.y * grid.z);
-    warp_order_ = in_order(static_cast<unsigned>(warps_.size()));
-    lane_order_ = in_order(kWarpSize);
+    order_ = order == Order::changing ? kOrders[launches % 3] : order;
+    shared_.resize(launch.shared_bytes);
+    blocks_ = in_order(launch.grid.x * launch.grid.y * launch.grid.z, random);
+    warp_order_ = in_order(static_cast<unsigned>(warps_.size()), random);
+    lane_order_ = in_order(kWarpSize, random);
     for (unsigned turn = 0; turn < kWarpSize; ++turn) turns_[lane_order_[turn]] = turn;
-    for (const unsigned b : blocks) {
-      block_index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
-      if (shared_bytes > 0) std::memset(shared_.get(), 0xFF, shared_bytes);
+    early_ = false;
+  }
+
+  /// Runs the first block up to where it awaits the launch before.
+  void start_early() {
+    early_ = true;
+    begin_block(blocks_.front());
+    run_block();
+  }
+
+  /// Runs what is left.
+  void finish() {
+    std::size_t done = 0;
+    if (early_) {
+      early_ = false;
+      enter(blocks_.front());
+      for (unsigned t = 0; t < count_; ++t) {
+        if (threads_[t]->state == State::awaits_launch) warps_[t / kWarpSize].ready |= turn_of(t % kWarpSize);
+      }
+      run_block();
+      done = 1;
+    }
+    for (; done < blocks_.size(); ++done) {
+      begin_block(blocks_[done]);
       run_block();
     }
   }
@@ -116,6 +132,14 @@ class Device {
     ++at_barrier_;
     give_way(thread);
     return counted_;
+  }
+
+  void await_previous() {
+    Thread& thread = *threads_[running_];
+    thread.awaited = true;
+    if (!early_) return;
+    thread.state = State::awaits_launch;
+    give_way(thread);
   }
 
   void meet(std::uint32_t mask, void* brought, Together together) {
@@ -158,11 +182,22 @@ class Device {
   [[nodiscard]] unsigned lane() const { return running_ % kWarpSize; }
 
  private:
-  void run_block() {
+  /// Makes a block what its threads see.
+  void enter(unsigned block) const {
+    const dim3& grid = launch_->grid;
+    block_index = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
+    block_size = launch_->block;
+    grid_size = grid;
+  }
+
+  void begin_block(unsigned block) {
+    enter(block);
+    if (launch_->shared_bytes > 0) std::memset(shared_.get(), 0xFF, launch_->shared_bytes);
     for (unsigned t = 0; t < count_; ++t) {
       Thread& thread = *threads_[t];
       thread.index = {t % block_size.x, t / block_size.x % block_size.y, t / block_size.x / block_size.y};
       thread.state = State::running;
+      thread.awaited = false;
       thread.open_copies.clear();
       thread.closed_copies.clear();
       thread.fiber.start(run_thread, this);
@@ -175,9 +210,14 @@ class Device {
       warps_[w].waiting = 0;
     }
     left_ = count_;
+  }
+
+  /// Runs the block until its threads have ended, or all that have not await the launch before.
+  void run_block() {
     for (;;) {
       for (const unsigned w : warp_order_) run_warp(w);
       if (left_ == 0) return;
+      if (early_ && waiting_for_launch() == left_) return;
       if (at_barrier_ < left_) throw std::logic_error(deadlock());
       counted_ = true_;
       at_barrier_ = true_ = 0;
@@ -195,12 +235,13 @@ class Device {
   }
 
   static void run_thread(void* self) {
-    Device& device = *static_cast<Device*>(self);
-    (*device.body_)();
-    Thread& thread = *device.threads_[device.running_];
+    Grid& grid = *static_cast<Grid*>(self);
+    grid.launch_->body();
+    Thread& thread = *grid.threads_[grid.running_];
+    if (!thread.awaited) fail("a thread ends that has not awaited the launch before: what follows may come too early");
     thread.state = State::ended;
-    --device.left_;
-    Thread* next = device.next();
+    --grid.left_;
+    Thread* next = grid.next();
     thread.fiber.end(next == nullptr ? nullptr : &next->fiber);
   }
 
@@ -243,6 +284,11 @@ class Device {
     return all;
   }
 
+  [[nodiscard]] unsigned waiting_for_launch() const {
+    const auto awaits = [](const auto& thread) { return thread->state == State::awaits_launch; };
+    return static_cast<unsigned>(std::count_if(threads_.begin(), threads_.begin() + count_, awaits));
+  }
+
   std::string deadlock() {
     std::string text = "block " + std::to_string(block_index.x) + ", " + std::to_string(block_index.y) + " hangs:";
     for (unsigned t = 0; t < count_ && text.size() < 2000; ++t) {
@@ -251,37 +297,73 @@ class Device {
       if (thread.state == State::at_warp_barrier) {
         text += " " + std::to_string(t) + " at a warp's barrier of mask " + std::to_string(thread.warp_mask) + ",";
       }
+      if (early_ && thread.state == State::awaits_launch) text += " " + std::to_string(t) + " for the launch before,";
     }
     return text + " all others have ended";
   }
 
-  std::vector<unsigned> in_order(unsigned count) {
+  std::vector<unsigned> in_order(unsigned count, std::mt19937& random) const {
     std::vector<unsigned> order(count);
     std::iota(order.begin(), order.end(), 0U);
-    if (order_now_ == Order::backward) std::reverse(order.begin(), order.end());
-    if (order_now_ == Order::shuffled) std::shuffle(order.begin(), order.end(), random_);
+    if (order_ == Order::backward) std::reverse(order.begin(), order.end());
+    if (order_ == Order::shuffled) std::shuffle(order.begin(), order.end(), random);
     return order;
+  }
+
+  const Launch* launch_ = nullptr;
+  Order order_ = Order::forward;
+  bool early_ = false;  ///< its first block runs, or has run, ahead of the launch before
+  std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<Warp> warps_;
+  SharedMemory shared_;
+  std::vector<unsigned> blocks_;
+  std::vector<unsigned> warp_order_;
+  std::vector<unsigned> lane_order_;
+  unsigned turns_[kWarpSize] = {};  ///< of lanes, in that order
+  unsigned count_ = 0;              ///< threads of a block
+  unsigned running_ = 0;            ///< thread
+  unsigned turn_ = 0;               ///< of its lane
+  unsigned left_ = 0;               ///< threads that have not ended
+  unsigned at_barrier_ = 0;
+  int true_ = 0;     ///< predicates of those at the barrier
+  int counted_ = 0;  ///< of those that were at the last one
+};
+
+class Device {
+ public:
+  void set_order(Order order, unsigned seed) {
+    const std::lock_guard lock(mutex_);
+    order_ = order;
+    random_.seed(seed);
+  }
+
+  void run(std::span<const Launch> launches) {
+    const std::lock_guard lock(mutex_);
+    for (std::size_t i = 0; i < launches.size(); ++i) {
+      if (i == 0 || !launches[i].early) begin(i, launches[i]);
+      if (i + 1 < launches.size() && launches[i + 1].early) {
+        begin(i + 1, launches[i + 1]);
+        now_->start_early();
+      }
+      now_ = &grids_[i % 2];
+      now_->finish();
+    }
+  }
+
+  [[nodiscard]] Grid& now() { return *now_; }
+
+ private:
+  void begin(std::size_t number, const Launch& launch) {
+    now_ = &grids_[number % 2];
+    now_->begin(launch, order_, launches_++, random_);
   }
 
   std::mutex mutex_;
   Order order_ = Order::changing;
-  Order order_now_ = Order::forward;
   unsigned launches_ = 0;
   std::mt19937 random_;
-  std::vector<std::unique_ptr<Thread>> threads_;
-  std::vector<Warp> warps_;
-  SharedMemory shared_;
-  std::vector<unsigned> warp_order_;
-  std::vector<unsigned> lane_order_;
-  unsigned turns_[kWarpSize] = {};  ///< of lanes, in that order
-  const std::function<void()>* body_ = nullptr;
-  unsigned count_ = 0;    ///< threads of a block
-  unsigned running_ = 0;  ///< thread
-  unsigned turn_ = 0;     ///< of its lane
-  unsigned left_ = 0;     ///< threads that have not ended
-  unsigned at_barrier_ = 0;
-  int true_ = 0;     ///< predicates of those at the barrier
-  int counted_ = 0;  ///< of those that were at the last one
+  Grid grids_[2];  ///< a launch, and the one behind it
+  Grid* now_ = grids_;
 };
 
 Device& device() {
@@ -293,9 +375,7 @@ Device& device() {
 
 void set_order(Order order, unsigned seed) { device().set_order(order, seed); }
 
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body) {
-  device().run(grid, block, shared_bytes, body);
-}
+void run(std::span<const Launch> launches) { device().run(launches); }
 
 void fail(const char* why) {
   std::fprintf(stderr, "kernel, block %u, %u, %u, thread %u, %u, %u: %s\n", block_index.x, block_index.y, block_index.z,
@@ -303,12 +383,13 @@ void fail(const char* why) {
   std::abort();
 }
 
-std::byte* dynamic_shared() { return device().shared(); }
-int sync_block(bool predicate) { return device().sync_block(predicate); }
-void meet(std::uint32_t mask, void* brought, Together together) { device().meet(mask, brought, together); }
-void copy_later(void* to, const void* from, std::size_t bytes) { device().copy_later({to, from, bytes}); }
-void close_copies() { device().close_copies(); }
-void finish_copies(int pending) { device().finish_copies(static_cast<std::size_t>(pending)); }
-unsigned lane() { return device().lane(); }
+std::byte* dynamic_shared() { return device().now().shared(); }
+int sync_block(bool predicate) { return device().now().sync_block(predicate); }
+void await_previous() { device().now().await_previous(); }
+void meet(std::uint32_t mask, void* brought, Together together) { device().now().meet(mask, brought, together); }
+void copy_later(void* to, const void* from, std::size_t bytes) { device().now().copy_later({to, from, bytes}); }
+void close_copies() { device().now().close_copies(); }
+void finish_copies(int pending) { device().now().finish_copies(static_cast<std::size_t>(pending)); }
+unsigned lane() { return device().now().lane(); }
 
 }  // namespace emulation

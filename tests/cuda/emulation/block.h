@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <span>
 
 #include "vector_types.h"
 
@@ -20,9 +21,19 @@ void set_order(Order order, unsigned seed = 0);
 inline constexpr unsigned kWarpSize = 32;
 inline constexpr unsigned kMaxThreads = 1024;
 
-/// Runs body() once for each thread of each block of the grid, one launch at a time in the process. Throws
-/// std::logic_error, with what waits for what, if the threads of a block cannot all end.
-void run_grid(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body);
+/// What runs body() once for each thread of each block of a grid.
+struct Launch {
+  dim3 grid;
+  dim3 block;
+  std::size_t shared_bytes = 0;
+  std::function<void()> body;
+  /// Its first block runs up to await_previous() before the launch ahead of it does anything. Shared memory of a size
+  /// that is known (a __shared__ array) must not be used until then.
+  bool early = false;
+};
+/// Runs launches one after the other, as the only ones of the process at the time. Throws std::logic_error, with what
+/// waits for what, if the threads of a block cannot all end.
+void run(std::span<const Launch> launches);
 
 /// Ends the process: an exception cannot leave a fiber.
 [[noreturn]] void fail(const char* why);
@@ -38,6 +49,8 @@ extern dim3 grid_size;
 std::byte* dynamic_shared();
 /// Waits for all threads of the block that have not ended. Returns how many of them gave true.
 int sync_block(bool predicate = false);
+/// Waits until the launch ahead of this one has ended. Each thread has to.
+void await_previous();
 /// Adds a copy to this thread's open group of copies; zeros where `from` is null.
 void copy_later(void* to, const void* from, std::size_t bytes);
 /// Closes that group.

@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -21,11 +22,11 @@ struct EmulatedEvent {
 };
 struct EmulatedGraphNode {};
 struct EmulatedGraph {
-  std::vector<std::function<void()>> nodes;
+  std::vector<emulation::Launch> launches;
   std::vector<std::unique_ptr<EmulatedGraphNode>> handles;
 };
 struct EmulatedGraphExec {
-  std::vector<std::function<void()>> nodes;
+  std::vector<emulation::Launch> launches;
 };
 
 namespace {
@@ -102,21 +103,29 @@ bool is_pinned_or_device(const void* pointer) {
 }
 
 /// A launch, with a copy of its argument.
-std::function<void()> launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, const void* argument) {
+emulation::Launch launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, const void* argument) {
   const Kernel& known = runtime().kernels.at(kernel);
   std::vector<std::max_align_t> copy(known.argument_bytes / sizeof(std::max_align_t) + 1);
   std::memcpy(copy.data(), argument, known.argument_bytes);
-  return [&known, grid, block, shared, copy = std::move(copy)]() mutable {
-    Runtime& r = runtime();
-    if (r.fail_after >= 0 && r.fail_after-- == 0) {
-      r.dead = r.fail_with;
-      return;
-    }
-    emulation::run_grid(grid, block, shared, [&known, &copy] {
-      void* arguments[] = {copy.data()};
-      known.invoke(arguments);
-    });
+  const auto body = [&known, copy = std::move(copy)]() mutable {
+    void* arguments[] = {copy.data()};
+    known.invoke(arguments);
   };
+  return {grid, block, shared, body};
+}
+
+/// Runs launches up to the one that is to fail.
+void run_all(std::span<const emulation::Launch> launches) {
+  Runtime& r = runtime();
+  const auto after = static_cast<std::size_t>(r.fail_after);
+  if (r.fail_after >= 0 && after < launches.size()) {
+    emulation::run(launches.first(after));
+    r.fail_after = -1;
+    r.dead = r.fail_with;
+    return;
+  }
+  if (r.fail_after >= 0) r.fail_after -= static_cast<int>(launches.size());
+  emulation::run(launches);
 }
 
 cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared) {
@@ -331,8 +340,13 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   const Lock lock(runtime().mutex);
   const cudaError_t error = check_launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes);
   if (error != cudaSuccess) return error;
-  return enqueue(config->stream,
-                 launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes, arguments[0]));
+  return enqueue(config->stream, [launch = launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                                                  arguments[0])] { run_all({&launch, 1}); });
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  const Lock lock(runtime().mutex);
+  *attributes = {.ptxVersion = runtime().major * 10 + runtime().minor};
+  return told(runtime().kernels.contains(kernel) ? cudaSuccess : cudaErrorInvalidValue);
 }
 cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned) {
   *graph = new EmulatedGraph;
@@ -342,12 +356,19 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   delete graph;
   return cudaSuccess;
 }
-cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t*, std::size_t,
-                                   const cudaKernelNodeParams* p) {
+cudaError_t cudaGraphAddNode(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t*,
+                             const cudaGraphEdgeData* edge, std::size_t count, cudaGraphNodeParams* parameters) {
   const Lock lock(runtime().mutex);
-  const cudaError_t error = check_launch(p->func, p->gridDim, p->blockDim, p->sharedMemBytes);
-  if (error != cudaSuccess) return error;
-  graph->nodes.push_back(launch(p->func, p->gridDim, p->blockDim, p->sharedMemBytes, p->kernelParams[0]));
+  const cudaKernelNodeParamsV2& p = parameters->kernel;
+  const cudaError_t error = check_launch(p.func, p.gridDim, p.blockDim, p.sharedMemBytes);
+  const bool chained = count == (graph->launches.empty() ? 0 : 1) && parameters->type == cudaGraphNodeTypeKernel;
+  if (error != cudaSuccess || !chained) return told(cudaErrorInvalidValue);
+  graph->launches.push_back(launch(p.func, p.gridDim, p.blockDim, p.sharedMemBytes, p.kernelParams[0]));
+  const bool programmatic = count == 1 && edge != nullptr && edge->type == cudaGraphDependencyTypeProgrammatic;
+  if (programmatic && (edge->from_port != cudaGraphKernelNodePortProgrammatic || runtime().major < 9)) {
+    return told(cudaErrorInvalidValue);
+  }
+  graph->launches.back().early = programmatic;
   graph->handles.push_back(std::make_unique<EmulatedGraphNode>());
   *node = graph->handles.back().get();
   return cudaSuccess;
@@ -355,7 +376,7 @@ cudaError_t cudaGraphAddKernelNode(cudaGraphNode_t* node, cudaGraph_t graph, con
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
   const cudaError_t error = std::exchange(runtime().fail_graph, cudaSuccess);
   if (error != cudaSuccess) return told(error);
-  *executable = new EmulatedGraphExec{graph->nodes};
+  *executable = new EmulatedGraphExec{graph->launches};
   return told(runtime().dead);
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
@@ -366,11 +387,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   const Lock lock(runtime().mutex);
-  return enqueue(stream, [executable] {
-    for (const auto& node : executable->nodes) {
-      if (runtime().dead == cudaSuccess) node();
-    }
-  });
+  return enqueue(stream, [executable] { run_all(executable->launches); });
 }
 
 // --- what tests set -----------------------------------------------------------------------------------------------
