@@ -17,6 +17,7 @@
 #include "backend/cpu/reference.h"
 #include "backend/cuda/device.cuh"
 #include "backend/cuda/kv.h"
+#include "operand_values.h"
 #include "step_arrays.h"
 
 namespace draftwerk::cuda {
@@ -86,15 +87,22 @@ class Layer {
       std::ranges::copy(queries[r], query.begin() + static_cast<std::ptrdiff_t>(r) * stride);
     }
     LaunchList list;
+    std::vector<std::byte> operands(operand_bytes(static_cast<int>(rows), width));
+    const OperandSink sink{operands.data(), static_cast<std::int64_t>(operand_bytes(1, width))};
     attention.attend(list, step.view(), {query.data(), width, stride}, shape_.query_heads, kv_, shape_.sees, scale_,
-                     {output.data(), width, stride});
+                     {output.data(), width, stride}, sink);
     list.run(nullptr);
     check(cudaDeviceSynchronize(), "waiting");
+    const std::vector<float> left = operand_values(operands.data(), static_cast<int>(rows), width);
     std::vector<Values> results;
     for (std::size_t r = 0; r < rows; ++r) {
       const auto begin = output.begin() + static_cast<std::ptrdiff_t>(r) * stride;
       if (r < queries.size()) {
         results.emplace_back(begin, begin + width);
+        const auto its = left.begin() + static_cast<std::ptrdiff_t>(r) * width;
+        EXPECT_TRUE(std::equal(its, its + width, begin, [](float operand, float value) {
+          return operand == cpu::bfloat_to_float(cpu::float_to_bfloat(value));
+        })) << "left as operands";
       } else {
         EXPECT_TRUE(std::all_of(begin, begin + width, [](float x) { return x == -1.0F; })) << "a padding row";
       }

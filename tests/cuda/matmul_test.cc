@@ -16,7 +16,9 @@
 
 #include "backend/cpu/reference.h"
 #include "backend/cuda/projections.h"
+#include "backend/cuda/rows.h"
 #include "matrix_on_device.h"
+#include "operand_values.h"
 #include "strided_rows.h"
 
 namespace draftwerk::cuda {
@@ -35,25 +37,7 @@ std::vector<float> operands_of(int rows, Tensor input, const Norm* norm) {
   LaunchList launches;
   record_operands(launches, rows, input, norm, bytes.data());
   run(launches);
-  const std::size_t tile_bytes = operand_bytes(1, input.columns);
-  const auto padded = static_cast<int>(tile_bytes / 16);
-  std::vector<float> values;
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < padded; ++c) {
-      // As B of mma.m16n8k16: column r of the operand, in lanes 4r .. 4r + 3; two steps of 16 to 512 bytes.
-      const int lane = r % 8 * 4 + c % 8 / 2;
-      const std::size_t offset = static_cast<std::size_t>(r / 8) * tile_bytes + static_cast<std::size_t>(c / 32) * 512 +
-                                 static_cast<std::size_t>(lane * 16 + c % 32 / 16 * 8 + c % 16 / 8 * 4 + c % 2 * 2);
-      std::uint16_t bits = 0;
-      std::memcpy(&bits, bytes.data() + offset, sizeof bits);
-      if (c < input.columns) {
-        values.push_back(cpu::bfloat_to_float(bits));
-      } else {
-        EXPECT_EQ(bits, 0) << "padding";
-      }
-    }
-  }
-  return values;
+  return operand_values(bytes.data(), rows, input.columns);
 }
 
 /// Products of one row, with a bound of what rounding may do to each.
@@ -247,18 +231,138 @@ TEST_F(ProductsOfRows, BecomeLogits) {
   }
 }
 
-TEST_F(ProductsOfRows, StayInScratch) {
+TEST_F(ProductsOfRows, AreAddedToTheResidual) {
   projections.reserve(4, 2, 64, 10);
   const Matrix m = matrix(WeightType::bf16, 48, 64);
   Rows x(4, 64, 0, random);
   Rows y(4, 48);
+  Rows residual(4, 48, 2, random);
+  const Rows before = residual;
   LaunchList launches;
   const Projection part[] = {{&m.weight, y.tensor()}};
   projections.project(launches, 4, x.tensor(), nullptr, part);
-  const Tensor product = projections.product(launches, 4, x.tensor(), m.weight);
+  projections.project_add(launches, 4, x.tensor(), m.weight, norm, residual.tensor(), 0.5F);
+  projections.settle(launches);
   run(launches);
-  EXPECT_EQ(product.columns, 48);
-  EXPECT_EQ(std::memcmp(product.data, y.values.data(), y.values.size() * sizeof(float)), 0);
+  residual.expect_gaps_untouched();
+  for (int r = 0; r < 4; ++r) {
+    const std::vector<double> normed =
+        cpu::reference::rms_norm({y.row(r), 48}, {norm_scale.data(), 48}, double{norm.epsilon});
+    for (int c = 0; c < 48; ++c) {
+      const double want =
+          (before.values[static_cast<std::size_t>(r * residual.stride + c)] + normed[static_cast<std::size_t>(c)]) *
+          0.5;
+      ASSERT_NEAR(residual.row(r)[c], want, 1e-5 * (1 + std::abs(want)));
+    }
+  }
+}
+
+// What a launch leaves as operands for the next is what a launch of its own would make of it.
+TEST_F(ProductsOfRows, AreLeftForTheProductBehind) {
+  constexpr int kRows = 11;
+  projections.reserve(16, 8, 256, 10);
+  const Matrix gate = matrix(WeightType::bf16, 128, 192);
+  const Matrix up = matrix(WeightType::bf16, 128, 192);
+  const Matrix down = matrix(WeightType::q8_0, 192, 128);
+  const Matrix narrow = matrix(WeightType::bf16, 64, 192);
+  const Matrix wide = matrix(WeightType::bf16, 192, 64);
+  const Rows x(kRows, 192, 3, random);
+  const Rows factor(kRows, 64, 1, random);
+  struct Result {
+    Rows gated{kRows, 128};
+    Rows residual;
+    Rows mixed{kRows, 64};
+    Rows last{kRows, 64};
+    std::size_t launches = 0;
+  };
+  // As a layer does it: with a sum that nothing but a rounding follows, and one that a norm does.
+  const auto compute = [&](bool apart) {
+    Result result{.residual = x};
+    Rows other = factor;
+    const auto step = [&](LaunchList& list, int number) {
+      const Projection last[] = {{&narrow.weight, result.last.tensor()}};
+      switch (number) {
+        case 0:
+          return projections.project_geglu(list, kRows, result.residual.tensor(), norm, gate.weight, up.weight,
+                                           result.gated.tensor());
+        case 1:
+          return projections.project_add(list, kRows, result.gated.tensor(), down.weight, norm,
+                                         result.residual.tensor(), 0.5F);
+        case 2:
+          return projections.project_gelu(list, kRows, result.residual.tensor(), narrow.weight, other.tensor(),
+                                          result.mixed.tensor());
+        case 3:
+          return projections.project_add(list, kRows, result.mixed.tensor(), wide.weight, norm,
+                                         result.residual.tensor(), 2.0F);
+        default:
+          return projections.project(list, kRows, result.residual.tensor(), &norm, last);
+      }
+    };
+    LaunchList together;
+    for (int number = 0; number < 5; ++number) {
+      LaunchList alone;
+      LaunchList& list = apart ? alone : together;
+      step(list, number);
+      if (!apart) continue;
+      projections.settle(alone);
+      run(alone);
+      result.launches += alone.size();
+    }
+    if (apart) return result;
+    run(together);
+    result.launches = together.size();
+    return result;
+  };
+  const Result apart = compute(true);
+  const Result together = compute(false);
+  EXPECT_EQ(apart.launches, 12U);
+  EXPECT_EQ(together.launches, 8U) << "the first operands, five products, two sums";
+  EXPECT_EQ(together.gated.values, apart.gated.values);
+  EXPECT_EQ(together.residual.values, apart.residual.values);
+  EXPECT_EQ(together.mixed.values, apart.mixed.values);
+  // Threads share the norm of a row otherwise.
+  for (std::size_t i = 0; i < apart.last.values.size(); ++i) {
+    EXPECT_NEAR(together.last.values[i], apart.last.values[i], 0.02 * (1 + std::abs(apart.last.values[i])));
+  }
+}
+
+TEST_F(ProductsOfRows, OfAStepLikeAnEarlierOneAreTheSameLaunches) {
+  projections.reserve(4, 8, 128, 10);
+  const Matrix gate = matrix(WeightType::bf16, 64, 64);
+  const Matrix down = matrix(WeightType::bf16, 64, 64);
+  Rows x(4, 64, 0, random);
+  Rows gated(4, 64);
+  const auto record = [&] {
+    LaunchList launches;
+    projections.begin();
+    projections.project_geglu(launches, 4, x.tensor(), norm, gate.weight, gate.weight, gated.tensor());
+    projections.project_add(launches, 4, gated.tensor(), down.weight, norm, x.tensor(), 1.0F);
+    projections.settle(launches);
+    return std::vector<std::byte>(launches.bytes().begin(), launches.bytes().end());
+  };
+  const std::vector<std::byte> first = record();
+  EXPECT_EQ(record(), first);
+}
+
+TEST_F(ProductsOfRows, AreNotTakenForWhatHasChangedSince) {
+  projections.reserve(4, 8, 128, 10);
+  const Matrix gate = matrix(WeightType::bf16, 64, 64);
+  const Matrix m = matrix(WeightType::bf16, 32, 64);
+  Rows x(4, 64, 0, random);
+  Rows gated(4, 64);
+  Rows y(4, 32);
+  Rows want(4, 32);
+  LaunchList launches;
+  projections.project_geglu(launches, 4, x.tensor(), norm, gate.weight, gate.weight, gated.tensor());
+  add_norm(launches, 4, x.tensor(), norm, gated.tensor(), 1.0F);
+  const Projection part[] = {{&m.weight, y.tensor()}};
+  projections.project(launches, 4, gated.tensor(), nullptr, part);
+  run(launches);
+  LaunchList alone;
+  const Projection same[] = {{&m.weight, want.tensor()}};
+  projections.project(alone, 4, gated.tensor(), nullptr, same);
+  run(alone);
+  EXPECT_EQ(y.values, want.values);
 }
 
 // The promise: the bits of a row depend neither on the other rows, nor on their number and order, nor on which thread

@@ -14,6 +14,7 @@
 
 #include "backend/cpu/reference.h"
 #include "backend/cuda/device.cuh"
+#include "operand_values.h"
 #include "step_arrays.h"
 
 namespace draftwerk::cuda {
@@ -110,12 +111,28 @@ TEST_F(RowsTest, AddsNormalisedRows) {
     Rows residual(3, columns, random_);
     const Rows before = residual;
     const std::vector<float> w = scale(columns);
-    const Step step(3, {});
-    run([&](LaunchList& list) { add_norm(list, step.view(), x.tensor(), {w.data(), 1e-3F}, residual.tensor(), 0.7F); });
-    for (int r = 0; r < 3; ++r) {
-      std::vector<double> want = rms_norm(x.row(r), w, double{1e-3F});
-      for (std::size_t i = 0; i < want.size(); ++i) want[i] = (double{before.row(r)[i]} + want[i]) * double{0.7F};
-      expect_near(residual.row(r), want);
+    const std::vector<float> of_next = scale(columns);
+    const Norm next{of_next.data(), 1e-4F};
+    for (const Norm* norm : {static_cast<const Norm*>(nullptr), &next}) {
+      residual = before;
+      std::vector<std::byte> operands(operand_bytes(3, columns), std::byte{0xFF});
+      const OperandSink sink{operands.data(), static_cast<std::int64_t>(operand_bytes(1, columns))};
+      run([&](LaunchList& list) {
+        add_norm(list, 3, x.tensor(), {w.data(), 1e-3F}, residual.tensor(), 0.7F, sink, norm);
+      });
+      const std::vector<float> left = operand_values(operands.data(), 3, columns);
+      for (int r = 0; r < 3; ++r) {
+        std::vector<double> want = rms_norm(x.row(r), w, double{1e-3F});
+        for (std::size_t i = 0; i < want.size(); ++i) want[i] = (double{before.row(r)[i]} + want[i]) * double{0.7F};
+        expect_near(residual.row(r), want);
+        const std::vector<double> normed = rms_norm(residual.row(r), of_next, double{1e-4F});
+        for (std::size_t i = 0; i < want.size(); ++i) {
+          const double value = norm == nullptr ? double{residual.row(r)[i]} : normed[i];
+          // Half of a step of bfloat16, and some of float32.
+          const float got = left[static_cast<std::size_t>(r * columns) + i];
+          ASSERT_NEAR(got, value, std::abs(value) * (0x1p-8 + 0x1p-19)) << "column " << i;
+        }
+      }
     }
   }
 }
@@ -195,7 +212,7 @@ TEST_F(RowsTest, ARowDependsOnNothingBesideIt) {
       return Tensor{of.data.data() + std::ptrdiff_t{first} * of.stride, of.columns, of.stride};
     };
     run([&](LaunchList& list) {
-      add_norm(list, step.view(), from(x), norm, from(out), 0.3F);
+      add_norm(list, count, from(x), norm, from(out), 0.3F);
       add_normed(list, step.view(), from(x), norm, from(b), norm, norm, from(sum), 0.3F);
       gather_outputs(list, step.view(), from(x), norm, states.tensor());
     });

@@ -108,10 +108,15 @@ __global__ void merge_spans(const Attend a) {
   }
   if (!active) return;
   const float factor = 1.0F / sum;
-  float* to =
-      a.output + static_cast<std::int64_t>(row) * a.output_stride + static_cast<int>(blockIdx.y) * head_dim + component;
-  *reinterpret_cast<float2*>(to) = {total.x * factor, total.y * factor};
-  *reinterpret_cast<float2*>(to + 2) = {total.z * factor, total.w * factor};
+  const int column = static_cast<int>(blockIdx.y) * head_dim + component;
+  float* to = a.output + static_cast<std::int64_t>(row) * a.output_stride + column;
+  const float2 low{total.x * factor, total.y * factor};
+  const float2 high{total.z * factor, total.w * factor};
+  *reinterpret_cast<float2*>(to) = low;
+  *reinterpret_cast<float2*>(to + 2) = high;
+  if (a.left.data == nullptr) return;
+  leave_pair(a.left, row, column, low.x, low.y);
+  leave_pair(a.left, row, column + 2, high.x, high.y);
 }
 
 struct Kernel {
@@ -178,7 +183,7 @@ Attention::Attention(int multiprocessors, std::size_t scratch_bytes)
 }
 
 void Attention::attend(LaunchList& list, const StepView& step, Tensor query, int query_heads, const KvLayer& kv,
-                       const Visibility& sees, float scale, Tensor output) const {
+                       const Visibility& sees, float scale, Tensor output, const OperandSink& left) const {
   const int group = query_heads / kv.heads;
   if (query_heads % kv.heads != 0 || group > kTileQueries || query.columns != query_heads * kv.head_dim ||
       output.columns != query.columns) {
@@ -191,6 +196,7 @@ void Attention::attend(LaunchList& list, const StepView& step, Tensor query, int
   arguments.step = step;
   arguments.query = static_cast<const float*>(query.data);
   arguments.output = static_cast<float*>(output.data);
+  arguments.left = left;
   arguments.key_offset = kv.key_offset;
   arguments.value_offset = kv.value_offset;
   arguments.query_stride = query.row_stride();

@@ -14,6 +14,7 @@
 #include "backend/backend.h"
 #include "backend/cuda/handles.h"
 #include "backend/cuda/launch.h"
+#include "backend/cuda/operands.h"
 #include "backend/cuda/step.h"
 
 namespace draftwerk::cuda {
@@ -49,9 +50,10 @@ class Attention {
   Attention(int multiprocessors, std::size_t scratch_bytes);
 
   /// Backend::attend for head sizes of 32, 64, 128, 256 and 512, and up to 16 query heads for a key/value head. Data of
-  /// tensors is aligned to 8 bytes and strides are even. Does not write the outputs of padding rows.
+  /// tensors is aligned to 8 bytes and strides are even. Does not write the outputs of padding rows. Leaves the output
+  /// as operands, if `left` says where.
   void attend(LaunchList& list, const StepView& step, Tensor query, int query_heads, const KvLayer& kv,
-              const Visibility& sees, float scale, Tensor output) const;
+              const Visibility& sees, float scale, Tensor output, const OperandSink& left = {}) const;
 
  private:
   int multiprocessors_;

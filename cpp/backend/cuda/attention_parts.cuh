@@ -25,6 +25,7 @@ struct Attend {
   StepView step;
   const float* query;
   float* output;
+  OperandSink left;
   float* partial_values;   ///< [slots, rows, query heads, head_dim]
   float2* partial_states;  ///< [slots, rows, query heads]: largest score and sum of weights
   std::uint64_t key_offset;

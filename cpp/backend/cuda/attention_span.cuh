@@ -7,6 +7,7 @@
 
 #include "backend/cuda/attention_parts.cuh"
 #include "backend/cuda/device.cuh"
+#include "backend/cuda/operands.cuh"
 
 namespace draftwerk::cuda {
 
@@ -226,7 +227,10 @@ class AttentionBlock {
       float* to = output(q);
       for_each_pair([&](int c, int n, int component) {
         const float* pair = &total_[c][m][n][half * 2];
-        *reinterpret_cast<float2*>(to + component) = {pair[0] * factor, pair[1] * factor};
+        const float2 result{pair[0] * factor, pair[1] * factor};
+        *reinterpret_cast<float2*>(to + component) = result;
+        if (a_.left.data == nullptr) return;
+        leave_pair(a_.left, shared_.first_row + q / a_.group, head(q) * kHeadDim + component, result.x, result.y);
       });
     });
   }

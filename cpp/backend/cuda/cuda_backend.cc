@@ -169,6 +169,7 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
   if (follows) check(cudaEventRecord(found_at_.get(), stream_.get()), "measuring time");
   if (in_flight_ && !follows) wait();
   unwaited_ = follows;
+  projections_.begin();
   upload_.fill(rows, arena, found_);
   copies_in_.clear();
   copies_out_.clear();
@@ -180,7 +181,7 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
   for (const Growth& growth : rows.growths) {
     require(growth.proposed < found_.outputs, "trees that grow from passes of the step before");
   }
-  grow_trees(launches_, upload_, sampler_.proposed(), sampler_.proposing());
+  grow_trees(settled(), upload_, sampler_.proposed(), sampler_.proposing());
 }
 
 void CudaBackend::wait() {
@@ -189,7 +190,13 @@ void CudaBackend::wait() {
   moves_.done();
 }
 
+LaunchList& CudaBackend::settled() {
+  projections_.settle(launches_);
+  return launches_;
+}
+
 void CudaBackend::run() {
+  projections_.settle(launches_);
   if (launches_.empty()) return;
   // However this ends: a step that failed must not run once more in front of the next one.
   struct Forgotten {
@@ -213,18 +220,18 @@ void CudaBackend::run() {
 }
 
 void CudaBackend::embed(const Weight& table, float scale, Tensor out) {
-  cuda::embed(launches_, upload_.view(), table, scale, out);
+  cuda::embed(settled(), upload_.view(), table, scale, out);
 }
 
 void CudaBackend::mix_token_rows(const RowTable& table, float table_scale, const Norm& norm, int width, float scale,
                                  Tensor inout) {
-  cuda::mix_token_rows(launches_, upload_.view(), static_cast<const DeviceTable&>(table).view(), table_scale, norm,
+  cuda::mix_token_rows(settled(), upload_.view(), static_cast<const DeviceTable&>(table).view(), table_scale, norm,
                        width, scale, inout);
 }
 
 void CudaBackend::gather(Tensor source, std::span<const int> rows, Tensor out) {
   const int padded = padded_count(static_cast<int>(rows.size()));
-  cuda::gather(launches_, source, upload_.add_rows(rows, padded), padded, out);
+  cuda::gather(settled(), source, upload_.add_rows(rows, padded), padded, out);
 }
 
 void CudaBackend::project(Tensor input, const Norm* norm, std::span<const Projection> outputs) {
@@ -240,36 +247,37 @@ void CudaBackend::project_gelu(Tensor input, const Weight& weight, Tensor factor
 }
 
 void CudaBackend::project_add(Tensor input, const Weight& weight, const Norm& norm, Tensor residual, float scale) {
-  const Tensor product = projections_.product(launches_, rows(), input, weight);
-  add_norm(launches_, upload_.view(), product, norm, residual, scale);
+  projections_.project_add(launches_, rows(), input, weight, norm, residual, scale);
 }
 
 void CudaBackend::experts(Tensor input, const Router& router, const Norm& norm, const Experts& experts, Tensor output) {
-  experts_.run(launches_, upload_.view(), input, router, norm, experts, output);
+  experts_.run(settled(), upload_.view(), input, router, norm, experts, output);
 }
 
 void CudaBackend::add_normed(Tensor a, const Norm& norm_a, Tensor b, const Norm& norm_b, const Norm& norm,
                              Tensor residual, float scale) {
-  cuda::add_normed(launches_, upload_.view(), a, norm_a, b, norm_b, norm, residual, scale);
+  cuda::add_normed(settled(), upload_.view(), a, norm_a, b, norm_b, norm, residual, scale);
 }
 
 void CudaBackend::append_kv(Tensor query, Tensor key, Tensor value, int query_heads, const Norm& query_norm,
                             const Norm& key_norm, const Norm* value_norm, const Rope& rope, const KvLayer& kv) {
-  cuda::append_kv(launches_, upload_.view(), query, key, value, query_heads, query_norm, key_norm, value_norm, rope,
+  cuda::append_kv(settled(), upload_.view(), query, key, value, query_heads, query_norm, key_norm, value_norm, rope,
                   kv);
 }
 
 void CudaBackend::prepare_queries(Tensor query, int query_heads, const Norm& query_norm, const Rope& rope) {
-  cuda::prepare_queries(launches_, upload_.view(), query, query_heads, query_norm, rope);
+  cuda::prepare_queries(settled(), upload_.view(), query, query_heads, query_norm, rope);
 }
 
 void CudaBackend::attend(Tensor query, int query_heads, const KvLayer& kv, const Visibility& sees, float scale,
                          Tensor output) {
-  attention_.attend(launches_, upload_.view(), query, query_heads, kv, sees, scale, output);
+  LaunchList& list = settled();
+  attention_.attend(list, upload_.view(), query, query_heads, kv, sees, scale, output, projections_.sink(output));
+  projections_.left(list, output);
 }
 
 void CudaBackend::gather_outputs(Tensor hidden, const Norm& norm, Tensor states) {
-  cuda::gather_outputs(launches_, upload_.view(), hidden, norm, states);
+  cuda::gather_outputs(settled(), upload_.view(), hidden, norm, states);
 }
 
 // --- logits ------------------------------------------------------------------------------------------------------
@@ -284,7 +292,7 @@ void CudaBackend::head(Tensor states, const Weight& weight, float softcap) {
 }
 
 void CudaBackend::head(Tensor states, const SparseHead& head) {
-  logits_ = sparse_.record(launches_, projections_, outputs(), states, head, vocabulary_);
+  logits_ = sparse_.record(settled(), projections_, outputs(), states, head, vocabulary_);
 }
 
 void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
@@ -292,7 +300,7 @@ void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyRe
   if (!groups.empty()) {
     require(logits_.values != nullptr && logits_.tokens == nullptr, "a head of all tokens before a choice is verified");
     sampler_.stage_verify(groups, outputs(), copies_in_);
-    sampler_.record_verify(launches_, logits_, outputs(), grows_ ? &upload_.view() : nullptr, copies_out_);
+    sampler_.record_verify(settled(), logits_, outputs(), grows_ ? &upload_.view() : nullptr, copies_out_);
   }
   run();
   wait();
@@ -303,7 +311,7 @@ void CudaBackend::propose(std::span<const ProposeRow> rows, int count, std::span
   check_proposal(rows, count, candidates.size());
   if (in_flight_) wait();
   sampler_.stage_propose(rows, count, outputs(), copies_in_);
-  sampler_.record_propose(launches_, logits_, count, outputs(), 0, nullptr);
+  sampler_.record_propose(settled(), logits_, count, outputs(), 0, nullptr);
   sampler_.collect(1, outputs(), copies_out_);
   run();
   wait();
@@ -319,7 +327,7 @@ void CudaBackend::propose_ahead(std::span<const ProposeRow> rows, int count) {
     if (in_flight_) wait();  // of a step whose own passes nobody asked for: its rows may still be read
     sampler_.stage_propose(rows, count, outputs(), copies_in_);
   }
-  sampler_.record_propose(launches_, logits_, count, outputs(), passes_++, &upload_);
+  sampler_.record_propose(settled(), logits_, count, outputs(), passes_++, &upload_);
 }
 
 void CudaBackend::run_passes() {

@@ -80,6 +80,8 @@ class CudaBackend final : public Backend {
   void use_device() const;
   void check_proposal(std::span<const ProposeRow> rows, int count, std::size_t room) const;
   [[nodiscard]] Uploader& uploader();
+  /// Where operations that are not of projections_ are recorded.
+  [[nodiscard]] LaunchList& settled();
   /// Runs what was recorded since the last time, if that is anything; does not wait.
   void run();
   /// The same of a step's passes, so that what they find is copied back.

@@ -45,6 +45,7 @@ void LaunchList::append(const void* kernel, const LaunchShape& shape, const void
   std::memcpy(bytes_.data() + at, &entry, sizeof entry);
   std::memcpy(bytes_.data() + at + rounded_up(sizeof entry), arguments, bytes);
   ++count_;
+  ++recorded_;
 }
 
 void LaunchList::clear() {

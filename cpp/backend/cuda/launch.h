@@ -60,6 +60,8 @@ class LaunchList {
   void clear();
   [[nodiscard]] bool empty() const { return count_ == 0; }
   [[nodiscard]] std::size_t size() const { return count_; }
+  /// Launches that were ever added.
+  [[nodiscard]] std::size_t recorded() const { return recorded_; }
   /// Everything in it.
   [[nodiscard]] std::span<const std::byte> bytes() const { return bytes_; }
 
@@ -77,6 +79,7 @@ class LaunchList {
 
   std::vector<std::byte> bytes_;  ///< entries, each followed by its argument
   std::size_t count_ = 0;
+  std::size_t recorded_ = 0;
 };
 
 }  // namespace draftwerk::cuda

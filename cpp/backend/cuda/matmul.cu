@@ -7,6 +7,7 @@
 #include "backend/cuda/device.cuh"
 #include "backend/cuda/error.h"
 #include "backend/cuda/multiply_chunk.cuh"
+#include "backend/cuda/operands.cuh"
 
 namespace draftwerk::cuda {
 namespace {
@@ -57,6 +58,7 @@ __device__ __forceinline__ void finish(const ProductPart& part, float softcap, i
     result = softcapped(product, softcap);
   }
   part.output[static_cast<std::int64_t>(row) * part.output_stride + output] = result;
+  if (part.left.data != nullptr) leave(part.left, row, output, result);
 }
 
 /// The part of a launch that a unit belongs to.

@@ -39,6 +39,7 @@ struct ProductPart {
   const std::byte* paired;  ///< of a second matrix of the same shape, of geglu; null otherwise
   float* output;            ///< [rows, output_stride]
   const float* factor;      ///< [rows, factor_stride], of gelu; null otherwise
+  OperandSink left;         ///< the output again, for the product behind this one
   std::int64_t panel_bytes;
   std::int64_t expert_bytes;  ///< from the panels of an expert to those of the next
   std::int32_t outputs;       ///< rows of the matrix

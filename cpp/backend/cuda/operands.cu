@@ -1,6 +1,7 @@
 #include "backend/cuda/operands.h"
 
 #include "backend/cuda/device.cuh"
+#include "backend/cuda/operands.cuh"
 
 namespace draftwerk::cuda {
 namespace {
@@ -10,8 +11,7 @@ constexpr int kThreads = 256;
 struct OperandArguments {
   const float* input;
   const float* scale;  // of the norm; null: there is none
-  std::byte* operands;
-  std::int64_t tile_bytes;
+  OperandSink operands;
   std::int32_t columns;
   std::int32_t stride;
   float epsilon;
@@ -37,21 +37,10 @@ __global__ void __launch_bounds__(kThreads) round_rows(const OperandArguments a)
     const float mean = __fdiv_rn(sum, static_cast<float>(a.columns));
     inverse = __fdiv_rn(1.0F, __fsqrt_rn(__fadd_rn(mean, a.epsilon)));
   }
-  const auto rounded = [&](int column) -> std::uint32_t {
-    if (column >= a.columns) return 0;
+  leave_row<kThreads>(a.operands, row, a.columns, [&](int column) {
     const float value = x[column];
-    return float_to_bf16(a.scale == nullptr ? value : __fmul_rn(__fmul_rn(value, inverse), a.scale[column]));
-  };
-  std::byte* const own = a.operands + row / kOperandRows * a.tile_bytes + row % kOperandRows * kOperandRowBytes;
-  const int pieces = static_cast<int>(a.tile_bytes / kFragmentBytes) * 4;
-  for (int i = thread; i < pieces; i += kThreads) {
-    const int first = i / 4 * kBlockColumns + i % 4 * 2;
-    std::uint32_t words[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) words[w] = rounded(first + w * 8) | rounded(first + w * 8 + 1) << 16;
-    *reinterpret_cast<uint4*>(own + i / 4 * kFragmentBytes + i % 4 * 16) =
-        make_uint4(words[0], words[1], words[2], words[3]);
-  }
+    return a.scale == nullptr ? value : __fmul_rn(__fmul_rn(value, inverse), a.scale[column]);
+  });
 }
 
 constexpr int kMostChunkColumns = 64;
@@ -68,10 +57,13 @@ std::size_t operand_bytes(int rows, int columns) {
 }
 
 void record_operands(LaunchList& launches, int rows, Tensor input, const Norm* norm, std::byte* operands) {
-  launches.add(
-      round_rows, {dim3(static_cast<unsigned>(rows)), dim3(kThreads)},
-      {static_cast<const float*>(input.data), norm == nullptr ? nullptr : norm->scale, operands,
-       operand_tile_bytes(input.columns), input.columns, input.row_stride(), norm == nullptr ? 0.0F : norm->epsilon});
+  launches.add(round_rows, {dim3(static_cast<unsigned>(rows)), dim3(kThreads)},
+               {static_cast<const float*>(input.data),
+                norm == nullptr ? nullptr : norm->scale,
+                {operands, operand_tile_bytes(input.columns)},
+                input.columns,
+                input.row_stride(),
+                norm == nullptr ? 0.0F : norm->epsilon});
 }
 
 }  // namespace draftwerk::cuda

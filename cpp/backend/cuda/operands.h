@@ -20,6 +20,12 @@ struct OperandView {
   const std::byte* data;
   std::int64_t tile_bytes;  ///< of 8 rows
 };
+/// Where a kernel leaves what it computes, rows of a whole number of blocks of 64 columns, as operands of the product
+/// that follows.
+struct OperandSink {
+  std::byte* data;          ///< null: nowhere
+  std::int64_t tile_bytes;  ///< of 8 rows
+};
 /// Bytes of operands of so many rows and columns.
 [[nodiscard]] std::size_t operand_bytes(int rows, int columns);
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backend/cuda/device_weight.h"
+#include "backend/cuda/rows.h"
 #include "backend/round_up.h"
 
 namespace draftwerk::cuda {
@@ -16,6 +17,7 @@ struct Projections::Output {
   Tensor output;
   Tensor factor;
   Epilogue epilogue = Epilogue::none;
+  bool leaves = false;  ///< as operands too
 };
 
 void Projections::reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) {
@@ -25,7 +27,9 @@ void Projections::reserve(int max_rows, int max_outputs, int max_columns, int vo
   vocabulary_ = vocabulary;
   const int rows = std::max(max_rows_, max_outputs_);
   logit_stride_ = round_up(vocabulary, 32);
-  operands_.reserve(operand_bytes(rows, max_columns_));
+  for (GrowingMemory& operands : operands_) operands.reserve(operand_bytes(rows, max_columns_));
+  sum_.reset();
+  left_ = {};
   partials_.reserve(partial_floats() * sizeof(float));
   counters_.reserve(counter_count() * sizeof(unsigned));
   check(cudaMemset(counters_.get(), 0, counter_count() * sizeof(unsigned)), "clearing device memory");
@@ -34,9 +38,54 @@ void Projections::reserve(int max_rows, int max_outputs, int max_columns, int vo
   logits_.reserve(static_cast<std::size_t>(max_outputs_) * static_cast<std::size_t>(logit_stride_) * sizeof(float));
 }
 
+void Projections::begin() {
+  turn_ = 0;
+  sum_.reset();
+  left_ = {};
+}
+
 void Projections::operands(LaunchList& launches, int rows, Tensor input, const Norm* norm) {
   require(rows <= std::max(max_rows_, max_outputs_) && input.columns <= max_columns_, "an input larger than reserved");
-  record_operands(launches, rows, input, norm, static_cast<std::byte*>(operands_.get()));
+  if (sum_ && sum_->residual.data == input.data && sum_->residual.columns == input.columns && sum_->rows == rows) {
+    turn_ = 1 - turn_;
+    add_norm(launches, rows, sum_->product, sum_->norm, sum_->residual, sum_->scale, sink_of(turn_, input.columns),
+             norm);
+    sum_.reset();
+    return;
+  }
+  settle(launches);
+  if (norm == nullptr && left_.data == input.data && left_.columns == input.columns &&
+      left_.recorded == launches.recorded()) {
+    turn_ = 1 - turn_;
+    return;
+  }
+  record_operands(launches, rows, input, norm, sink_of(turn_, input.columns).data);
+}
+
+OperandView Projections::read_operands(int columns) const {
+  const OperandSink sink = sink_of(turn_, columns);
+  return {sink.data, sink.tile_bytes};
+}
+
+OperandSink Projections::sink_of(std::size_t turn, int columns) const {
+  return {static_cast<std::byte*>(operands_[turn].get()), static_cast<std::int64_t>(operand_bytes(1, columns))};
+}
+
+OperandSink Projections::sink(Tensor output) const {
+  constexpr int kWholeColumns = 64;  // others would have to be filled up with zeros
+  if (output.columns % kWholeColumns != 0 || output.columns > max_columns_) return {};
+  return sink_of(1 - turn_, output.columns);
+}
+
+void Projections::left(const LaunchList& launches, Tensor output) {
+  left_ = {};
+  if (sink(output).data != nullptr) left_ = {output.data, output.columns, launches.recorded()};
+}
+
+void Projections::settle(LaunchList& launches) {
+  if (!sum_) return;
+  add_norm(launches, sum_->rows, sum_->product, sum_->norm, sum_->residual, sum_->scale);
+  sum_.reset();
 }
 
 /// Multiplies what operands() made, by one launch for each format that occurs.
@@ -45,8 +94,7 @@ void Projections::multiply(LaunchList& launches, int rows, std::span<const Outpu
   const int columns = view_of(*outputs.front().weight).columns;
   for (const WeightFormat format : kWeightFormats) {
     Products products{};
-    products.operands = {static_cast<const std::byte*>(operands_.get()),
-                         static_cast<std::int64_t>(operand_bytes(1, columns))};
+    products.operands = read_operands(columns);
     products.partials = static_cast<float*>(partials_.get());
     products.counters = static_cast<unsigned*>(counters_.get());
     products.rows = rows;
@@ -61,6 +109,7 @@ void Projections::multiply(LaunchList& launches, int rows, std::span<const Outpu
                                                output.paired == nullptr ? nullptr : view_of(*output.paired).data,
                                                static_cast<float*>(output.output.data),
                                                static_cast<const float*>(factor.data),
+                                               output.leaves ? sink(output.output) : OperandSink{},
                                                weight.panel_bytes(),
                                                0,
                                                weight.rows,
@@ -96,33 +145,36 @@ void Projections::project_geglu(LaunchList& launches, int rows, Tensor input, co
   require(gate.rows() == output.columns && up.rows() == output.columns, "matching gate and up outputs");
   operands(launches, rows, input, &norm);
   if (view_of(gate).format == view_of(up).format) {
-    const Output pair[] = {{&gate, &up, output, {}, Epilogue::geglu}};
+    const Output pair[] = {{&gate, &up, output, {}, Epilogue::geglu, true}};
     multiply(launches, rows, pair);
-    return;
+    return left(launches, output);
   }
   // Formats differ in no checkpoint that matters: one after the other, the first's product being the other's factor.
   const Output first[] = {{&up, nullptr, output, {}}};
   multiply(launches, rows, first);
-  const Output second[] = {{&gate, nullptr, output, output, Epilogue::gelu}};
+  const Output second[] = {{&gate, nullptr, output, output, Epilogue::gelu, true}};
   multiply(launches, rows, second);
+  left(launches, output);
 }
 
 void Projections::project_gelu(LaunchList& launches, int rows, Tensor input, const Weight& weight, Tensor factor,
                                Tensor output) {
   require(weight.columns() == input.columns && factor.columns == output.columns, "matching projection shapes");
   operands(launches, rows, input, nullptr);
-  const Output part[] = {{&weight, nullptr, output, factor, Epilogue::gelu}};
+  const Output part[] = {{&weight, nullptr, output, factor, Epilogue::gelu, true}};
   multiply(launches, rows, part);
+  left(launches, output);
 }
 
-Tensor Projections::product(LaunchList& launches, int rows, Tensor input, const Weight& weight) {
+void Projections::project_add(LaunchList& launches, int rows, Tensor input, const Weight& weight, const Norm& norm,
+                              Tensor residual, float scale) {
   require(weight.columns() == input.columns, "matching projection shapes");
   require(weight.rows() <= max_columns_, "an output wider than reserved");
   operands(launches, rows, input, nullptr);
   const Tensor output{product_.get(), static_cast<int>(weight.rows())};
   const Output part[] = {{&weight, nullptr, output, {}}};
   multiply(launches, rows, part);
-  return output;
+  sum_ = {rows, output, norm, residual, scale};
 }
 
 void Projections::head(LaunchList& launches, int outputs, Tensor states, const Weight& weight, float softcap) {
@@ -140,7 +192,7 @@ void Projections::scores(LaunchList& launches, int rows, Tensor states, const We
 
 OperandView Projections::round(LaunchList& launches, int rows, Tensor input) {
   operands(launches, rows, input, nullptr);
-  return {static_cast<const std::byte*>(operands_.get()), static_cast<std::int64_t>(operand_bytes(1, input.columns))};
+  return read_operands(input.columns);
 }
 
 Tensor Projections::logits() const { return {logits_.get(), vocabulary_, logit_stride_}; }

@@ -2,6 +2,7 @@
 
 #include "backend/cuda/device.cuh"
 #include "backend/cuda/device_table.cuh"
+#include "backend/cuda/operands.cuh"
 
 namespace draftwerk::cuda {
 namespace {
@@ -63,12 +64,14 @@ struct AddNorm {
   const float* x;
   const float* norm_scale;
   float* residual;
+  OperandSink left;
+  const float* next_scale;  ///< null: the sum as it is
   std::int32_t x_stride;
   std::int32_t residual_stride;
   std::int32_t columns;
   float epsilon;
   float scale;
-  std::int32_t unused;
+  float next_epsilon;
 };
 
 __global__ void __launch_bounds__(kThreads) add_norm_rows(const AddNorm a) {
@@ -79,7 +82,18 @@ __global__ void __launch_bounds__(kThreads) add_norm_rows(const AddNorm a) {
   float squares = 0.0F;
   for_each_column(a.columns, [&](int i) { squares = fmaf(x[i], x[i], squares); });
   const float factor = norm_factor(squares, a.columns, a.epsilon);
-  for_each_column(a.columns, [&](int i) { residual[i] = (residual[i] + x[i] * factor * a.norm_scale[i]) * a.scale; });
+  float squares_of_sum = 0.0F;
+  for_each_column(a.columns, [&](int i) {
+    const float sum = (residual[i] + x[i] * factor * a.norm_scale[i]) * a.scale;
+    residual[i] = sum;
+    squares_of_sum = fmaf(sum, sum, squares_of_sum);
+  });
+  if (a.left.data == nullptr) return;
+  // Waits, without a norm as well: the columns of a piece are those of other threads.
+  const float next = norm_factor(squares_of_sum, a.columns, a.next_epsilon);
+  leave_row<kThreads>(a.left, row, a.columns, [&](int i) {
+    return a.next_scale == nullptr ? residual[i] : residual[i] * next * a.next_scale[i];
+  });
 }
 
 struct AddNormed {
@@ -174,10 +188,12 @@ void gather_outputs(LaunchList& list, const StepView& step, Tensor hidden, const
             hidden.row_stride(), states.row_stride(), states.columns, norm.epsilon});
 }
 
-void add_norm(LaunchList& list, const StepView& step, Tensor x, const Norm& norm, Tensor residual, float scale) {
-  list.add(add_norm_rows, {blocks(step.rows), dim3(kThreads)},
-           {static_cast<const float*>(x.data), norm.scale, static_cast<float*>(residual.data), x.row_stride(),
-            residual.row_stride(), residual.columns, norm.epsilon, scale, 0});
+void add_norm(LaunchList& list, int rows, Tensor x, const Norm& norm, Tensor residual, float scale,
+              const OperandSink& left, const Norm* next) {
+  list.add(add_norm_rows, {blocks(rows), dim3(kThreads)},
+           {static_cast<const float*>(x.data), norm.scale, static_cast<float*>(residual.data), left,
+            next == nullptr ? nullptr : next->scale, x.row_stride(), residual.row_stride(), residual.columns,
+            norm.epsilon, scale, next == nullptr ? 0.0F : next->epsilon});
 }
 
 void add_normed(LaunchList& list, const StepView& step, Tensor a, const Norm& norm_a, Tensor b, const Norm& norm_b,

@@ -8,6 +8,7 @@
 #include "backend/backend.h"
 #include "backend/cuda/device_table.h"
 #include "backend/cuda/launch.h"
+#include "backend/cuda/operands.h"
 #include "backend/cuda/step.h"
 
 namespace draftwerk::cuda {
@@ -18,8 +19,10 @@ void gather(LaunchList& list, Tensor source, const std::int32_t* rows, int count
 /// Backend::gather_outputs: states[i] = norm(hidden[output_rows[i]]).
 void gather_outputs(LaunchList& list, const StepView& step, Tensor hidden, const Norm& norm, Tensor states);
 
-/// residual = (residual + norm(x)) * scale
-void add_norm(LaunchList& list, const StepView& step, Tensor x, const Norm& norm, Tensor residual, float scale);
+/// residual = (residual + norm(x)) * scale; leaves the sum, or next(sum) where there is such a norm, as operands, if
+/// `left` says where.
+void add_norm(LaunchList& list, int rows, Tensor x, const Norm& norm, Tensor residual, float scale,
+              const OperandSink& left = {}, const Norm* next = nullptr);
 
 /// Backend::add_normed: residual = (residual + norm(norm_a(a) + norm_b(b))) * scale
 void add_normed(LaunchList& list, const StepView& step, Tensor a, const Norm& norm_a, Tensor b, const Norm& norm_b,
