@@ -353,6 +353,8 @@ class Backend {
   /// before it had no finite logit; where nothing is left, there is no candidate, but the first is token 0, as verify()
   /// has it. Waits. No log-probabilities are taken.
   virtual void propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) = 0;
+  /// Whether operations return before they are computed, so that the host has time to itself until it asks for results.
+  [[nodiscard]] virtual bool asynchronous() const { return false; }
   /// Passes of a drafter that may follow each other in a step before the host looks at what they have found. 1 where
   /// looking costs next to nothing: then there is propose() alone.
   [[nodiscard]] virtual int passes_ahead() const { return 1; }

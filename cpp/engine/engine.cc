@@ -214,8 +214,8 @@ void Engine::run() {
       // Only memory can run out here. The callers hear of it and the engine goes on with what comes next.
       abort_all(FinishReason::error, error.what());
     }
-    publish_statistics();
-    events_.publish(step_events_);
+    // Where a device computes by itself, the next step tells of this one: the device need not wait for that.
+    if (!model_.backend().asynchronous() || scheduler_.idle()) publish();
   }
 }
 
@@ -235,8 +235,7 @@ bool Engine::take_commands() {
   if (closing) {
     abort_all(FinishReason::cancelled, "");
     parked_.clear();
-    publish_statistics();
-    events_.publish(step_events_);
+    publish();
   }
   return !closing;
 }
@@ -267,7 +266,7 @@ void Engine::step() {
     // submit() has made sure that each request fits alone, so this is not reached while any is left; if it were, one
     // request would have to end, for the loop to get on.
     if (!scheduler_.idle()) abort(scheduler_.ids().front(), FinishReason::error, "no KV memory for this request");
-    return;
+    return publish();
   }
   std::span<const ProposedDrafts> proposed;
   {
@@ -281,6 +280,7 @@ void Engine::step() {
   const StepRows rows = batch_.rows();
   const Clock::time_point start = Clock::now();
   model_.forward(rows, {static_cast<std::byte*>(arena_->data())});
+  if (model_.backend().asynchronous()) publish();  // what the step before gave
   if (results_.size() < batch_.groups().size()) results_.resize(batch_.groups().size());
   model_.backend().verify(batch_.groups(), std::span(results_).first(batch_.groups().size()));
   const double drafting = drafts_.settle();
@@ -415,6 +415,12 @@ void Engine::release_queue_tokens(Sequence& sequence) {
   if (!std::exchange(sequence.in_queue, false)) return;
   const std::lock_guard lock(mutex_);
   queued_tokens_ -= sequence.prompt_length();
+}
+
+// Hands out the events of a step, and its statistics.
+void Engine::publish() {
+  publish_statistics();
+  events_.publish(step_events_);
 }
 
 void Engine::publish_statistics() {

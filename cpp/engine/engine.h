@@ -157,6 +157,7 @@ class Engine {
   void abort_all(FinishReason reason, const std::string& error);
   RequestStatistics final_statistics(const Sequence& sequence) const;
   void release_queue_tokens(Sequence& sequence);
+  void publish();
   void publish_statistics();
 
   Gemma& model_;

@@ -141,8 +141,11 @@ TEST_F(Growth, IsWhatTheHostWouldHaveGrown) {
     DeviceArray<ProposedRow> found_on_device;
     DeviceArray<SampledRow> proposing_on_device, choosing_on_device;
     SampledRow* told = choosing_on_device.fill(choosing);
-    const Copy copy = upload.copy();
-    check(cudaMemcpy(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice), "copying");
+    std::vector<Copy> copies;
+    upload.collect(copies);
+    for (const Copy& copy : copies) {
+      check(cudaMemcpy(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice), "copying");
+    }
     const Stream stream = Stream::create();
     LaunchList list;
     grow_trees(list, upload, found_on_device.fill(found), proposing_on_device.fill(proposing_rows));

@@ -27,8 +27,11 @@ TEST(PaddedCount, IsOneOfAFew) {
 
 /// What a step looks like from the device once its copy was made.
 const StepView& arrived(StepUpload& upload) {
-  const Copy copy = upload.copy();
-  check(cudaMemcpy(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice), "copying");
+  std::vector<Copy> copies;
+  upload.collect(copies);
+  for (const Copy& copy : copies) {
+    check(cudaMemcpy(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice), "copying");
+  }
   return upload.view();
 }
 
@@ -74,6 +77,30 @@ TEST(StepUpload, BringsChainsTreesAndPadding) {
   EXPECT_EQ(path(4, 1), 1);
   EXPECT_EQ(path(5, 0), 0);
   EXPECT_EQ(path(5, 1), 2);
+}
+
+TEST(StepUpload, ListsOfRowsThatComeLaterAreCopiedByThemselves) {
+  const std::vector<TokenId> tokens = {7, 8, 9};
+  const std::vector<std::int64_t> positions = {0, 1, 2};
+  const std::vector<PageId> pages = {1};
+  const std::vector<Segment> segments = {{0, 3, 0, {pages.data(), pages.data()}}};
+  const std::vector<int> outputs = {2};
+  StepUpload upload;
+  upload.reserve(4, 2);
+  upload.fill({tokens, positions, segments, outputs}, {nullptr});
+  const std::int32_t* first = upload.add_rows(std::vector<int>{1}, 1);
+  const StepView& view = arrived(upload);
+  std::vector<Copy> copies;
+  upload.collect(copies);
+  EXPECT_TRUE(copies.empty()) << "nothing has come since";
+  // As a kernel may: what has arrived is the device's.
+  upload.growing().tokens[1] = 99;
+  const std::int32_t* second = upload.add_rows(std::vector<int>{2, 0}, 2);
+  EXPECT_EQ(upload.add_rows(std::vector<int>{2, 0}, 2), second);
+  arrived(upload);
+  EXPECT_EQ(first[0], 1);
+  EXPECT_EQ(std::vector<std::int32_t>(second, second + 2), (std::vector<std::int32_t>{2, 0}));
+  EXPECT_EQ(view.tokens[1], 99);
 }
 
 TEST(StepUpload, StaysWhereItIsUntilPageTablesGrow) {

@@ -18,8 +18,11 @@ namespace draftwerk {
 namespace cuda {
 namespace {
 
-// Graphs of steps: some tens of kilobytes each, on either side.
-constexpr std::size_t kGraphs = 256;
+// Graphs of pieces of steps: some tens of kilobytes each, on either side.
+constexpr std::size_t kGraphs = 1024;
+// Launches of a step's first piece. They keep a device busy for 50 us or more, in which the host records several times
+// as many.
+constexpr std::size_t kFirstPiece = 32;
 // Partial results of attention, for each multiprocessor: 12 rows of 32 heads of 512 at position 128k take 107 MB in
 // all.
 constexpr std::size_t kAttentionScratch = std::size_t{2} << 20;
@@ -58,6 +61,7 @@ class ManagedBuffer final : public Buffer {
 CudaBackend::CudaBackend(DeviceInfo device)
     : device_(std::move(device)),
       stream_(Stream::create()),
+      piece_(kFirstPiece),
       graphs_(kGraphs),
       projections_(device_.shared_bytes),
       experts_(device_.shared_bytes),
@@ -128,7 +132,7 @@ void CudaBackend::reserve(int max_rows, int max_outputs, int max_columns, int vo
   sparse_.reserve(outputs);
   sampler_.reserve(outputs, vocabulary);
   graphs_.clear();
-  launches_.clear();
+  forget_step();
   logits_ = {};
 }
 
@@ -159,7 +163,6 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
   // The step before may have passes that nobody has waited for: this one follows them at once. They have memory of
   // their own, two steps' worth.
   const bool follows = passes_ > 0 && !in_flight_ && upload_.has_room(rows);
-  if (follows) check(cudaEventRecord(proposing_.get(), stream_.get()), "measuring time");
   if (passes_ > 0) {
     run_passes();
   } else {
@@ -173,7 +176,6 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
   upload_.fill(rows, arena, found_);
   copies_in_.clear();
   copies_out_.clear();
-  copies_in_.push_back({});  // the upload's own, whose size is known when the step runs
   step_outputs_ = static_cast<int>(rows.output_rows.size());
   logits_ = {};
   grows_ = !rows.growths.empty();
@@ -190,31 +192,63 @@ void CudaBackend::wait() {
   moves_.done();
 }
 
-LaunchList& CudaBackend::settled() {
-  projections_.settle(launches_);
+// A device that waited until a step of a thousand launches was recorded would have nothing to do for 100 us. So it gets
+// a step in pieces, each twice as long as the one before, and computes one while the next is recorded.
+LaunchList& CudaBackend::launches() {
+  if (launches_.size() >= piece_) {
+    run_piece();
+    piece_ *= 2;
+  }
   return launches_;
 }
 
-void CudaBackend::run() {
-  projections_.settle(launches_);
-  if (launches_.empty()) return;
-  // However this ends: a step that failed must not run once more in front of the next one.
+LaunchList& CudaBackend::settled() {
+  LaunchList& list = launches();
+  projections_.settle(list);
+  return list;
+}
+
+void CudaBackend::run_piece() {
+  // However this ends: what failed must not run once more in front of the next step.
   struct Forgotten {
     CudaBackend& backend;
+    bool failed = true;
     ~Forgotten() {
       backend.launches_.clear();
-      backend.copies_in_.resize(1);
-      backend.copies_out_.clear();
+      backend.copies_in_.clear();
+      if (failed) backend.forget_step();
     }
   };
-  const Forgotten at_the_end{*this};
-  in_flight_ = true;
-  copies_in_.front() = upload_.copy();
+  Forgotten at_the_end{*this};
+  if (!begun_ && !unwaited_) check(cudaEventRecord(proposing_.get(), stream_.get()), "measuring time");
+  begun_ = true;
+  upload_.collect(copies_in_);
   for (const Copy& copy : copies_in_) {
     check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice, stream_.get()), "copying a step");
   }
   graphs_.run(launches_, stream_.get());
-  for (const Copy& copy : copies_out_) {
+  at_the_end.failed = false;
+}
+
+void CudaBackend::forget_step() {
+  launches_.clear();
+  copies_in_.clear();
+  copies_out_.clear();
+  projections_.begin();
+  piece_ = kFirstPiece;
+  begun_ = false;
+  passes_ = 0;
+}
+
+void CudaBackend::run() {
+  projections_.settle(launches_);
+  if (launches_.empty() && !begun_) return;
+  in_flight_ = true;
+  run_piece();
+  begun_ = false;
+  piece_ = kFirstPiece;
+  const std::vector<Copy> results = std::exchange(copies_out_, {});
+  for (const Copy& copy : results) {
     check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyDeviceToHost, stream_.get()), "copying results");
   }
 }
@@ -235,19 +269,19 @@ void CudaBackend::gather(Tensor source, std::span<const int> rows, Tensor out) {
 }
 
 void CudaBackend::project(Tensor input, const Norm* norm, std::span<const Projection> outputs) {
-  projections_.project(launches_, rows(), input, norm, outputs);
+  projections_.project(launches(), rows(), input, norm, outputs);
 }
 
 void CudaBackend::project_geglu(Tensor input, const Norm& norm, const Weight& gate, const Weight& up, Tensor output) {
-  projections_.project_geglu(launches_, rows(), input, norm, gate, up, output);
+  projections_.project_geglu(launches(), rows(), input, norm, gate, up, output);
 }
 
 void CudaBackend::project_gelu(Tensor input, const Weight& weight, Tensor factor, Tensor output) {
-  projections_.project_gelu(launches_, rows(), input, weight, factor, output);
+  projections_.project_gelu(launches(), rows(), input, weight, factor, output);
 }
 
 void CudaBackend::project_add(Tensor input, const Weight& weight, const Norm& norm, Tensor residual, float scale) {
-  projections_.project_add(launches_, rows(), input, weight, norm, residual, scale);
+  projections_.project_add(launches(), rows(), input, weight, norm, residual, scale);
 }
 
 void CudaBackend::experts(Tensor input, const Router& router, const Norm& norm, const Experts& experts, Tensor output) {
@@ -283,7 +317,7 @@ void CudaBackend::gather_outputs(Tensor hidden, const Norm& norm, Tensor states)
 // --- logits ------------------------------------------------------------------------------------------------------
 
 void CudaBackend::head(Tensor states, const Weight& weight, float softcap) {
-  projections_.head(launches_, outputs(), states, weight, softcap);
+  projections_.head(launches(), outputs(), states, weight, softcap);
   const Tensor logits = projections_.logits();
   logits_ = {};
   logits_.values = static_cast<float*>(logits.data);

@@ -67,6 +67,7 @@ class CudaBackend final : public Backend {
   void head(Tensor states, const SparseHead& head) override;
   void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) override;
   void propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) override;
+  [[nodiscard]] bool asynchronous() const override { return true; }
   [[nodiscard]] int passes_ahead() const override { return kMostPassesAhead; }
   void propose_ahead(std::span<const ProposeRow> rows, int count) override;
   void proposed(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) override;
@@ -80,9 +81,14 @@ class CudaBackend final : public Backend {
   void use_device() const;
   void check_proposal(std::span<const ProposeRow> rows, int count, std::size_t room) const;
   [[nodiscard]] Uploader& uploader();
-  /// Where operations that are not of projections_ are recorded.
+  /// Where the next operation of projections_ is recorded, and where any other is.
+  [[nodiscard]] LaunchList& launches();
   [[nodiscard]] LaunchList& settled();
-  /// Runs what was recorded since the last time, if that is anything; does not wait.
+  /// Runs what was recorded since the last piece.
+  void run_piece();
+  /// As if nothing had been recorded.
+  void forget_step();
+  /// Runs what is left of what was recorded, if that was anything; does not wait.
   void run();
   /// The same of a step's passes, so that what they find is copied back.
   void run_passes();
@@ -100,13 +106,15 @@ class CudaBackend final : public Backend {
   StepUpload upload_;
   std::vector<Copy> copies_in_;
   std::vector<Copy> copies_out_;
-  LaunchList launches_;
+  LaunchList launches_;  ///< since the last piece
+  std::size_t piece_;    ///< launches after which it is run
+  bool begun_ = false;   ///< pieces of what is recorded have been run
   GraphCache graphs_;
   int step_outputs_ = 0;              ///< without padding
   int passes_ = 0;                    ///< of propose_ahead(), in this step
   FoundDrafts found_;                 ///< by the last passes that were run
   bool grows_ = false;                ///< trees of drafts, in this step
-  bool in_flight_ = false;            ///< what was run may not be done yet
+  bool in_flight_ = false;            ///< what run() began may not be done yet
   bool unwaited_ = false;             ///< found_ was in flight when this step began
   Event proposing_ = Event::timed();  ///< before the passes, while they are unwaited, and after them
   Event found_at_ = Event::timed();

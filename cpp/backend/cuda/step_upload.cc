@@ -96,7 +96,8 @@ void StepUpload::fill(const StepRows& rows, KvArena arena, FoundDrafts found) {
   growing_.growths = place(max_rows, growths);
   view_.paths = growing_.paths = place(max_rows * kMaxPath, paths);
   lists_on_device_ = place(kRowLists * max_rows, lists_on_host_);
-  row_lists_ = 0;
+  row_lists_ = collected_row_lists_ = 0;
+  collected_ = false;
   view_.pages = place(pages, tables);  // last: only what is used is copied
   view_.arena = arena.base;
   view_.rows = std::min(padded_count(count), max_rows_);
@@ -146,6 +147,19 @@ void StepUpload::fill(const StepRows& rows, KvArena arena, FoundDrafts found) {
   }
   view_.segment_count = segments_padded;
   view_.context = static_cast<std::int32_t>(std::bit_ceil(static_cast<std::uint64_t>(longest)));
+}
+
+void StepUpload::collect(std::vector<Copy>& in) {
+  if (!collected_) {
+    in.push_back({device_.get(), host(), used_});
+  } else if (collected_row_lists_ < row_lists_) {
+    const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(collected_row_lists_) * max_rows_;
+    const auto count =
+        static_cast<std::size_t>(row_lists_ - collected_row_lists_) * static_cast<std::size_t>(max_rows_);
+    in.push_back({lists_on_device_ + first, lists_on_host_ + first, count * sizeof(std::int32_t)});
+  }
+  collected_ = true;
+  collected_row_lists_ = row_lists_;
 }
 
 const std::int32_t* StepUpload::add_rows(std::span<const int> rows, int padded) {

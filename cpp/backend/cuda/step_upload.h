@@ -55,8 +55,8 @@ class StepUpload {
   [[nodiscard]] const GrowthView& growing() const { return growing_; }
   /// Trees that grow, with padding.
   [[nodiscard]] int growths() const { return growths_; }
-  /// What to copy in front of the step's launches.
-  [[nodiscard]] Copy copy() const { return {device_.get(), host(), used_}; }
+  /// Appends what launches recorded so far need a copy of and has not been collected yet.
+  void collect(std::vector<Copy>& in);
 
  private:
   template <typename T>
@@ -69,10 +69,12 @@ class StepUpload {
   int max_rows_ = 0;
   int max_outputs_ = 0;
   int row_lists_ = 0;  ///< of this step
+  int collected_row_lists_ = 0;
+  bool collected_ = false;  ///< all but row lists
   int last_list_padded_ = 0;
   std::size_t last_list_rows_ = 0;
   std::int32_t* lists_on_host_ = nullptr;
-  const std::int32_t* lists_on_device_ = nullptr;
+  std::int32_t* lists_on_device_ = nullptr;
   std::size_t page_capacity_ = 0;
   GrowingMemory device_;
   std::array<PinnedMemory, 2> host_;

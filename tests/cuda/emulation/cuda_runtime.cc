@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include <chrono>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -7,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -39,6 +41,9 @@ struct Kernel {
   std::size_t most_shared = std::size_t{48} << 10;
 };
 
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
 struct Runtime {
   std::recursive_mutex mutex;
   std::map<const void*, Kernel> kernels;
@@ -49,10 +54,14 @@ struct Runtime {
   std::vector<EmulatedStream*> streams;
   EmulatedStream default_stream;
   std::int64_t waits = 0;
+  std::optional<Clock::time_point> waited;  ///< until when somebody did, and nothing was launched since
+  Clock::time_point idle_from;
+  emulation::HostTimes host;
   int devices = 1;
   int major = 9;
   int minor = 0;
   int driver = 13000;
+  bool skip_kernels = false;
   int fail_after = -1;
   cudaError_t fail_with = cudaSuccess;
   cudaError_t fail_graph = cudaSuccess;
@@ -92,6 +101,12 @@ cudaError_t enqueue(cudaStream_t stream, std::function<void()> operation) {
   return cudaSuccess;
 }
 
+/// The same of launches.
+cudaError_t enqueue_launch(cudaStream_t stream, std::function<void()> operation) {
+  if (runtime().waited) runtime().host.to_launch.push_back(seconds_since(*std::exchange(runtime().waited, {})));
+  return enqueue(stream, std::move(operation));
+}
+
 bool is_pinned_or_device(const void* pointer) {
   for (const auto* map : {&runtime().device, &runtime().pinned}) {
     auto at = map->upper_bound(const_cast<void*>(pointer));
@@ -117,6 +132,7 @@ emulation::Launch launch(const void* kernel, dim3 grid, dim3 block, std::size_t 
 /// Runs launches up to the one that is to fail.
 void run_all(std::span<const emulation::Launch> launches) {
   Runtime& r = runtime();
+  if (r.skip_kernels) return;
   const auto after = static_cast<std::size_t>(r.fail_after);
   if (r.fail_after >= 0 && after < launches.size()) {
     emulation::run(launches.first(after));
@@ -293,8 +309,12 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   const Lock lock(runtime().mutex);
-  ++runtime().waits;
-  return drain(of(stream));
+  Runtime& r = runtime();
+  ++r.waits;
+  if (r.idle_from != Clock::time_point()) r.host.to_wait.push_back(seconds_since(r.idle_from));
+  const cudaError_t error = drain(of(stream));
+  r.waited = r.idle_from = Clock::now();
+  return error;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   const Lock lock(runtime().mutex);
@@ -340,8 +360,9 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   const Lock lock(runtime().mutex);
   const cudaError_t error = check_launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes);
   if (error != cudaSuccess) return error;
-  return enqueue(config->stream, [launch = launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                                                  arguments[0])] { run_all({&launch, 1}); });
+  return enqueue_launch(config->stream,
+                        [launch = launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                                         arguments[0])] { run_all({&launch, 1}); });
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   const Lock lock(runtime().mutex);
@@ -387,7 +408,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   const Lock lock(runtime().mutex);
-  return enqueue(stream, [executable] { run_all(executable->launches); });
+  return enqueue_launch(stream, [executable] { run_all(executable->launches); });
 }
 
 // --- what tests set -----------------------------------------------------------------------------------------------
@@ -409,6 +430,11 @@ std::int64_t waits() {
   return runtime().waits;
 }
 
+HostTimes take_host_times() {
+  const Lock lock(runtime().mutex);
+  return std::exchange(runtime().host, {});
+}
+
 std::size_t allocated_bytes() {
   const Lock lock(runtime().mutex);
   std::size_t bytes = runtime().device_bytes;
@@ -422,6 +448,8 @@ void set_device(int count, int major, int minor, int driver_version) {
   runtime().minor = minor;
   runtime().driver = driver_version;
 }
+
+void skip_kernels() { runtime().skip_kernels = true; }
 
 void fail_launch(int after, cudaError_t error) {
   runtime().fail_after = after;
@@ -438,6 +466,7 @@ void reset() {
   r.major = 9;
   r.minor = 0;
   r.driver = 13000;
+  r.skip_kernels = false;
   r.fail_after = -1;
   r.fail_graph = cudaSuccess;
   r.dead = r.last = cudaSuccess;

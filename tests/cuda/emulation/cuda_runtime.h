@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "device_functions.h"
 #include "vector_types.h"
@@ -145,6 +146,16 @@ void set_device_memory(std::size_t bytes);
 std::size_t allocated_bytes();
 /// How often somebody has waited for a stream.
 std::int64_t waits();
+/// What a device would have waited for, in seconds, each time that somebody had waited for a stream: until the next
+/// launch was there, and until somebody waited again, which is when the host had done all its work.
+struct HostTimes {
+  std::vector<double> to_launch;
+  std::vector<double> to_wait;
+};
+/// Those since the last call.
+HostTimes take_host_times();
+/// Kernels do nothing from now on, so that the host's caches are the host's: results stay what they were.
+void skip_kernels();
 /// 0: no device; otherwise what properties and the driver say.
 void set_device(int count, int major, int minor, int driver_version);
 /// The `after`-th launch from now on (0: the next) ends the device with this error, as an illegal access would: all
