@@ -34,13 +34,24 @@ TEST_F(DeviceFailureTest, AnErrorAfterWhichTheDeviceWorksEndsWhatRunsAlone) {
   Engine engine(tiny.model(), options, {}, {});
   const Request request = make_request(random_tokens(5, 1), 9);
   const std::vector<TokenId> expected = testing::run(engine, request).token_ids;
-  emulation::fail_graph(cudaErrorMemoryAllocation);
-  Request longer = request;  // contexts that there is no graph of yet
-  longer.max_tokens = 200;
-  const testing::Outcome failed = testing::run(engine, longer);
+  emulation::fail_copy(cudaErrorMemoryAllocation);
+  const testing::Outcome failed = testing::run(engine, request);
   EXPECT_EQ(failed.finish_reason, FinishReason::error);
   EXPECT_NE(failed.error.find("cudaErrorMemoryAllocation"), std::string::npos) << failed.error;
   EXPECT_EQ(engine.failure(), "");
+  EXPECT_EQ(testing::run(engine, request).token_ids, expected);
+  testing::expect_nothing_left(engine);
+}
+
+TEST_F(DeviceFailureTest, AStepWithoutAGraphIsLaunchedKernelByKernel) {
+  TinyModel tiny(WeightType::bf16);
+  Engine engine(tiny.model(), {}, {}, {});
+  const Request request = make_request(random_tokens(5, 1), 9);
+  const std::vector<TokenId> expected = testing::run(engine, request).token_ids;
+  Request longer = request;  // contexts that there is no graph of yet
+  longer.max_tokens = 200;
+  emulation::fail_graph(cudaErrorMemoryAllocation);
+  EXPECT_EQ(testing::run(engine, longer).finish_reason, FinishReason::length);
   EXPECT_EQ(testing::run(engine, request).token_ids, expected);
   testing::expect_nothing_left(engine);
 }

@@ -121,6 +121,11 @@ TEST(StepUpload, StaysWhereItIsUntilPageTablesGrow) {
   const StepView long_one = fill(200'000);
   EXPECT_EQ(long_one.pages[long_one.segments[0].pages[1] + 12'500], 3U);
   EXPECT_THROW(upload.add_rows(std::vector<int>(5), 5), std::logic_error);
+  // Memory that cannot grow stays what it was.
+  emulation::fail_pinned();
+  EXPECT_THROW(fill(800'000), std::runtime_error);
+  emulation::reset();
+  EXPECT_EQ(fill(200'000).pages[0], 3U);
 }
 
 struct Add {

@@ -51,6 +51,11 @@ DeviceInfo use_device(int number) {
                              ") has compute capability " + std::to_string(properties.major) + "." +
                              std::to_string(properties.minor) + ", and 8.0 or more is needed; use --device cpu");
   }
+  if (properties.concurrentManagedAccess == 0) {
+    throw std::runtime_error(std::string("GPU ") + std::to_string(number) + " (" + properties.name +
+                             ") cannot share memory with the host while it computes, as under WSL or on some virtual "
+                             "GPUs, and that is needed; use --device cpu");
+  }
   check(cudaSetDevice(number), "choosing a GPU");
   return {number,
           properties.name,

@@ -2,6 +2,8 @@
 
 #include <span>
 
+#include "backend/cuda/error.h"
+
 namespace draftwerk::cuda {
 
 void GraphCache::run(const LaunchList& launches, cudaStream_t stream) {
@@ -22,7 +24,11 @@ void GraphCache::run(const LaunchList& launches, cudaStream_t stream) {
   entries_.splice(entries_.begin(), entries_, found->second);
   GraphExec& graph = entries_.front().graph;
   if (graph.get() == nullptr) {
-    graph = launches.instantiate();
+    try {
+      graph = launches.instantiate();
+    } catch (const CudaError&) {  // no memory for it, most likely: the step is slower without, and no worse
+      return launches.run(stream);
+    }
     ++graphs_;
   }
   check(cudaGraphLaunch(graph.get(), stream), "launching a step");

@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <cstddef>
+#include <utility>
 
 #include "backend/cuda/handles.h"
 #include "backend/cuda/launch.h"
@@ -35,7 +36,10 @@ class MirroredMemory {
  public:
   /// Makes room for `bytes`.
   void reserve(std::size_t bytes) {
-    if (device_.reserve(bytes)) host_ = PinnedMemory::of(bytes);
+    if (bytes <= device_.bytes()) return;
+    PinnedMemory host = PinnedMemory::of(bytes);  // first: if there is none, everything stays as it was
+    device_.reserve(bytes);
+    host_ = std::move(host);
   }
   /// The same for sizes that grow with what is asked: to a power of two, so that it seldom happens.
   void reserve_more(std::size_t bytes) {

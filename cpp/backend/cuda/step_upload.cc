@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <stdexcept>
+#include <utility>
 
 #include "backend/round_up.h"
 
@@ -71,9 +72,13 @@ bool StepUpload::has_room(const StepRows& rows) const {
 void StepUpload::fill(const StepRows& rows, KvArena arena, FoundDrafts found) {
   const std::size_t pages = pages_of(rows);
   const auto max_rows = static_cast<std::size_t>(max_rows_);
-  page_capacity_ = std::bit_ceil(std::max<std::size_t>({pages, page_capacity_, 1024}));
-  const std::size_t room = room_for(page_capacity_);
-  if (device_.reserve(room)) host_ = {PinnedMemory::of(room), PinnedMemory::of(room)};
+  const std::size_t capacity = std::bit_ceil(std::max<std::size_t>({pages, page_capacity_, 1024}));
+  if (const std::size_t room = room_for(capacity); room > device_.bytes()) {
+    std::array<PinnedMemory, 2> host = {PinnedMemory::of(room), PinnedMemory::of(room)};  // first: there may be none
+    device_.reserve(room);
+    host_ = std::move(host);
+  }
+  page_capacity_ = capacity;
   turn_ = 1 - turn_;
 
   const auto count = static_cast<int>(rows.tokens.size());

@@ -62,6 +62,9 @@ struct Runtime {
   int minor = 0;
   int driver = 13000;
   bool skip_kernels = false;
+  bool managed_access = true;
+  bool fail_pinned = false;
+  cudaError_t fail_copy = cudaSuccess;
   int fail_after = -1;
   cudaError_t fail_with = cudaSuccess;
   cudaError_t fail_graph = cudaSuccess;
@@ -209,6 +212,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->totalGlobalMem = runtime().device_limit;
   properties->sharedMemPerBlockOptin = std::size_t{227} << 10;
   properties->l2CacheSize = 1 << 20;
+  properties->concurrentManagedAccess = runtime().managed_access ? 1 : 0;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -257,6 +261,7 @@ cudaError_t cudaFree(void* pointer) {
 cudaError_t cudaHostAlloc(void** pointer, std::size_t bytes, unsigned) {
   const Lock lock(runtime().mutex);
   if (runtime().dead != cudaSuccess) return told(runtime().dead);
+  if (std::exchange(runtime().fail_pinned, false)) return told(cudaErrorMemoryAllocation);
   return allocate(pointer, bytes, runtime().pinned);
 }
 cudaError_t cudaFreeHost(void* pointer) {
@@ -274,6 +279,9 @@ cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpy
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   const Lock lock(runtime().mutex);
+  if (const cudaError_t error = std::exchange(runtime().fail_copy, cudaSuccess); error != cudaSuccess) {
+    return told(error);
+  }
   if (is_pinned_or_device(from)) {
     return enqueue(stream, [=] { std::memmove(to, from, bytes); });
   }
@@ -451,6 +459,10 @@ void set_device(int count, int major, int minor, int driver_version) {
 
 void skip_kernels() { runtime().skip_kernels = true; }
 
+void set_managed_access(bool concurrent) { runtime().managed_access = concurrent; }
+void fail_pinned() { runtime().fail_pinned = true; }
+void fail_copy(cudaError_t error) { runtime().fail_copy = error; }
+
 void fail_launch(int after, cudaError_t error) {
   runtime().fail_after = after;
   runtime().fail_with = error;
@@ -467,6 +479,9 @@ void reset() {
   r.minor = 0;
   r.driver = 13000;
   r.skip_kernels = false;
+  r.managed_access = true;
+  r.fail_pinned = false;
+  r.fail_copy = cudaSuccess;
   r.fail_after = -1;
   r.fail_graph = cudaSuccess;
   r.dead = r.last = cudaSuccess;

@@ -49,6 +49,7 @@ struct cudaDeviceProp {
   std::size_t totalGlobalMem;
   std::size_t sharedMemPerBlockOptin;
   int l2CacheSize;
+  int concurrentManagedAccess;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -158,6 +159,11 @@ HostTimes take_host_times();
 void skip_kernels();
 /// 0: no device; otherwise what properties and the driver say.
 void set_device(int count, int major, int minor, int driver_version);
+/// Whether the host may touch managed memory while the device computes.
+void set_managed_access(bool concurrent);
+/// The next allocation of pinned memory fails, and the next asynchronous copy, after which the device works as before.
+void fail_pinned();
+void fail_copy(cudaError_t error);
 /// The `after`-th launch from now on (0: the next) ends the device with this error, as an illegal access would: all
 /// later calls fail, until reset().
 void fail_launch(int after, cudaError_t error);
