@@ -20,7 +20,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -190,28 +190,33 @@ def main() -> None:
         subjects[f"draftwerk {weights}"] = (run_draftwerk, (settings, weights))
 
     taken: dict[str, list[Speed]] = {}
+    report: dict[str, Any] = {}
     for name, speed in rounds(subjects, arguments.rounds):
         taken.setdefault(name, []).append(speed)
         if name.startswith("draftwerk"):
             assert taken[name][0].token_ids == speed.token_ids, f"{name}: another text"
-    report: dict[str, Any] = {}
+        # As it comes: who has to stop has what was measured until then.
+        report = {name: figures_of(name, speeds, taken) for name, speeds in taken.items()}
+        if arguments.json:
+            arguments.json.write_text(
+                json.dumps({"device": device_name(arguments.device), **asdict(settings), **report}, indent=2)
+            )
     print()
-    for name, speeds in taken.items():
-        kind = name.rpartition(", ")[2]
-        figures = {
-            "tokens_per_second": statistics.median(s.tokens_per_second for s in speeds),
-            "tokens_per_step": statistics.median(s.tokens_per_step for s in speeds),
-        }
-        # Of transformers without its drafter, and of transformers with the same drafts.
-        for of, base in (("of_transformers", "no drafter"), ("of_the_same_drafts", kind)):
-            pairs = zip(speeds, taken[f"transformers bf16, {base}"], strict=True)
-            figures[of] = statistics.median(s.tokens_per_second / b.tokens_per_second for s, b in pairs)
-        report[name] = figures
+    for name, figures in report.items():
         print(f"{name:32}", "  ".join(f"{figure}: {value:.2f}" for figure, value in figures.items()))
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"device": device_name(arguments.device), **asdict(settings), **report}, indent=2)
-        )
+
+
+def figures_of(name: str, speeds: Sequence[Speed], taken: dict[str, list[Speed]]) -> dict[str, float]:
+    """Medians of what was measured, and of its ratios to transformers without its drafter and with the same drafts."""
+    figures = {
+        "tokens_per_second": statistics.median(s.tokens_per_second for s in speeds),
+        "tokens_per_step": statistics.median(s.tokens_per_step for s in speeds),
+    }
+    kind = name.rpartition(", ")[2]
+    for of, base in (("of_transformers", "no drafter"), ("of_the_same_drafts", kind)):
+        pairs = zip(speeds, taken[f"transformers bf16, {base}"], strict=False)  # of a round that may not be whole
+        figures[of] = statistics.median(s.tokens_per_second / b.tokens_per_second for s, b in pairs)
+    return figures
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class RandomCheckpoint:
         self.config = config
         self._tensors = tensors
         self._random = RandomTensors(seed)
+        self._pools: dict[tuple[float, float, int], npt.NDArray[Any]] = {}
         self.head_token_ids: npt.NDArray[np.int32] | None = None
         if any(name.endswith("token_ordering") for name, _ in tensors):
             self.head_token_ids = np.random.default_rng(seed).permutation(config.text.vocab_size).astype(np.int32)
@@ -67,14 +68,21 @@ class RandomCheckpoint:
                 values = next(self._random.chunks(name, shape)).astype(np.uint32) << 16
                 yield TensorView(name, "f32", shape, (values.view(np.uint8),))
                 continue
-            count = int(np.prod(shape))
-            part = next(self._random.chunks(name, (min(count, _NUMBERS),)))
-            matrix = (int(np.prod(shape[:-1])), shape[-1])
-            parts = [part.view(np.uint8)] * (count // part.size)
-            if count % part.size:
-                parts.append(part[: count % part.size].view(np.uint8))
-            whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
-            yield TensorView(name, "bf16", matrix, (whole,))
+            rows, columns = int(np.prod(shape[:-1])), shape[-1]
+            pool = self._pool(name, shape)
+            run = pool.size // columns
+            parts = [pool.view(np.uint8)] * -(-rows // run)
+            if name == "model.embed_tokens.weight":  # rows of a head are taken one by one
+                parts = [np.concatenate(parts)[: rows * columns * pool.itemsize]]
+            yield TensorView(name, "bf16", (rows, columns), tuple(parts), (), run)
+
+    def _pool(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """Rows of random values: the same for all matrices of their size and width, as making them takes longest."""
+        mean, spread = self._random.scale(name, shape)
+        key = (mean, spread, shape[-1])
+        if key not in self._pools:
+            self._pools[key] = next(self._random.chunks(name, (_NUMBERS // shape[-1], shape[-1])))
+        return self._pools[key]
 
 
 def copy_bandwidth() -> float | None:

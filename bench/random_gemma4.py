@@ -240,14 +240,15 @@ class RandomTensors:
         if name.endswith("token_ordering"):
             yield self._rng.permutation(count).astype("<i8")
             return
-        mean, spread = self._scale(name, shape)
+        mean, spread = self.scale(name, shape)
         for done in range(0, count, _CHUNK):
             # The same normal numbers from elsewhere: what matters is that they are many and look random.
             part = np.roll(self._normal, int(self._rng.integers(_CHUNK)))[: min(_CHUNK, count - done)]
             yield _bfloat16(mean + spread * part)
 
     @staticmethod
-    def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    def scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+        """Mean and spread of the values of a tensor."""
         if name == "model.norm.weight":
             return 6.0, 0.6
         if name.endswith("q_norm.weight"):

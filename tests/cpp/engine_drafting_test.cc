@@ -73,8 +73,10 @@ TEST(EngineDrafting, WhatIsComparedIsNoRowAndCountsAsARoundAlone) {
   const Outcome outcome = generate(tiny, asked, long_request(), -1);
   ASSERT_EQ(outcome.token_ids.size(), 900U);
   EXPECT_EQ(outcome.statistics.accepted, 0);
-  // Drafts that are never right are soon no longer verified, but looked at now and then.
-  EXPECT_LT(outcome.statistics.drafted, 300);
+  // Drafts that are never right are soon no longer verified, but looked at now and then; unless rows cost nothing.
+  if (!tiny.model().backend().asynchronous()) {
+    EXPECT_LT(outcome.statistics.drafted, 300);
+  }
   EXPECT_GT(asked.drafts, outcome.statistics.drafted);
 }
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from draftwerk import Engine, SamplingParams
 from draftwerk.devices import LIBRARY_VARIABLE, DeviceError, find_gpu
+from tested_device import EMULATED
 from tiny_checkpoint import save, tiny_model
 
-emulated = pytest.mark.skipif(LIBRARY_VARIABLE not in os.environ, reason="needs the emulated device (make test-cuda)")
+emulated = pytest.mark.skipif(not EMULATED, reason="needs the emulated device (make test-cuda)")
 
 
 def test_the_processor_is_always_there() -> None:
