@@ -80,3 +80,4 @@ def test_the_demo_serves_streams_and_compares(real_model: str) -> None:
     assert result.returncode == 0, result.stderr
     assert "- On Wednesday the library opens at 9:00" in result.stdout
     assert "All 6 outputs are identical" in result.stdout
+    assert "mtp+lookup" in result.stdout

@@ -66,6 +66,7 @@ def eval_drafter(
     ] = 12,
     seed: options.Seed = 0,
     weights: options.Weights = "auto",
+    device: options.Device = "auto",
     threads: options.Threads = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -83,7 +84,7 @@ def eval_drafter(
             raise usage_error(f"--drafter {drafter} is no MTP drafter: give a directory, a GGUF file or a hub name")
         if chat and prompts is None:
             raise usage_error("--chat is for --prompts: the built-in openings use a chat template anyway")
-        how = EvaluationOptions(max_tokens, draft_length, timed, seed, threads, weights)
+        how = EvaluationOptions(max_tokens, draft_length, timed, seed, threads, weights, device)
         given = None if prompts is None else read_prompts(prompts, chat=chat)
         with options.loading_progress(model) as progress:
             checkpoint = open_model(model, progress)

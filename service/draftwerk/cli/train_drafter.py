@@ -50,6 +50,7 @@ _SETTLED = {
     "clusters": "clusters",
     "chosen_clusters": "chosen_clusters",
     "learning_rate": "learning_rate",
+    "accumulate": "accumulate",
 }
 _LEARNING_RATE = 5e-4
 _FINE_TUNING_RATE = 1e-4
@@ -114,6 +115,9 @@ def train_drafter(
             metavar="R",
         ),
     ] = None,
+    accumulate: Annotated[
+        int, typer.Option("--accumulate", help="Batches (of 2,048 tokens) whose gradients make a step.", metavar="N")
+    ] = 1,
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu or cuda: what trains. Text is written on the CPU.", metavar="D")
     ] = "auto",
@@ -156,6 +160,7 @@ def train_drafter(
                 clusters=clusters,
                 chosen_clusters=chosen_clusters,
                 learning_rate=learning_rate,
+                accumulate=accumulate,
             )
         with options.loading_progress(told.model) as progress:
             from draftwerk.weights import open_model

@@ -81,8 +81,9 @@ class TrainingDisplay:
         self._bars.update(self._training, completed=figures.step)
         spent = progress.seconds - progress.writing
         line = (
-            f"step {figures.step:,} of {plan.steps:,}: loss {figures.loss:.3f}, agreement by position "
-            + " ".join(f"{share:.0%}" for share in figures.agreement[:_POSITIONS])
+            f"step {figures.step:,} of {plan.steps:,}: loss {figures.loss:.3f}, acceptance by position "
+            + " ".join(f"{share:.0%}" for share in figures.overlap[:_POSITIONS])
+            + f" (greedy {' '.join(f'{share:.0%}' for share in figures.agreement[:_POSITIONS])})"
             + f", {progress.tokens:,} tokens ({progress.written:,} written)"
             + (f", {progress.tokens / spent:.0f} tokens/s" if spent > 0 else "")
         )

@@ -55,7 +55,7 @@ class EvaluationOptions:
         timed_prompts: prompts that speed is measured on, spread over all of them.
         seed: of sampling.
         threads: kernel threads; 0: all.
-        weights: as for draftwerk.Engine.
+        weights: as for draftwerk.Engine; so is `device`.
     """
 
     max_tokens: int = 128
@@ -64,6 +64,7 @@ class EvaluationOptions:
     seed: int = 0
     threads: int = 0
     weights: str = "auto"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -244,6 +245,7 @@ class Evaluator:
             self._checkpoint,
             drafter=drafter,
             lookup=lookup,
+            device=self._options.device,
             threads=self._options.threads,
             weights=self._options.weights,
             draft_length=draft_length,

@@ -1,7 +1,7 @@
 """What the target computed of a batch, kept on disk for the rounds in which the batch comes again.
 
-A batch is computed once and read twice; on a processor that is a quarter of the training. On a GPU computing is faster
-than a disk, and nothing is kept.
+A batch is computed once and read twice; on a processor computing it is a fifth of the training. On a GPU computing is
+faster than a disk, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class KeptFeatures:
     def __init__(self, target: FrozenTarget, directory: Path, most_bytes: int = _MOST_BYTES) -> None:
         self._target = target
         self._directory = directory
-        self._most_bytes = most_bytes if target.device.type == "cpu" else 0
+        self._keeps = target.device.type == "cpu"
+        self._most_bytes = most_bytes if self._keeps else 0
         remove_leftovers(directory)
         self._bytes = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
@@ -42,7 +43,7 @@ class KeptFeatures:
         digest = hashlib.blake2b(repr(tuple(token_ids.shape)).encode(), digest_size=16)
         digest.update(token_ids.cpu().numpy().tobytes())
         path = self._directory / f"{digest.hexdigest()}.safetensors"
-        kept = _read(path)
+        kept = _read(path) if self._keeps else None
         if kept is not None:
             return kept
         features = self._target.features(token_ids)

@@ -167,6 +167,7 @@ class Run:
 
         Raises:
             As the class, and RuntimeError: the engine failed.
+            TrainingError: the GPU has too little memory.
         """
         self._recall()
         try:
@@ -174,6 +175,8 @@ class Run:
                 self._train(self._writer(engine))
         except Stopped:
             return False
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(f"the GPU has too little memory to train there ({error}); use --device cpu") from None
         return True
 
     @property
@@ -185,6 +188,7 @@ class Run:
         return Engine(
             self._checkpoint,
             drafter="lookup",
+            device="cpu",  # a GPU's memory is for training
             threads=self._threads,
             max_sequences=text.streams,
             prefix_cache=False,
@@ -340,7 +344,7 @@ class Run:
         if "plan" in values:
             return Plan(**values["plan"])
         if self._options.tokens is not None:
-            steps = math.ceil(self._options.tokens / batches.mean_tokens)
+            steps = math.ceil(self._options.tokens / (self._options.accumulate * batches.mean_tokens))
         else:
             assert self._options.hours is not None
             self._observer.phase("measuring how fast training goes")
@@ -351,7 +355,8 @@ class Run:
             seconds = (new + REPLAYED * known + written) / (1 + REPLAYED)
             left = self._options.hours * 3600.0 - self._seconds
             steps = max(1, int(_MARGIN * left / seconds))
-        plan = Plan(steps, max(1, _TOKENS_PER_SAVE // self._options.tokens_per_batch))
+        tokens_per_step = self._options.accumulate * self._options.tokens_per_batch
+        plan = Plan(steps, max(1, _TOKENS_PER_SAVE // tokens_per_step))
         self._directory.write({**values, "plan": asdict(plan)})
         return plan
 
@@ -373,6 +378,7 @@ class Run:
             steps=plan.steps,
             draft_depth=self._options.draft_depth,
             learning_rate=self._options.learning_rate,
+            accumulate=self._options.accumulate,
             warmup_steps=min(50, plan.steps // 10),
             save_every=plan.save_every,
             seed=self._options.seed,

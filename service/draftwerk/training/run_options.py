@@ -34,7 +34,8 @@ class RunOptions:
         draft_depth: drafts of a chain that are trained.
         learning_rate: at its peak.
         length: longest sequence of a batch, in tokens.
-        tokens_per_batch: most tokens of an optimizer step, padding included.
+        tokens_per_batch: most tokens of a batch, padding included.
+        accumulate: batches of an optimizer step.
         text: how text is written; its seed is `seed`.
     """
 
@@ -53,6 +54,7 @@ class RunOptions:
     learning_rate: float = 5e-4
     length: int = 1024
     tokens_per_batch: int = 2048
+    accumulate: int = 1
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
 
     def __post_init__(self) -> None:
@@ -62,6 +64,8 @@ class RunOptions:
             raise TrainingError(f"hours = {self.hours}: must be more than 0, and at most 10000")
         if self.tokens is not None and not 1 <= self.tokens <= 1 << 40:
             raise TrainingError(f"tokens = {self.tokens}: must be 1 to {1 << 40}")
+        if not 1 <= self.accumulate <= 1 << 20:
+            raise TrainingError(f"accumulate = {self.accumulate}: must be 1 to {1 << 20}")
         if self.chat and self.prompts is None:
             raise TrainingError("chat is for prompts of one's own: the built-in openings use a chat template anyway")
 

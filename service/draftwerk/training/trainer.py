@@ -187,7 +187,7 @@ class Trainer:
                 weight.copy_(tensors[f"weight.{name}"])
                 self.averaged[name].copy_(tensors[f"averaged.{name}"])
                 self._optimizer.state[weight] = {
-                    "step": torch.tensor(float(about["step"])),
+                    "step": torch.tensor(float(about["step"]), device=weight.device),
                     "exp_avg": tensors[f"first_moment.{name}"].to(weight.device),
                     "exp_avg_sq": tensors[f"second_moment.{name}"].to(weight.device),
                 }

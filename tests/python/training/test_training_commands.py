@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 import tiny_checkpoint
 from draftwerk.cli.main import app
+from draftwerk.cli.training_display import TrainingDisplay
 from draftwerk.loading import Checkpoint, open_checkpoint
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.export import write_drafter
@@ -92,21 +94,50 @@ def test_what_it_is_told_is_what_is_run(opened: Checkpoint, trains: Any, tmp_pat
     out = tmp_path / "out"
     result = run_command(
         *f"train-drafter -m tiny --out {out} --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64".split(),
-        *"--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --device cpu -t 2".split(),
+        *"--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --accumulate 3 --device cpu -t 2".split(),
     )
     assert result.exit_code == 0, result.stderr
     (directory, told, checkpoint, rest), conclusion = calls
     sizes = {"layers": 1, "draft_vocab_size": 64, "clusters": 8, "chosen_clusters": 2}
-    assert told == RunOptions("tiny", tokens=500, seed=7, learning_rate=0.001, **sizes)
+    assert told == RunOptions("tiny", tokens=500, seed=7, learning_rate=0.001, accumulate=3, **sizes)
     assert told == read_options(directory)
     assert checkpoint is opened
     assert (rest["device"], rest["threads"]) == ("cpu", 2)
     assert conclusion["command"] == (
         f"draftwerk train-drafter --out {out} --model tiny --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64 "
-        "--clusters 8 --chosen-clusters 2 --learning-rate 0.001"
+        "--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --accumulate 3"
     )
     assert f"the drafter is {out / 'drafter'}" in result.stderr
     assert result.stdout == ""
+
+
+def test_ctrl_c_ends_behind_a_step_and_the_run_can_be_gone_on_with(
+    opened: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr("draftwerk.cli.training_display._SECONDS_BETWEEN_LINES", 0.0)
+    step = TrainingDisplay.step
+
+    def step_and_ctrl_c(display: TrainingDisplay, progress: Any) -> None:
+        step(display, progress)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingDisplay, "step", step_and_ctrl_c)
+        stopped = run_command(
+            *f"train-drafter -m tiny --out {out} --tokens 4000 --layers 1 --draft-vocabulary 64 --clusters 0".split(),
+            *"--device cpu -t 2".split(),
+        )
+    assert stopped.exit_code == 130, stopped.stderr
+    assert "step 1 of 3: loss " in stopped.stderr
+    assert "acceptance by position " in stopped.stderr
+    assert "stopping after this step, with a state to go on from" in stopped.stderr
+    assert f"error: stopped; go on with: draftwerk train-drafter --out {out} --resume" in stopped.stderr
+    done = run_command("train-drafter", "--out", str(out), "--resume", "--device", "cpu", "-t", "2")
+    assert done.exit_code == 0, done.stderr
+    assert "step 3 of 3: loss " in done.stderr
+    assert f"what it is worth is in {out / 'report.html'}" in done.stderr
+    assert [entry["step"] for entry in RunDirectory(out).entries() if entry["kind"] == "step"] == [1, 2, 3]
 
 
 def test_a_run_is_gone_on_with_as_it_was_told(trains: Any, tmp_path: Path) -> None:
