@@ -211,7 +211,7 @@ void Engine::run() {
       }
       abort_all(FinishReason::error, error.what());
     } catch (const std::exception& error) {
-      // Only memory can run out here. The callers hear of it and the engine goes on with what comes next.
+      // Memory has run out, or a call of the device's has failed. The callers hear of it and the engine goes on.
       abort_all(FinishReason::error, error.what());
     }
     // Where a device computes by itself, the next step tells of this one: the device need not wait for that.

@@ -183,7 +183,7 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
   for (const Growth& growth : rows.growths) {
     require(growth.proposed < found_.outputs, "trees that grow from passes of the step before");
   }
-  grow_trees(settled(), upload_, sampler_.proposed(), sampler_.proposing());
+  grow_trees(list_for_others(), upload_, sampler_.proposed(), sampler_.proposing());
 }
 
 void CudaBackend::wait() {
@@ -192,9 +192,9 @@ void CudaBackend::wait() {
   moves_.done();
 }
 
-// A device that waited until a step of a thousand launches was recorded would have nothing to do for 100 us. So it gets
-// a step in pieces, each twice as long as the one before, and computes one while the next is recorded.
-LaunchList& CudaBackend::launches() {
+// A device that waited until a step of 500 launches was recorded would have nothing to do for 60 us and more. So it
+// gets a step in pieces, each twice as long as the one before, and computes one while the next is recorded.
+LaunchList& CudaBackend::list_for_product() {
   if (launches_.size() >= piece_) {
     run_piece();
     piece_ *= 2;
@@ -202,8 +202,8 @@ LaunchList& CudaBackend::launches() {
   return launches_;
 }
 
-LaunchList& CudaBackend::settled() {
-  LaunchList& list = launches();
+LaunchList& CudaBackend::list_for_others() {
+  LaunchList& list = list_for_product();
   projections_.settle(list);
   return list;
 }
@@ -254,70 +254,70 @@ void CudaBackend::run() {
 }
 
 void CudaBackend::embed(const Weight& table, float scale, Tensor out) {
-  cuda::embed(settled(), upload_.view(), table, scale, out);
+  cuda::embed(list_for_others(), upload_.view(), table, scale, out);
 }
 
 void CudaBackend::mix_token_rows(const RowTable& table, float table_scale, const Norm& norm, int width, float scale,
                                  Tensor inout) {
-  cuda::mix_token_rows(settled(), upload_.view(), static_cast<const DeviceTable&>(table).view(), table_scale, norm,
-                       width, scale, inout);
+  cuda::mix_token_rows(list_for_others(), upload_.view(), static_cast<const DeviceTable&>(table).view(), table_scale,
+                       norm, width, scale, inout);
 }
 
 void CudaBackend::gather(Tensor source, std::span<const int> rows, Tensor out) {
   const int padded = padded_count(static_cast<int>(rows.size()));
-  cuda::gather(settled(), source, upload_.add_rows(rows, padded), padded, out);
+  cuda::gather(list_for_others(), source, upload_.add_rows(rows, padded), padded, out);
 }
 
 void CudaBackend::project(Tensor input, const Norm* norm, std::span<const Projection> outputs) {
-  projections_.project(launches(), rows(), input, norm, outputs);
+  projections_.project(list_for_product(), rows(), input, norm, outputs);
 }
 
 void CudaBackend::project_geglu(Tensor input, const Norm& norm, const Weight& gate, const Weight& up, Tensor output) {
-  projections_.project_geglu(launches(), rows(), input, norm, gate, up, output);
+  projections_.project_geglu(list_for_product(), rows(), input, norm, gate, up, output);
 }
 
 void CudaBackend::project_gelu(Tensor input, const Weight& weight, Tensor factor, Tensor output) {
-  projections_.project_gelu(launches(), rows(), input, weight, factor, output);
+  projections_.project_gelu(list_for_product(), rows(), input, weight, factor, output);
 }
 
 void CudaBackend::project_add(Tensor input, const Weight& weight, const Norm& norm, Tensor residual, float scale) {
-  projections_.project_add(launches(), rows(), input, weight, norm, residual, scale);
+  projections_.project_add(list_for_product(), rows(), input, weight, norm, residual, scale);
 }
 
 void CudaBackend::experts(Tensor input, const Router& router, const Norm& norm, const Experts& experts, Tensor output) {
-  experts_.run(settled(), upload_.view(), input, router, norm, experts, output);
+  experts_.run(list_for_others(), upload_.view(), input, router, norm, experts, output);
 }
 
 void CudaBackend::add_normed(Tensor a, const Norm& norm_a, Tensor b, const Norm& norm_b, const Norm& norm,
                              Tensor residual, float scale) {
-  cuda::add_normed(settled(), upload_.view(), a, norm_a, b, norm_b, norm, residual, scale);
+  cuda::add_normed(list_for_others(), upload_.view(), a, norm_a, b, norm_b, norm, residual, scale);
 }
 
 void CudaBackend::append_kv(Tensor query, Tensor key, Tensor value, int query_heads, const Norm& query_norm,
                             const Norm& key_norm, const Norm* value_norm, const Rope& rope, const KvLayer& kv) {
-  cuda::append_kv(settled(), upload_.view(), query, key, value, query_heads, query_norm, key_norm, value_norm, rope,
-                  kv);
+  cuda::append_kv(list_for_others(), upload_.view(), query, key, value, query_heads, query_norm, key_norm, value_norm,
+                  rope, kv);
 }
 
 void CudaBackend::prepare_queries(Tensor query, int query_heads, const Norm& query_norm, const Rope& rope) {
-  cuda::prepare_queries(settled(), upload_.view(), query, query_heads, query_norm, rope);
+  cuda::prepare_queries(list_for_others(), upload_.view(), query, query_heads, query_norm, rope);
 }
 
 void CudaBackend::attend(Tensor query, int query_heads, const KvLayer& kv, const Visibility& sees, float scale,
                          Tensor output) {
-  LaunchList& list = settled();
+  LaunchList& list = list_for_others();
   attention_.attend(list, upload_.view(), query, query_heads, kv, sees, scale, output, projections_.sink(output));
   projections_.left(list, output);
 }
 
 void CudaBackend::gather_outputs(Tensor hidden, const Norm& norm, Tensor states) {
-  cuda::gather_outputs(settled(), upload_.view(), hidden, norm, states);
+  cuda::gather_outputs(list_for_others(), upload_.view(), hidden, norm, states);
 }
 
 // --- logits ------------------------------------------------------------------------------------------------------
 
 void CudaBackend::head(Tensor states, const Weight& weight, float softcap) {
-  projections_.head(launches(), outputs(), states, weight, softcap);
+  projections_.head(list_for_product(), outputs(), states, weight, softcap);
   const Tensor logits = projections_.logits();
   logits_ = {};
   logits_.values = static_cast<float*>(logits.data);
@@ -326,7 +326,7 @@ void CudaBackend::head(Tensor states, const Weight& weight, float softcap) {
 }
 
 void CudaBackend::head(Tensor states, const SparseHead& head) {
-  logits_ = sparse_.record(settled(), projections_, outputs(), states, head, vocabulary_);
+  logits_ = sparse_.record(list_for_others(), projections_, outputs(), states, head, vocabulary_);
 }
 
 void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
@@ -334,7 +334,7 @@ void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyRe
   if (!groups.empty()) {
     require(logits_.values != nullptr && logits_.tokens == nullptr, "a head of all tokens before a choice is verified");
     sampler_.stage_verify(groups, outputs(), copies_in_);
-    sampler_.record_verify(settled(), logits_, outputs(), grows_ ? &upload_.view() : nullptr, copies_out_);
+    sampler_.record_verify(list_for_others(), logits_, outputs(), grows_ ? &upload_.view() : nullptr, copies_out_);
   }
   run();
   wait();
@@ -345,15 +345,15 @@ void CudaBackend::propose(std::span<const ProposeRow> rows, int count, std::span
   check_proposal(rows, count, candidates.size());
   if (in_flight_) wait();
   sampler_.stage_propose(rows, count, outputs(), copies_in_);
-  sampler_.record_propose(settled(), logits_, count, outputs(), 0, nullptr);
+  sampler_.record_propose(list_for_others(), logits_, count, outputs(), 0, nullptr);
   sampler_.collect(1, outputs(), copies_out_);
   run();
   wait();
   sampler_.finish_propose(rows, count, outputs(), 0, candidates);
 }
 
-// All passes of a step are one list of launches, and so one graph: the token of a pass is where that of the one before
-// was, and nothing else of the step changes.
+// The passes of a step follow each other without the host: the token of a pass is where that of the one before was, and
+// nothing else of the step changes.
 void CudaBackend::propose_ahead(std::span<const ProposeRow> rows, int count) {
   require(passes_ < kMostPassesAhead, "no more passes ahead than there is room for");
   check_proposal(rows, count, rows.size() * static_cast<std::size_t>(count));
@@ -361,7 +361,7 @@ void CudaBackend::propose_ahead(std::span<const ProposeRow> rows, int count) {
     if (in_flight_) wait();  // of a step whose own passes nobody asked for: its rows may still be read
     sampler_.stage_propose(rows, count, outputs(), copies_in_);
   }
-  sampler_.record_propose(settled(), logits_, count, outputs(), passes_++, &upload_);
+  sampler_.record_propose(list_for_others(), logits_, count, outputs(), passes_++, &upload_);
 }
 
 void CudaBackend::run_passes() {

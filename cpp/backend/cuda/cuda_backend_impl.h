@@ -1,5 +1,6 @@
 // The class behind make_cuda_backend. Operations are recorded by the parts that they belong to (projections.h, rows.h,
-// kv.h, attention.h, experts.h, sampler.h); verify(), propose() and read_logits() run what was recorded, and wait.
+// kv.h, attention.h, experts.h, sampler.h); what was
+// recorded runs piece by piece, and verify(), propose() and read_logits() wait for it.
 #pragma once
 
 #include <memory>
@@ -82,8 +83,8 @@ class CudaBackend final : public Backend {
   void check_proposal(std::span<const ProposeRow> rows, int count, std::size_t room) const;
   [[nodiscard]] Uploader& uploader();
   /// Where the next operation of projections_ is recorded, and where any other is.
-  [[nodiscard]] LaunchList& launches();
-  [[nodiscard]] LaunchList& settled();
+  [[nodiscard]] LaunchList& list_for_product();
+  [[nodiscard]] LaunchList& list_for_others();
   /// Runs what was recorded since the last piece.
   void run_piece();
   /// As if nothing had been recorded.

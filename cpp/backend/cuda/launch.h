@@ -1,4 +1,4 @@
-// Launches of kernels: recorded while the model runs through a step, then run on the device as one graph.
+// Launches of kernels: recorded while the model runs through a step, and run on the device as graphs.
 #pragma once
 
 #include <cuda_runtime.h>

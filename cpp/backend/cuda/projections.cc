@@ -29,7 +29,7 @@ void Projections::reserve(int max_rows, int max_outputs, int max_columns, int vo
   logit_stride_ = round_up(vocabulary, 32);
   for (GrowingMemory& operands : operands_) operands.reserve(operand_bytes(rows, max_columns_));
   sum_.reset();
-  left_ = {};
+  left_operands_ = {};
   partials_.reserve(partial_floats() * sizeof(float));
   counters_.reserve(counter_count() * sizeof(unsigned));
   check(cudaMemset(counters_.get(), 0, counter_count() * sizeof(unsigned)), "clearing device memory");
@@ -41,7 +41,7 @@ void Projections::reserve(int max_rows, int max_outputs, int max_columns, int vo
 void Projections::begin() {
   turn_ = 0;
   sum_.reset();
-  left_ = {};
+  left_operands_ = {};
 }
 
 void Projections::operands(LaunchList& launches, int rows, Tensor input, const Norm* norm) {
@@ -54,8 +54,8 @@ void Projections::operands(LaunchList& launches, int rows, Tensor input, const N
     return;
   }
   settle(launches);
-  if (norm == nullptr && left_.data == input.data && left_.columns == input.columns &&
-      left_.recorded == launches.recorded()) {
+  if (norm == nullptr && left_operands_.data == input.data && left_operands_.columns == input.columns &&
+      left_operands_.recorded == launches.recorded()) {
     turn_ = 1 - turn_;
     return;
   }
@@ -78,8 +78,8 @@ OperandSink Projections::sink(Tensor output) const {
 }
 
 void Projections::left(const LaunchList& launches, Tensor output) {
-  left_ = {};
-  if (sink(output).data != nullptr) left_ = {output.data, output.columns, launches.recorded()};
+  left_operands_ = {};
+  if (sink(output).data != nullptr) left_operands_ = {output.data, output.columns, launches.recorded()};
 }
 
 void Projections::settle(LaunchList& launches) {

@@ -51,8 +51,9 @@ class Projections {
 
   /// Records the sum that the last project_add() left to its successor: before anything that is not of this class.
   void settle(LaunchList& launches);
-  /// Where the next launch may leave `output` as operands, and that it was recorded and does so.
+  /// Where the next launch may leave `output` as operands.
   [[nodiscard]] OperandSink sink(Tensor output) const;
+  /// Says that it was recorded, and does so if there was a place.
   void left(const LaunchList& launches, Tensor output);
 
   /// What the last head() computed: [outputs, vocabulary] float32.
@@ -68,7 +69,7 @@ class Projections {
     float scale;
   };
   /// What has been left as the next operands, while nothing else has been recorded.
-  struct Left {
+  struct LeftOperands {
     const void* data = nullptr;
     int columns = 0;
     std::size_t recorded = 0;
@@ -86,7 +87,7 @@ class Projections {
   std::array<GrowingMemory, 2> operands_;  ///< of matmul.h: of the last product, and those that it leaves
   std::size_t turn_ = 0;
   std::optional<Sum> sum_;  ///< to be recorded
-  Left left_;
+  LeftOperands left_operands_;
   GrowingMemory partials_;
   GrowingMemory counters_;
   GrowingMemory product_;  ///< [rows, columns]

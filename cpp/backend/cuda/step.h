@@ -1,4 +1,4 @@
-// What kernels know of a step: arrays on the device, filled by one copy when it begins. They lie at the same addresses
+// What kernels know of a step: arrays on the device, filled by a copy when it begins. They lie at the same addresses
 // in every step, and rows are padded to one of a few counts, so that steps of equal shape are the same launches.
 #pragma once
 

@@ -1,4 +1,5 @@
-// Brings what a step is about to the device: the arrays of a StepView, laid out in one block, copied at once.
+// Brings what a step is about to the device: the arrays of a StepView, laid out in one block, and copied in front of
+// the launches that read it.
 #pragma once
 
 #include <array>
