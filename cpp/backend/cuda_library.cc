@@ -31,16 +31,16 @@ CudaLibrary::CudaLibrary(const std::string& path) : handle_(dlopen(path.c_str(),
   const std::string its = symbol<cuda_library::Build>(handle_, path, cuda_library::kBuildSymbol)();
   if (its != cuda_library::build()) {
     throw std::runtime_error(path + " is of another build (" + its + ") than this core (" + cuda_library::build() +
-                             "); install both from one wheel");
+                             "); install draftwerk and draftwerk-cuda of one version");
   }
   symbol<cuda_library::Devices>(handle_, path, cuda_library::kDevicesSymbol);
   symbol<cuda_library::MakeBackend>(handle_, path, cuda_library::kMakeBackendSymbol);
 }
 
-std::vector<std::string> CudaLibrary::devices() const {
-  std::vector<std::string> names;
-  reinterpret_cast<cuda_library::Devices>(dlsym(handle_, cuda_library::kDevicesSymbol))(names);
-  return names;
+std::vector<CudaDevice> CudaLibrary::devices() const {
+  std::vector<CudaDevice> devices;
+  reinterpret_cast<cuda_library::Devices>(dlsym(handle_, cuda_library::kDevicesSymbol))(devices);
+  return devices;
 }
 
 std::unique_ptr<Backend> CudaLibrary::make_backend(int device) const {

@@ -10,15 +10,20 @@
 
 namespace draftwerk {
 
+/// A GPU of this machine.
+struct CudaDevice {
+  std::string name;
+  std::string refusal;  ///< why the backend does not run on it, and what would work; empty: it does
+};
+
 /// Loads it from a file, once in the process. Throws std::runtime_error with the reason where it cannot be loaded or is
 /// of another build than this core.
 class CudaLibrary {
  public:
   explicit CudaLibrary(const std::string& path);
 
-  /// The names of the GPUs that it can run on, by their numbers. Throws std::runtime_error with the reason if it can
-  /// run on none.
-  [[nodiscard]] std::vector<std::string> devices() const;
+  /// The GPUs, by their numbers. Throws std::runtime_error with the reason if there is none.
+  [[nodiscard]] std::vector<CudaDevice> devices() const;
   /// A backend on one of them. Throws std::runtime_error with the reason.
   [[nodiscard]] std::unique_ptr<Backend> make_backend(int device) const;
 
@@ -33,7 +38,7 @@ inline constexpr const char* kBuildSymbol = "draftwerk_cuda_build";
 inline constexpr const char* kDevicesSymbol = "draftwerk_cuda_devices";
 inline constexpr const char* kMakeBackendSymbol = "draftwerk_cuda_make_backend";
 using Build = const char* (*)();
-using Devices = void (*)(std::vector<std::string>& names);
+using Devices = void (*)(std::vector<CudaDevice>& devices);
 using MakeBackend = Backend* (*)(int device);
 
 /// What core and library must agree in: their objects are shared.

@@ -270,13 +270,13 @@ std::vector<double> PyMtpModel::time_drafts(int sequences, int count, int repeat
 
 namespace {
 
-/// The GPUs that the CUDA backend in the file `path` can run on.
+/// The GPUs that the CUDA backend in the file `path` knows of.
 std::vector<PyGpu> find_gpus(const std::string& path) {
   const py::gil_scoped_release release;
   const auto library = std::make_shared<const CudaLibrary>(path);
   std::vector<PyGpu> gpus;
-  for (std::string& name : library->devices()) {
-    gpus.push_back({library, static_cast<int>(gpus.size()), std::move(name)});
+  for (CudaDevice& device : library->devices()) {
+    gpus.push_back({library, static_cast<int>(gpus.size()), std::move(device.name), std::move(device.refusal)});
   }
   return gpus;
 }
@@ -313,7 +313,8 @@ void bind_tensors(Class& bound) {
 void bind_models(py::module_& m) {
   py::class_<PyGpu>(m, "Gpu", "A GPU of this machine.")
       .def_readonly("number", &PyGpu::number)
-      .def_readonly("name", &PyGpu::name);
+      .def_readonly("name", &PyGpu::name)
+      .def_readonly("refusal", &PyGpu::refusal);
   m.def("gpus", &find_gpus, py::arg("library"));
 
   py::class_<PyModel, std::shared_ptr<PyModel>> model(m, "Model", "A target model on a GPU or the processor.");

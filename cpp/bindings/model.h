@@ -51,6 +51,7 @@ struct PyGpu {
   std::shared_ptr<const CudaLibrary> library;
   int number = 0;
   std::string name;
+  std::string refusal;  ///< as of CudaDevice
 };
 
 /// Backend, weights and activations of a target in one.

@@ -24,12 +24,15 @@ class Gpu:
     def number(self) -> int: ...
     @property
     def name(self) -> str: ...
+    @property
+    def refusal(self) -> str:
+        """Why nothing can run on it, and what would work; empty: it can be used."""
 
 def gpus(library: str) -> list[Gpu]:
-    """The GPUs that the CUDA backend in the file `library` can run on, by their numbers.
+    """The GPUs of this machine that the CUDA backend in the file `library` knows of, by their numbers.
 
     Raises:
-        RuntimeError: it cannot be loaded, or runs on none; says why.
+        RuntimeError: it cannot be loaded, or there is none; says why.
     """
 
 class Model:

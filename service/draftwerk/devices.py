@@ -22,11 +22,16 @@ class DeviceError(ValueError):
     """A device that is not there, or cannot be used."""
 
 
+class _NotInstalledError(DeviceError):
+    """There is no CUDA backend."""
+
+
 def find_gpu(device: str) -> _core.Gpu | None:
     """The GPU that a device stands for; ``None``: the processor.
 
     Args:
-        device: "cpu"; "cuda" (the first GPU) or "cuda:N"; "auto" (the first GPU if there is one, else the processor).
+        device: "cpu"; "cuda" (the first GPU) or "cuda:N"; "auto" (the first GPU that can be used, if there is one, else
+            the processor).
 
     Raises:
         DeviceError: there is no such device, or it cannot be used; says why, and what would work.
@@ -34,11 +39,7 @@ def find_gpu(device: str) -> _core.Gpu | None:
     if device == "cpu":
         return None
     if device == "auto":
-        try:
-            return _gpus()[0]
-        except DeviceError as error:
-            _log.debug("computing on the processor: %s", error)
-            return None
+        return _first_usable()
     match = re.fullmatch(r"cuda(?::(\d{1,3}))?", device)
     if match is None:
         raise DeviceError(f"device = {device!r}: must be auto, cpu, cuda or cuda:N")
@@ -47,7 +48,24 @@ def find_gpu(device: str) -> _core.Gpu | None:
     if number >= len(gpus):
         there = ", ".join(f"cuda:{gpu.number} ({gpu.name})" for gpu in gpus)
         raise DeviceError(f"device = {device!r}: there is no such GPU; there is {there}")
+    if gpus[number].refusal:
+        raise DeviceError(f"device = {device!r}: {gpus[number].refusal}")
     return gpus[number]
+
+
+def _first_usable() -> _core.Gpu | None:
+    try:
+        gpus = _gpus()
+    except _NotInstalledError as error:
+        _log.debug("computing on the processor: %s", error)
+        return None
+    except DeviceError as error:  # somebody has installed the backend, and will want to know
+        _log.warning("computing on the processor: %s", error)
+        return None
+    usable = next((gpu for gpu in gpus if not gpu.refusal), None)
+    if usable is None:
+        _log.warning("computing on the processor: %s", gpus[0].refusal)
+    return usable
 
 
 def _gpus() -> list[_core.Gpu]:
@@ -56,7 +74,7 @@ def _gpus() -> list[_core.Gpu]:
         try:
             library = str(importlib.import_module(_PACKAGE).LIBRARY)
         except ModuleNotFoundError:
-            raise DeviceError(
+            raise _NotInstalledError(
                 "the CUDA backend is not installed: install it by pip install 'draftwerk[cuda]', or use --device cpu"
             ) from None
     if not Path(library).exists():

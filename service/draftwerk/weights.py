@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from draftwerk import _core
 from draftwerk.loading import CheckpointError, open_checkpoint
+from draftwerk.requests import EngineFailed
 
 if TYPE_CHECKING:
     import os
@@ -29,6 +31,9 @@ WEIGHT_CHOICES = ("auto", "int8", "int4", "fp8", "f32", "f16", "bf16")
 _FLOAT_TYPES = {"f32", "f16", "bf16"}
 _QUANTISED = {"int8": "q8_0", "int4": "q4_0", "fp8": "f8_e4m3"}
 _BLOCK = 32  # values of a row that share a scale, in q8_0 and q4_0
+# Bits of a value on a GPU, scales included; every other type becomes bf16 there.
+_GPU_BITS = {"q8_0": 8.5, "q4_0": 4.5, "f8_e4m3": 8.0}
+_OTHER_GPU_BITS = 16.0
 _CHUNK_BYTES = 4 << 20
 _SAMPLE_BYTES = 4 << 10
 _ROW_GROUP = 16  # the native model repacks whole groups of this many rows
@@ -72,6 +77,8 @@ def load_model(
     Raises:
         CheckpointError: the core does not support the model's sizes.
         ValueError: `weights` does not fit the checkpoint, or a tensor is missing.
+        MemoryError: the GPU has too little memory.
+        EngineFailed: the GPU has failed.
     """
     _check_choice(weights)
     with _refusals(checkpoint.path):
@@ -85,6 +92,7 @@ def load_model(
             model.map_table(tensor.name, tensor.dtype, rows, columns, tensor.data)
         else:
             tensors.append(tensor)
+    _check_memory(model, tensors, weights)
     _upload(model, tensors, weights, progress)
     model.finish()
     return model
@@ -167,13 +175,15 @@ class _Uploads(Protocol):
 
 @contextmanager
 def _refusals(path: str) -> Iterator[None]:
-    """Makes a CheckpointError of what the core says about a configuration."""
+    """Makes a CheckpointError of what the core says about a configuration, and says that it was the GPU that failed."""
     try:
         yield
     except ValueError as error:
         if str(error).startswith("model config: "):
             raise CheckpointError(path, str(error)) from None
         raise
+    except RuntimeError as error:
+        raise EngineFailed(str(error)) from None
 
 
 def _check_choice(weights: str) -> None:
@@ -214,6 +224,23 @@ def _vector(tensor: TensorView) -> npt.NDArray[np.float32]:
     if tensor.dtype != "f32":
         raise ValueError(f"tensor {tensor.name}: a vector must be f32, not {tensor.dtype}")
     return np.frombuffer(tensor.data, dtype=np.float32)
+
+
+def _check_memory(model: _core.Model, tensors: Sequence[TensorView], weights: str) -> None:
+    """Says before anything is uploaded that a GPU's memory cannot do."""
+    if model.memory is None:
+        return
+    free, total = model.memory
+    bits = sum(
+        math.prod(tensor.shape) * _GPU_BITS.get(_stored_type(tensor, weights), _OTHER_GPU_BITS)
+        for tensor in tensors
+        if len(tensor.shape) > 1
+    )
+    if bits / 8 > free:
+        raise MemoryError(
+            f"the GPU has not enough memory: the weights take {bits / 8e9:.1f} GB, and {free / 1e9:.1f} of its "
+            f"{total / 1e9:.1f} GB are free; use narrower weights (--weights int8 or int4) or a larger GPU"
+        )
 
 
 def _upload(

@@ -23,7 +23,7 @@ class DeviceFailureTest : public ::testing::Test {
 
 TEST_F(DeviceFailureTest, AnErrorAfterWhichTheDeviceWorksIsNone) {
   emulation::set_device_memory(emulation::allocated_bytes() + 4096);
-  EXPECT_THROW(cuda::DeviceMemory::of(std::size_t{1} << 20), std::runtime_error);
+  EXPECT_THROW(cuda::DeviceMemory::of(std::size_t{1} << 20), std::bad_alloc);
   EXPECT_THROW(cuda::check(cudaErrorInvalidValue, "asking"), cuda::CudaError);
 }
 
@@ -34,12 +34,33 @@ TEST_F(DeviceFailureTest, AnErrorAfterWhichTheDeviceWorksEndsWhatRunsAlone) {
   Engine engine(tiny.model(), options, {}, {});
   const Request request = make_request(random_tokens(5, 1), 9);
   const std::vector<TokenId> expected = testing::run(engine, request).token_ids;
-  emulation::fail_copy(cudaErrorMemoryAllocation);
+  emulation::fail_copy(0, cudaErrorMemoryAllocation);
   const testing::Outcome failed = testing::run(engine, request);
   EXPECT_EQ(failed.finish_reason, FinishReason::error);
   EXPECT_NE(failed.error.find("cudaErrorMemoryAllocation"), std::string::npos) << failed.error;
   EXPECT_EQ(engine.failure(), "");
   EXPECT_EQ(testing::run(engine, request).token_ids, expected);
+  testing::expect_nothing_left(engine);
+}
+
+// A step goes to the device in pieces, and each may be the one that fails.
+TEST_F(DeviceFailureTest, AFailureInAnyPieceOfAStepLeavesNothingForTheNext) {
+  TinyModel tiny(WeightType::bf16, 1, 128, testing::tiny_edge_config());
+  EngineOptions options;
+  options.prefix_cache = false;
+  options.draft_length = 4;
+  Engine engine(tiny.model(), options, tiny.drafters("mtp"), {});
+  const Request request = make_request(random_tokens(5, 1), 4);
+  const std::vector<TokenId> expected = testing::run(engine, request).token_ids;
+  constexpr int kCopies[] = {0, 1, 2, 4, 7};
+  int failures = 0;
+  for (const int copy : kCopies) {
+    emulation::fail_copy(copy, cudaErrorMemoryAllocation);
+    failures += testing::run(engine, request).finish_reason == FinishReason::error ? 1 : 0;
+    emulation::reset();
+    ASSERT_EQ(testing::run(engine, request).token_ids, expected) << "after a failure of copy " << copy;
+  }
+  EXPECT_EQ(failures, std::ssize(kCopies));
   testing::expect_nothing_left(engine);
 }
 

@@ -28,7 +28,16 @@ class Devices : public ::testing::Test {
 
 TEST_F(Devices, AreNamed) {
   EXPECT_EQ(use_device(0).name, "emulated");
-  EXPECT_EQ(cuda_devices(), (std::vector<std::string>{"emulated"}));
+  const std::vector<CudaDevice> devices = cuda_devices();
+  ASSERT_EQ(devices.size(), 1U);
+  EXPECT_EQ(devices[0].name, "emulated");
+  EXPECT_EQ(devices[0].refusal, "");
+}
+
+TEST_F(Devices, ThatCannotBeUsedAreNamedWithTheReason) {
+  emulation::set_device(1, 7, 5, 13000);
+  ASSERT_EQ(cuda_devices().size(), 1U);
+  EXPECT_EQ(cuda_devices()[0].refusal, refusal(0));
 }
 
 TEST_F(Devices, AreRefusedWithWhatWouldWork) {

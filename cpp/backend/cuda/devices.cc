@@ -13,6 +13,21 @@ namespace {
 
 constexpr int kLeastMajor = 8;  // bf16 tensor cores, asynchronous copies
 
+/// Why the backend does not run on a GPU; empty: it does.
+std::string refusal_of(const cudaDeviceProp& properties, int number) {
+  const std::string gpu = "GPU " + std::to_string(number) + " (" + properties.name + ")";
+  if (properties.major < kLeastMajor) {
+    return gpu + " has compute capability " + std::to_string(properties.major) + "." +
+           std::to_string(properties.minor) + ", and 8.0 or more is needed; use --device cpu";
+  }
+  if (properties.concurrentManagedAccess == 0) {
+    return gpu +
+           " cannot share memory with the host while it computes, as under WSL or on some virtual GPUs, and that is "
+           "needed; use --device cpu";
+  }
+  return "";
+}
+
 /// "13.0" of 13000.
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
 
@@ -46,16 +61,7 @@ DeviceInfo use_device(int number) {
   }
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, number), "asking for a GPU's properties");
-  if (properties.major < kLeastMajor) {
-    throw std::runtime_error(std::string("GPU ") + std::to_string(number) + " (" + properties.name +
-                             ") has compute capability " + std::to_string(properties.major) + "." +
-                             std::to_string(properties.minor) + ", and 8.0 or more is needed; use --device cpu");
-  }
-  if (properties.concurrentManagedAccess == 0) {
-    throw std::runtime_error(std::string("GPU ") + std::to_string(number) + " (" + properties.name +
-                             ") cannot share memory with the host while it computes, as under WSL or on some virtual "
-                             "GPUs, and that is needed; use --device cpu");
-  }
+  if (const std::string refusal = refusal_of(properties, number); !refusal.empty()) throw std::runtime_error(refusal);
   check(cudaSetDevice(number), "choosing a GPU");
   return {number,
           properties.name,
@@ -67,15 +73,15 @@ DeviceInfo use_device(int number) {
 
 }  // namespace cuda
 
-std::vector<std::string> cuda_devices() {
-  std::vector<std::string> names;
+std::vector<CudaDevice> cuda_devices() {
+  std::vector<CudaDevice> devices;
   const int count = cuda::count_devices();
   for (int i = 0; i < count; ++i) {
     cudaDeviceProp properties{};
     cuda::check(cudaGetDeviceProperties(&properties, i), "asking for a GPU's properties");
-    names.emplace_back(properties.name);
+    devices.push_back({properties.name, cuda::refusal_of(properties, i)});
   }
-  return names;
+  return devices;
 }
 
 }  // namespace draftwerk

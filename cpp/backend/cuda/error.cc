@@ -28,10 +28,10 @@ void check_allocation(cudaError_t code, std::size_t bytes) {
   std::size_t free = 0;
   std::size_t total = 0;
   check(cudaMemGetInfo(&free, &total), "asking for the memory of the GPU");
-  throw std::runtime_error("the GPU has not enough memory: " + gigabytes(bytes) + " more are needed, and " +
-                           gigabytes(free) + " of its " + gigabytes(total) +
-                           " are free; use narrower weights (--weights int8 or int4), a smaller KV cache (--kv-memory) "
-                           "or a larger GPU");
+  throw OutOfDeviceMemory("the GPU has not enough memory: " + gigabytes(bytes) + " more are needed, and " +
+                          gigabytes(free) + " of its " + gigabytes(total) +
+                          " are free; use narrower weights (--weights int8 or int4), a smaller KV cache (--kv-memory) "
+                          "or a larger GPU");
 }
 
 }  // namespace draftwerk::cuda

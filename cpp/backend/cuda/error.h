@@ -4,8 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "backend/backend.h"
 
@@ -24,6 +26,16 @@ class CudaError : public std::runtime_error {
   cudaError_t code_;
 };
 
+/// The GPU's memory does not do.
+class OutOfDeviceMemory : public std::bad_alloc {
+ public:
+  explicit OutOfDeviceMemory(std::string what) : what_(std::move(what)) {}
+  [[nodiscard]] const char* what() const noexcept override { return what_.c_str(); }
+
+ private:
+  std::string what_;
+};
+
 /// A broken call by our own code, not a user's mistake.
 inline void require(bool condition, const char* what) {
   if (!condition) throw std::logic_error(std::string("cuda backend: ") + what);
@@ -37,7 +49,7 @@ inline void check(cudaError_t code, const char* what) {
   if (code != cudaSuccess) fail(code, what);
 }
 
-/// Throws unless an allocation of so many bytes of the device's memory went well; says how much there is.
+/// Throws OutOfDeviceMemory, with how much there is, unless an allocation of so many bytes of the device's went well.
 void check_allocation(cudaError_t code, std::size_t bytes);
 
 }  // namespace draftwerk::cuda

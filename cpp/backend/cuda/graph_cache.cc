@@ -26,8 +26,9 @@ void GraphCache::run(const LaunchList& launches, cudaStream_t stream) {
   if (graph.get() == nullptr) {
     try {
       graph = launches.instantiate();
-    } catch (const CudaError&) {  // no memory for it, most likely: the step is slower without, and no worse
-      return launches.run(stream);
+    } catch (const CudaError& error) {
+      if (error.code() != cudaErrorMemoryAllocation) throw;
+      return launches.run(stream);  // which is slower, and no worse; there may be memory the next time
     }
     ++graphs_;
   }

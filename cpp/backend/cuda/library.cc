@@ -7,7 +7,9 @@
 
 DRAFTWERK_EXPORT const char* draftwerk_cuda_build() { return draftwerk::cuda_library::build(); }
 
-DRAFTWERK_EXPORT void draftwerk_cuda_devices(std::vector<std::string>& names) { names = draftwerk::cuda_devices(); }
+DRAFTWERK_EXPORT void draftwerk_cuda_devices(std::vector<draftwerk::CudaDevice>& devices) {
+  devices = draftwerk::cuda_devices();
+}
 
 DRAFTWERK_EXPORT draftwerk::Backend* draftwerk_cuda_make_backend(int device) {
   return draftwerk::make_cuda_backend(device).release();

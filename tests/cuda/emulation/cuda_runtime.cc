@@ -64,6 +64,7 @@ struct Runtime {
   bool skip_kernels = false;
   bool managed_access = true;
   bool fail_pinned = false;
+  int copies_until_failure = -1;
   cudaError_t fail_copy = cudaSuccess;
   int fail_after = -1;
   cudaError_t fail_with = cudaSuccess;
@@ -279,9 +280,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpy
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   const Lock lock(runtime().mutex);
-  if (const cudaError_t error = std::exchange(runtime().fail_copy, cudaSuccess); error != cudaSuccess) {
-    return told(error);
-  }
+  if (runtime().copies_until_failure >= 0 && runtime().copies_until_failure-- == 0) return told(runtime().fail_copy);
   if (is_pinned_or_device(from)) {
     return enqueue(stream, [=] { std::memmove(to, from, bytes); });
   }
@@ -461,7 +460,10 @@ void skip_kernels() { runtime().skip_kernels = true; }
 
 void set_managed_access(bool concurrent) { runtime().managed_access = concurrent; }
 void fail_pinned() { runtime().fail_pinned = true; }
-void fail_copy(cudaError_t error) { runtime().fail_copy = error; }
+void fail_copy(int after, cudaError_t error) {
+  runtime().copies_until_failure = after;
+  runtime().fail_copy = error;
+}
 
 void fail_launch(int after, cudaError_t error) {
   runtime().fail_after = after;
@@ -481,7 +483,7 @@ void reset() {
   r.skip_kernels = false;
   r.managed_access = true;
   r.fail_pinned = false;
-  r.fail_copy = cudaSuccess;
+  r.copies_until_failure = -1;
   r.fail_after = -1;
   r.fail_graph = cudaSuccess;
   r.dead = r.last = cudaSuccess;

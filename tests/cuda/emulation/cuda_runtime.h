@@ -161,9 +161,10 @@ void skip_kernels();
 void set_device(int count, int major, int minor, int driver_version);
 /// Whether the host may touch managed memory while the device computes.
 void set_managed_access(bool concurrent);
-/// The next allocation of pinned memory fails, and the next asynchronous copy, after which the device works as before.
+/// The next allocation of pinned memory fails, and the `after`-th asynchronous copy from now on (0: the next), after
+/// which the device works as before.
 void fail_pinned();
-void fail_copy(cudaError_t error);
+void fail_copy(int after, cudaError_t error);
 /// The `after`-th launch from now on (0: the next) ends the device with this error, as an illegal access would: all
 /// later calls fail, until reset().
 void fail_launch(int after, cudaError_t error);
