@@ -2,9 +2,10 @@
 
     python bench/drafting_under_load.py --prompts FILE.jsonl --streams 1 4 16 64 --rounds 7 --json load.json
 
-One engine serves the same prompts with drafts and without, in turn, round by round, so that a slow spell of the machine
-falls on both; who is first changes. Texts are as long for all of a round, so that the number of streams is what it is
-said to be until the round ends. The ratio of a round is that of its tokens per second, prompts included.
+One engine serves the same prompts with drafts, without, and without once more, in turn, round by round, so that a slow
+spell of the machine falls on all; who is first changes. Texts are as long for all of a round, so that the number of
+streams is what it is said to be until the round ends. The ratio of a round is that of its tokens per second, prompts
+included; that of none to none says what the machine alone makes of it.
 """
 
 from __future__ import annotations
@@ -31,11 +32,16 @@ class Rounds:
 
     drafted: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)
     tokens_per_step: list[float] = field(default_factory=list)
 
     @property
     def ratios(self) -> list[float]:
         return [drafted / plain for drafted, plain in zip(self.drafted, self.plain, strict=True)]
+
+    @property
+    def control(self) -> list[float]:
+        return [again / plain for again, plain in zip(self.again, self.plain, strict=True)]
 
     @property
     def overall(self) -> float:
@@ -65,36 +71,42 @@ def main() -> None:
             for number in range(arguments.rounds + 1):
                 chosen = list(itertools.islice(taken, streams))
                 speeds = {}
-                for drafting in (True, False) if number % 2 else (False, True):
+                subjects = ("drafted", "plain", "again")
+                for subject in subjects[number % 3 :] + subjects[: number % 3]:
                     params = SamplingParams(
                         max_tokens=arguments.max_tokens,
                         ignore_eos=True,
                         seed=number,
-                        drafting=drafting,
+                        drafting=subject == "drafted",
                         **SAMPLINGS[sampling],
                     )
                     records, seconds = measure(engine, chosen, params)
                     tokens = sum(len(record.token_ids) for record in records)
                     steps = sum(len(record.arrivals) for record in records)
-                    speeds[drafting] = tokens / seconds, tokens / steps
+                    speeds[subject] = tokens / seconds, tokens / steps
                 if number:
-                    rounds.drafted.append(speeds[True][0])
-                    rounds.plain.append(speeds[False][0])
-                    rounds.tokens_per_step.append(speeds[True][1])
+                    rounds.drafted.append(speeds["drafted"][0])
+                    rounds.plain.append(speeds["plain"][0])
+                    rounds.again.append(speeds["again"][0])
+                    rounds.tokens_per_step.append(speeds["drafted"][1])
             print(row(sampling, streams, rounds), file=sys.stderr, flush=True)
     lines = [
         f"{machine()}, {datetime.date.today().isoformat()}, {arguments.model}, {arguments.threads} threads, "
         f"{arguments.rounds} rounds, {arguments.max_tokens} tokens each. Command: `{command_line()}`",
         "",
-        "| | streams | tokens/s | without drafts | tokens/step | ratio, median | least | most | of all time |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | streams | tokens/s | without drafts | tokens/step | ratio, median | least | most | of all time "
+        "| none to none, median | least | most |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [row(sampling, streams, rounds) for sampling, of in measured.items() for streams, rounds in of.items()]
     table = "\n".join(lines)
     print(table)
     if arguments.json is not None:
         figures = {
-            sampling: {streams: {**vars(rounds), "ratios": rounds.ratios} for streams, rounds in of.items()}
+            sampling: {
+                streams: {**vars(rounds), "ratios": rounds.ratios, "control": rounds.control}
+                for streams, rounds in of.items()
+            }
             for sampling, of in measured.items()
         }
         report = {"command": command_line(), "machine": machine(), "figures": figures, "table": table}
@@ -102,7 +114,7 @@ def main() -> None:
 
 
 def row(sampling: str, streams: int, rounds: Rounds) -> str:
-    ratios = rounds.ratios
+    ratios, control = rounds.ratios, rounds.control
     cells = [
         sampling,
         f"{streams}",
@@ -113,6 +125,9 @@ def row(sampling: str, streams: int, rounds: Rounds) -> str:
         f"{min(ratios):.2f}",
         f"{max(ratios):.2f}",
         f"{rounds.overall:.2f}",
+        f"{statistics.median(control):.2f}",
+        f"{min(control):.2f}",
+        f"{max(control):.2f}",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -6,7 +6,7 @@
 #
 # OUT (bench/results if it is not given) gets a log of each stage, stages.txt, passes.json, passes-quantised.json and
 # transformers.json. Where not all of it fits into the time, GPU_SECONDS=900 gives it more.
-# WHEELS is a directory of wheels for a machine without a network: pybind11, ros-gtest-vendor, pytest, and of draftwerk's
+# WHEELS is a directory of wheels, which are installed beside the system's packages: pybind11, ros-gtest-vendor, pytest, and of draftwerk's
 # dependencies in pyproject.toml those that are not there (`pip download` for that machine's Python). There have to be
 # nvcc 13, cmake, ninja and Python 3.10 or newer with its headers; parity and comparisons need torch and transformers.
 set -uo pipefail
@@ -47,12 +47,12 @@ trap 'kill "$weights" 2>/dev/null' EXIT
 stage configure 60 cmake -S . -B "$build" -G Ninja -DDRAFTWERK_BUILD_CUDA=ON -DDRAFTWERK_BUILD_TESTS=ON \
   -DCMAKE_CUDA_ARCHITECTURES="$capability-real" -DPython_EXECUTABLE="$python" \
   -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
-stage build 240 cmake --build "$build" --target _core draftwerk_cuda draftwerk_gpu_tests draftwerk_gpu_arithmetic_tests \
-  || exit 1
+stage build 240 cmake --build "$build" --target _core draftwerk_cuda draftwerk_gpu_tests || exit 1
 cp "$build"/_core*.so service/draftwerk/
 
 # What is right comes before what is fast.
-stage arithmetic 10 "$build/draftwerk_gpu_arithmetic_tests"
+stage build-arithmetic 30 cmake --build "$build" --target draftwerk_gpu_arithmetic_tests \
+  && stage arithmetic 10 "$build/draftwerk_gpu_arithmetic_tests"
 stage tests 60 "$build/draftwerk_gpu_tests" --gtest_brief=1
 tiny='MtpDrafter.DraftsDoNotDependOnTheSequencesBesideIt:EngineTest.LogprobsAreThoseOfTheScoredLogits'
 for tool in memcheck racecheck; do
@@ -61,8 +61,8 @@ done
 stage parity 60 "$python" -m pytest -q -p no:cacheprovider tests/python/test_devices.py tests/python/test_cuda_parity.py \
   tests/python/test_fp8.py tests/python/test_gemma4_parity.py tests/python/test_drafter_parity.py
 stage passes 150 "$python" bench/gpu_passes.py E2B 31B 26B-A4B 12B E4B --rounds 1 --json "$out/passes.json"
-# The kernels of a few passes of the smallest model, longest first: what to make faster.
-stage profile 30 ncu --csv --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed \
+# The kernels of a few passes of the smallest model, whose launches count for most: what to make faster.
+stage profile 30 ncu --csv --kill yes --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed \
   --launch-skip 2000 --launch-count 600 "$python" bench/gpu_passes.py E2B --rounds 1
 stage weights 30 tail --pid="$weights" -f /dev/null
 stage transformers 90 "$python" bench/compare_transformers.py "$build/weights/E2B" --device cuda --weights bf16 --told \

@@ -46,7 +46,8 @@ def decode(
 
     Args:
         model: loaded.
-        mtp: its drafter, run for the time that it takes; its drafts are replaced. None: drafts are free of charge.
+        mtp: its drafter, run for the time that it takes; its drafts are replaced, for which the host waits once more in
+            a step than with drafts that are the drafter's own. None: drafts are free of charge.
         streams: that run at the same time.
         tokens: of each stream.
         rounds: of which the fastest counts; a warm-up comes before.

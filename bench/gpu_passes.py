@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -138,6 +139,18 @@ def multiplications(target: dict[str, Any]) -> int:
     return total
 
 
+def share_read(target: dict[str, Any]) -> float:
+    """Of the weights, what a pass of one row reads: of its experts those that are chosen."""
+    read = total = 0.0
+    for name, shape in target_tensors(target):
+        if len(shape) == 1 or name == "model.embed_tokens_per_layer.weight":
+            continue
+        values = math.prod(shape)
+        total += values
+        read += values * (target["top_k_experts"] / shape[0] if len(shape) == 3 else 1)
+    return read / total
+
+
 def measure(size: str, weights: str, gpu: _core.Gpu, context: int, rounds: int) -> dict[str, Any]:
     """Milliseconds and bytes of one model with one choice of weights."""
     target_values, drafter_values = target_config(size), assistant_config(size)
@@ -169,6 +182,7 @@ def measure(size: str, weights: str, gpu: _core.Gpu, context: int, rounds: int) 
     report = {
         "backend": target.description,
         "weight_bytes": target.weight_bytes,
+        "bytes_read": target.weight_bytes * share_read(target_values),
         "drafter_bytes": drafter.weight_bytes,
         "loading_seconds": loaded,
         "pass_ms": {rows: statistics.median(seconds) * 1e3 for rows, seconds in passes.items()},
@@ -215,7 +229,7 @@ def main() -> None:
             one = figures["pass_ms"][1]
             line = f"{name}: {figures['weight_bytes'] / 1e9:.2f} GB, 1 row {one:.3f} ms"
             if bandwidth:
-                line += f" ({figures['weight_bytes'] / bandwidth * 1e5 / one:.0f}% of the copy's speed)"
+                line += f" ({figures['bytes_read'] / bandwidth * 1e5 / one:.0f}% of the copy's speed)"
             for rows in ROWS[1:]:
                 line += f", {rows} rows {figures['pass_ms'][rows] / one:.2f}x"
             line += f", a draft {figures['draft_ms'][8] / one * 100:.1f}%"

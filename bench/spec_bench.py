@@ -79,7 +79,8 @@ def main() -> None:
     prompts = read_prompts(arguments.prompts, None)[:: arguments.every]
     names = ["draftwerk", "draftwerk, no drafts"]
     paces: dict[str, dict[str, Pace]] = {
-        sampling: {name: Pace() for name in [*names, "draftwerk, before loops", "llama.cpp"]} for sampling in SAMPLINGS
+        sampling: {name: Pace() for name in [*names, "draftwerk, before loops", "llama.cpp"]}
+        for sampling in arguments.samplings
     }
     with (
         Engine(
@@ -141,6 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="gemma-3-270m", help="a GGUF file or a built-in name")
     parser.add_argument("--drafter", default="auto", help="as for `draftwerk serve`")
     parser.add_argument("--draft-length", type=int, help="drafts in every step; default: as measured costs say")
+    parser.add_argument("--samplings", nargs="+", choices=sorted(SAMPLINGS), default=list(SAMPLINGS))
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write every figure here")
