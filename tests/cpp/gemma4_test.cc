@@ -118,8 +118,7 @@ std::vector<Kind> kinds() {
 
 INSTANTIATE_TEST_SUITE_P(
     Variants, Gemma4Promise,
-    ::testing::Combine(::testing::ValuesIn(kinds()),
-                       ::testing::Values(WeightType::f32, WeightType::q8_0),
+    ::testing::Combine(::testing::ValuesIn(kinds()), ::testing::Values(WeightType::f32, WeightType::q8_0),
                        ::testing::Values(Variant{"none", 0, 0, -1, 7, 2, 16}, Variant{"mtp", 0, 0, 3, 64, 2, 16},
                                          Variant{"mtp", 60, 0, 8, 16, 1, 3}, Variant{"mtp", 0, 150, 4, 64, 2, 16},
                                          Variant{"mtp", 40, 280, 8, 16, 1, 3},
