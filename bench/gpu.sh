@@ -6,9 +6,10 @@
 #
 # OUT (bench/results if it is not given) gets a log of each stage, stages.txt, passes.json, passes-quantised.json and
 # transformers.json. Where not all of it fits into the time, GPU_SECONDS=900 gives it more.
-# WHEELS is a directory of wheels, which are installed beside the system's packages: pybind11, ros-gtest-vendor, pytest, and of draftwerk's
-# dependencies in pyproject.toml those that are not there (`pip download` for that machine's Python). There have to be
-# nvcc 13, cmake, ninja and Python 3.10 or newer with its headers; parity and comparisons need torch and transformers.
+# WHEELS is a directory of wheels, which are installed beside the system's packages: pybind11, ros-gtest-vendor, pytest,
+# and of draftwerk's dependencies in pyproject.toml those that are not there (`pip download` for that machine's Python).
+# There have to be nvcc 13, cmake, ninja and Python 3.10 or newer with its headers; parity and comparisons need torch and
+# transformers.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results}

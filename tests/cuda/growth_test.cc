@@ -12,6 +12,7 @@
 #include "backend/cpu/choosing.h"
 #include "drafting/draft_tree.h"
 #include "sampler_on_device.h"
+#include "step_arrays.h"
 #include "taken_drafts.h"
 
 namespace draftwerk::cuda {
@@ -141,11 +142,7 @@ TEST_F(Growth, IsWhatTheHostWouldHaveGrown) {
     DeviceArray<ProposedRow> found_on_device;
     DeviceArray<SampledRow> proposing_on_device, choosing_on_device;
     SampledRow* told = choosing_on_device.fill(choosing);
-    std::vector<Copy> copies;
-    upload.collect(copies);
-    for (const Copy& copy : copies) {
-      check(cudaMemcpy(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice), "copying");
-    }
+    arrived(upload);
     const Stream stream = Stream::create();
     LaunchList list;
     grow_trees(list, upload, found_on_device.fill(found), proposing_on_device.fill(proposing_rows));

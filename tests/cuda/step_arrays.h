@@ -11,7 +11,9 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/cuda/error.h"
 #include "backend/cuda/step.h"
+#include "backend/cuda/step_upload.h"
 
 namespace draftwerk::cuda {
 
@@ -20,6 +22,16 @@ inline std::vector<float> random_floats(std::size_t count, std::mt19937& random)
   std::vector<float> values(count);
   for (float& value : values) value = normal(random);
   return values;
+}
+
+/// Brings to the device what an upload has not brought yet.
+inline const StepView& arrived(StepUpload& upload) {
+  std::vector<Copy> copies;
+  upload.collect(copies);
+  for (const Copy& copy : copies) {
+    check(cudaMemcpy(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice), "copying");
+  }
+  return upload.view();
 }
 
 /// Pages of several sequences, of one layer type.

@@ -8,6 +8,7 @@
 
 #include "backend/cuda/device.cuh"
 #include "backend/cuda/graph_cache.h"
+#include "step_arrays.h"
 
 namespace draftwerk::cuda {
 namespace {
@@ -23,16 +24,6 @@ TEST(PaddedCount, IsOneOfAFew) {
     EXPECT_EQ(padded_count(padded), padded);
     before = padded;
   }
-}
-
-/// What a step looks like from the device once its copy was made.
-const StepView& arrived(StepUpload& upload) {
-  std::vector<Copy> copies;
-  upload.collect(copies);
-  for (const Copy& copy : copies) {
-    check(cudaMemcpy(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice), "copying");
-  }
-  return upload.view();
 }
 
 TEST(StepUpload, BringsChainsTreesAndPadding) {

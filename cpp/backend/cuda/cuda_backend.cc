@@ -209,13 +209,11 @@ LaunchList& CudaBackend::list_for_others() {
 }
 
 void CudaBackend::run_piece() {
-  // However this ends: what failed must not run once more in front of the next step.
+  // What failed must not run once more in front of the next step.
   struct Forgotten {
     CudaBackend& backend;
     bool failed = true;
     ~Forgotten() {
-      backend.launches_.clear();
-      backend.copies_in_.clear();
       if (failed) backend.forget_step();
     }
   };
@@ -227,6 +225,8 @@ void CudaBackend::run_piece() {
     check(cudaMemcpyAsync(copy.to, copy.from, copy.bytes, cudaMemcpyHostToDevice, stream_.get()), "copying a step");
   }
   graphs_.run(launches_, stream_.get());
+  launches_.clear();
+  copies_in_.clear();
   at_the_end.failed = false;
 }
 

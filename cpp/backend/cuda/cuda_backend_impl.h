@@ -1,6 +1,6 @@
 // The class behind make_cuda_backend. Operations are recorded by the parts that they belong to (projections.h, rows.h,
-// kv.h, attention.h, experts.h, sampler.h); what was
-// recorded runs piece by piece, and verify(), propose() and read_logits() wait for it.
+// kv.h, attention.h, experts.h, sampler.h); what was recorded runs piece by piece, and verify(), propose() and
+// read_logits() wait for it.
 #pragma once
 
 #include <memory>

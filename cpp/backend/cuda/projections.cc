@@ -28,8 +28,7 @@ void Projections::reserve(int max_rows, int max_outputs, int max_columns, int vo
   const int rows = std::max(max_rows_, max_outputs_);
   logit_stride_ = round_up(vocabulary, 32);
   for (GrowingMemory& operands : operands_) operands.reserve(operand_bytes(rows, max_columns_));
-  sum_.reset();
-  left_operands_ = {};
+  begin();
   partials_.reserve(partial_floats() * sizeof(float));
   counters_.reserve(counter_count() * sizeof(unsigned));
   check(cudaMemset(counters_.get(), 0, counter_count() * sizeof(unsigned)), "clearing device memory");

@@ -80,11 +80,13 @@ class TrainingDisplay:
             self._training = self._bars.add_task("training", completed=figures.step - 1, total=plan.steps)
         self._bars.update(self._training, completed=figures.step)
         spent = progress.seconds - progress.writing
+        sampled, greedy = (
+            " ".join(f"{share:.0%}" for share in shares[:_POSITIONS]) for shares in (figures.overlap, figures.agreement)
+        )
         line = (
-            f"step {figures.step:,} of {plan.steps:,}: loss {figures.loss:.3f}, acceptance by position "
-            + " ".join(f"{share:.0%}" for share in figures.overlap[:_POSITIONS])
-            + f" (greedy {' '.join(f'{share:.0%}' for share in figures.agreement[:_POSITIONS])})"
-            + f", {progress.tokens:,} tokens ({progress.written:,} written)"
+            f"step {figures.step:,} of {plan.steps:,}: loss {figures.loss:.3f}, "
+            f"acceptance by position {sampled} (greedy {greedy})"
+            f", {progress.tokens:,} tokens ({progress.written:,} written)"
             + (f", {progress.tokens / spent:.0f} tokens/s" if spent > 0 else "")
         )
         self._line = Text(line)
