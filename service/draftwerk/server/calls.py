@@ -184,7 +184,7 @@ class Calls(grpc.aio.ServerInterceptor):
             failure = call.ended_with or error
             # Nobody is there to be told. A write may find out before the context does: InternalError is how it says so.
             if isinstance(failure, (asyncio.CancelledError, grpc.aio.InternalError)) or context.done():
-                call.code = _cancellation(context)
+                call.code = cancellation(time.perf_counter() - call.started_at, context.time_remaining())
                 raise asyncio.CancelledError from None
             await call.abort(failure)
 
@@ -273,10 +273,19 @@ def _request_id(context: Any) -> str:
     return uuid.uuid4().hex
 
 
-def _cancellation(context: Any) -> grpc.StatusCode:
-    """Why the core cancelled a call: its deadline passed, or the client ended it."""
-    remaining = context.time_remaining()
-    return grpc.StatusCode.DEADLINE_EXCEEDED if remaining is not None and remaining <= 0 else grpc.StatusCode.CANCELLED
+def cancellation(elapsed: float, remaining: float | None) -> grpc.StatusCode:
+    """Why the core cancelled a call: its deadline passed, or the client ended it.
+
+    A client ends a call itself when its deadline passes, and that can be here before the deadline is: gRPC rounds what
+    it says of the deadline up, by as much as a hundredth, and threads wake when they can.
+
+    Args:
+        elapsed: seconds since the call began.
+        remaining: seconds to its deadline as it is known here; None: it has none.
+    """
+    early = max(0.1, 0.01 * (elapsed + (remaining or 0)))
+    passed = remaining is not None and remaining <= early
+    return grpc.StatusCode.DEADLINE_EXCEEDED if passed else grpc.StatusCode.CANCELLED
 
 
 def _code(code: grpc.StatusCode | int) -> grpc.StatusCode:

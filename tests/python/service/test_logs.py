@@ -21,6 +21,7 @@ from draftwerk.acceptance import AcceptanceWarning
 from draftwerk.acceptance_causes import Cause
 from draftwerk.requests import RequestError
 from draftwerk.server import logs
+from draftwerk.server.calls import cancellation
 from draftwerk_client.v1 import generation_pb2_grpc, models_pb2_grpc
 from draftwerk_client.v1.generation_pb2 import GenerateRequest
 from draftwerk_client.v1.models_pb2 import GetModelRequest
@@ -230,6 +231,23 @@ async def test_a_deadline_that_passes(channel: grpc.aio.Channel, log: io.StringI
         await generate(channel, timeout=0.2).read()
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert (await call_line(log))["code"] == "DEADLINE_EXCEEDED"
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "remaining", "code"),
+    [
+        (5.0, None, grpc.StatusCode.CANCELLED),
+        (0.5, -0.1, grpc.StatusCode.DEADLINE_EXCEEDED),
+        (0.1, 0.05, grpc.StatusCode.DEADLINE_EXCEEDED),  # the client was faster than the clock here
+        (60.02, 0.08, grpc.StatusCode.DEADLINE_EXCEEDED),  # gRPC makes 60.1 s of it
+        (0.1, 0.2, grpc.StatusCode.CANCELLED),
+        (59.0, 1.5, grpc.StatusCode.CANCELLED),
+    ],
+)
+def test_a_client_may_end_a_call_before_its_deadline_is_here(
+    elapsed: float, remaining: float | None, code: grpc.StatusCode
+) -> None:
+    assert cancellation(elapsed, remaining) is code
 
 
 async def test_a_failed_generation_keeps_its_reason(
