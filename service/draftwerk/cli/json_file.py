@@ -29,11 +29,18 @@ def result_console(json_file: Path | None) -> Console:
 
 
 def write_json(values: dict[str, Any], json_file: Path | None) -> None:
-    """Writes the figures, if they are wanted."""
+    """Writes the figures, if they are wanted.
+
+    Raises:
+        OSError: they cannot be written, because the disk is full for instance. Names the file.
+    """
     if json_file is None:
         return
     text = json.dumps(values, indent=2) + "\n"
     if str(json_file) == "-":
         print(text, end="")
-    else:
+        return
+    try:
         json_file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(json_file)) from error

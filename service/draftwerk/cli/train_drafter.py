@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import signal
 import threading
@@ -15,7 +16,7 @@ import typer
 from rich.text import Text
 
 from draftwerk.cli import options
-from draftwerk.cli.failures import CommandError, reports_failures, usage_error
+from draftwerk.cli.failures import CommandError, file_error, reports_failures, usage_error
 from draftwerk.cli.training_display import TrainingDisplay
 from draftwerk.cli.training_extra import reports_training_failures
 
@@ -170,19 +171,25 @@ def train_drafter(
             if not resume:
                 directory = begin(out, told)
                 told = read_options(directory)
-            run = Run(directory, told, checkpoint, display, stop=stop.is_set, device=device, threads=threads)
-            done = run.train() and conclude(
-                directory,
-                told,
-                checkpoint,
-                display,
-                command=_command(context, told, out),
-                stop=stop.is_set,
-                threads=threads,
-            )
+            with _saying_how_to_go_on(out):
+                run = Run(directory, told, checkpoint, display, stop=stop.is_set, device=device, threads=threads)
+                done = run.train() and conclude(
+                    directory,
+                    told,
+                    checkpoint,
+                    display,
+                    command=_command(context, told, out),
+                    stop=stop.is_set,
+                    threads=threads,
+                )
     if not done:
-        raise CommandError(f"stopped; go on with: draftwerk train-drafter --out {out} --resume", exit_code=130)
+        raise CommandError(f"stopped; go on with: {_going_on(out)}", exit_code=130)
     options.messages.print(Text(f"the drafter is {directory.drafter}, and what it is worth is in {directory.report}"))
+
+
+def _going_on(out: Path) -> str:
+    """The command that goes on with a run."""
+    return f"draftwerk train-drafter --out {out} --resume"
 
 
 def _command(context: typer.Context, told: RunOptions, out: Path) -> str:
@@ -194,6 +201,25 @@ def _command(context: typer.Context, told: RunOptions, out: Path) -> str:
         if value is not None and (value != flags[name].default or name == "model"):
             words += [flags[name].opts[0]] if value is True else [flags[name].opts[0], f"{value}"]
     return shlex.join(words)
+
+
+@contextmanager
+def _saying_how_to_go_on(out: Path) -> Iterator[None]:
+    """Turns a failed write or read into the one line that ends the command: what the run had written is still there.
+
+    Raises:
+        CommandError: a file cannot be written or read.
+    """
+    from draftwerk.training.errors import WriteError
+
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # no file of the run
+    except (OSError, WriteError) as error:
+        what = str(error) if isinstance(error, WriteError) else file_error(error)
+        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
+        raise CommandError(f"{what}; {remedy} and go on with: {_going_on(out)}") from None
 
 
 @contextmanager

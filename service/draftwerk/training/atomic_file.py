@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whatever happens while they are written."""
+"""Files that are there as a whole or not at all, whatever happens while they are written; and lines added to a file."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     temporary: Path | None = None
     try:
-        # Beside the path, so that the rename stays on one file system.
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(descriptor)
-        temporary = Path(name)
-        yield temporary
-        _sync(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        temporary = None
-        _sync(path.parent)  # the rename is in memory only until then
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        with _named(path):
+            # Beside the path, so that the rename stays on one file system.
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            os.close(descriptor)
+            temporary = Path(name)
+            yield temporary
+            _sync(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+            temporary = None
+            _sync(path.parent)  # the rename is in memory only until then
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -44,11 +43,32 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a file, and brings it to the disk. If it is cut off, it has no end of line.
+
+    Raises:
+        OSError: it cannot be written, because the disk is full for instance. Names `path`.
+    """
+    with _named(path):
+        with path.open("ab") as file:
+            file.write(line.encode() + b"\n")
+        _sync(path)
+
+
 def remove_leftovers(directory: Path) -> None:
     """Removes what a process that was killed while it wrote has left in a directory of atomic files."""
     for path in directory.glob(".*.*"):
         if path.is_file():
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A write that fails names no file, or a temporary one: what it raises shall name this one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _sync(path: Path) -> None:

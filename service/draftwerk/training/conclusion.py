@@ -59,7 +59,7 @@ def conclude(
         OSError: a file cannot be read or written.
     """
     entries = directory.entries()
-    step = max((entry["step"] for entry in entries), default=0)
+    step = max((entry["step"] for entry in entries if entry["kind"] == "step"), default=0)
     values = _evaluated(directory.evaluation, step)
     if values is None:
         settings = asdict(evaluation or EvaluationOptions()) | {"seed": options.seed, "threads": threads}

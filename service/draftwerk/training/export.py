@@ -22,7 +22,7 @@ from draftwerk.loading import AssistantCheckpoint, Checkpoint, CheckpointError, 
 from draftwerk.loading.vocabulary_checks import DRAFT_TOKEN_IDS, HEAD, TOKEN_ORDERING
 from draftwerk.training.atomic_file import atomic_file
 from draftwerk.training.drafter import CENTROIDS, DrafterModule
-from draftwerk.training.errors import TrainingError
+from draftwerk.training.errors import TrainingError, WriteError
 from draftwerk.training.shape import DrafterShape
 from draftwerk.training.target import rope_parameters
 from draftwerk.training.torch_tensors import torch_tensor
@@ -89,7 +89,8 @@ def write_drafter(
         draft_length: how many tokens it should draft in a step; ``None`` leaves it to the engine.
 
     Raises:
-        TrainingError: it cannot be written; then nothing is left behind.
+        WriteError: it cannot be written; then nothing is left behind.
+        TrainingError: there is something in the directory.
     """
     tensors = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
     tensors |= {
@@ -120,7 +121,7 @@ def write_drafter(
         temporary.chmod(0o755)
         temporary.replace(directory)
     except OSError as error:
-        raise TrainingError(f"{directory}: the drafter cannot be written ({error.strerror})") from error
+        raise WriteError(f"{directory}: the drafter cannot be written ({error.strerror})", error) from error
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -52,7 +52,8 @@ class KeptFeatures:
         return features
 
     def forget(self) -> None:
-        """Removes what is kept."""
+        """Removes what is kept, and keeps nothing more."""
+        self._most_bytes = 0
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _keep(self, path: Path, features: Features) -> None:
@@ -65,7 +66,7 @@ class KeptFeatures:
                 file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
             self._bytes += path.stat().st_size
         except OSError:
-            self._most_bytes = 0  # the disk is full, or the like: states and drafter need what is left of it
+            self.forget()  # the disk is full, or the like: states and drafter need the room
 
 
 def _read(path: Path) -> Features | None:

@@ -22,7 +22,6 @@ class TrainingOptions:
         clip: largest norm of the gradient.
         accumulate: batches of an optimizer step.
         ema_decay: of the moving average of the weights, which is what is exported; 0.0: the weights themselves.
-        save_every: steps between two saved states.
         seed: decides which rows of a chain go on.
 
     Raises:
@@ -38,7 +37,6 @@ class TrainingOptions:
     clip: float = 1.0
     accumulate: int = 1
     ema_decay: float = 0.99
-    save_every: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -52,7 +50,6 @@ class TrainingOptions:
             ("clip", 0.0, math.inf),
             ("accumulate", 1, 1 << 20),
             ("ema_decay", 0.0, 1.0),
-            ("save_every", 1, 1 << 30),
             ("seed", 0, (1 << 63) - 1),
         ):
             value = getattr(self, name)

@@ -47,11 +47,13 @@ class PromptsFile:
 
     Attributes:
         path: the file.
+        data: its content.
         prompts: at least one, in the order of the file.
         sha256: of the file's content and of how it is read.
     """
 
     path: Path
+    data: bytes
     prompts: tuple[TextPrompt, ...]
     sha256: str
 
@@ -85,7 +87,7 @@ def read_prompts(path: Path, *, chat: bool = False) -> PromptsFile:
     )
     if chat:
         prompts = tuple(map(_as_message, prompts))
-    return PromptsFile(path, prompts, hashlib.sha256(data + b"\0chat" * chat).hexdigest())
+    return PromptsFile(path, data, prompts, hashlib.sha256(data + b"\0chat" * chat).hexdigest())
 
 
 def set_aside(prompts: PromptsFile, seed: int) -> tuple[PromptsFile, PromptsFile | None]:

@@ -34,7 +34,7 @@ def render_report(
         lstrip_blocks=True,
     )
     steps = [entry for entry in entries if entry["kind"] == "step"]
-    last = entries[-1] if entries else {"seconds": 0.0, "writing": 0.0, "trained_tokens": 0, "written_tokens": 0}
+    last = entries[-1] if entries else {"seconds": 0.0, "writing": 0.0, "trained_tokens": 0}
     before = {its["sampling"]: its for its in evaluation["before"]}
     return environment.get_template("report.html.jinja").render(
         charts=charts,
@@ -46,6 +46,7 @@ def render_report(
         },
         steps=len(steps),
         spent=last,
+        written=sum(entry["tokens"] for entry in entries if entry["kind"] == "text"),
         evaluation=evaluation,
         before=before,
         loss=_loss(steps),

@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ from draftwerk.engine import Engine
 from draftwerk.loading import AssistantCheckpoint, Checkpoint, check_fits, is_hub_name, open_assistant
 from draftwerk.training.clusters import balanced_clusters
 from draftwerk.training.drafter import DrafterModule
-from draftwerk.training.errors import TrainingError
+from draftwerk.training.errors import TrainingError, WriteError
 from draftwerk.training.export import read_drafter, write_drafter
 from draftwerk.training.head_sizes import MOST_COMPARED, HeadSizes
 from draftwerk.training.initial import fit_pre_projection, start_centroids, start_from_target
@@ -35,7 +34,8 @@ from draftwerk.training.prompts import PromptsFile, read_prompts, set_aside
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions
 from draftwerk.training.shape import DrafterShape
-from draftwerk.training.shards import Shard, read_shard
+from draftwerk.training.shards import Shard, count_shards, read_shard
+from draftwerk.training.state import last_step
 from draftwerk.training.target import FrozenTarget
 from draftwerk.training.text import TextProgress, TextWriter
 from draftwerk.training.text_batches import REPLAYED, TextBatches
@@ -136,7 +136,7 @@ class Run:
     ) -> None:
         self._directory = directory
         self._options = options
-        self._training_options(Plan(1, 1))  # what is out of range is told now, not when the first text is there
+        self._training_options(1)  # what is out of range is told now, not when the first text is there
         self._checkpoint = checkpoint
         if options.start_from is None:
             vocabulary = checkpoint.config.vocab_size
@@ -221,45 +221,53 @@ class Run:
         compared = None if vocabulary is None else torch.from_numpy(vocabulary.most_frequent(MOST_COMPARED))
         kept = KeptFeatures(target, self._directory.features)
 
-        def trainer_of(drafter: DrafterModule, options: TrainingOptions, states: Path) -> Trainer:
-            return Trainer(target, drafter, options, states, compared, kept.features)
+        def trainer_of(drafter: DrafterModule, options: TrainingOptions) -> Trainer:
+            return Trainer(target, drafter, options, self._directory.states, compared, kept.features)
 
-        def rehearsal(options: TrainingOptions, states: Path) -> Trainer:
-            return trainer_of(copy.deepcopy(drafter), options, states)
-
-        plan = self._plan(rehearsal, batches, first)
-        trainer = trainer_of(drafter, self._training_options(plan), self._directory.states)
+        plan = self._plan(lambda options: trainer_of(copy.deepcopy(drafter), options), batches, first)
+        trainer = trainer_of(drafter, self._training_options(plan.steps))
         trainer.resume(batches)
-        self._forget_after(trainer.step)
+        keep = partial(self._keep, trainer, batches, kept)
         try:
-            for figures in trainer.steps(batches):
-                self._step = figures.step
-                self._tokens += figures.tokens
-                progress = Progress(plan, figures, self._seconds, self._writing, self._tokens, self._written)
-                self._log("step", asdict(figures))
-                self._observer.step(progress)
-                if figures.step % plan.save_every == 0 and figures.step < plan.steps:
-                    self._publish(trainer)
-                if self._stop():
-                    raise Stopped
-                if options.hours is not None and self._seconds > options.hours * 3600.0:
-                    break
+            self._take_steps(trainer, batches, plan, keep)
         except Stopped:
-            self._keep(trainer, batches)
+            keep()
             raise
-        self._keep(trainer, batches)
+        keep()
         kept.forget()
+
+    def _take_steps(self, trainer: Trainer, batches: TextBatches, plan: Plan, keep: Callable[[], None]) -> None:
+        if trainer.step and self._time_is_up():
+            return  # it was up before, and the run lacks at most what comes after the steps
+        for figures in trainer.steps(batches):
+            self._step = figures.step
+            self._tokens += figures.tokens
+            progress = Progress(plan, figures, self._seconds, self._writing, self._tokens, self._written)
+            self._log("step", asdict(figures))
+            self._observer.step(progress)
+            if figures.step % plan.save_every == 0 and figures.step < plan.steps:
+                keep()
+            if self._stop():
+                raise Stopped
+            if self._time_is_up():
+                break
+
+    def _time_is_up(self) -> bool:
+        return self._options.hours is not None and self._seconds > self._options.hours * 3600.0
 
     # --- text ---------------------------------------------------------------------------------------------------
 
     def _shard(self, writer: TextWriter, number: int) -> Shard:
         while number >= writer.shards:
             started = time.monotonic()
-            shard = writer.write_shard(lambda done: self._wrote(writer.shards, done))
-            self._writing += time.monotonic() - started
-            self._written += shard.generated_tokens
-            self._log("text", {"shard": writer.shards - 1, "tokens": shard.generated_tokens})
+            log = partial(self._log_text, writer.shards, started)
+            writer.write_shard(lambda done: self._wrote(writer.shards, done), log)
         return read_shard(self._directory.text, number)
+
+    def _log_text(self, number: int, started: float, shard: Shard) -> None:
+        self._writing += time.monotonic() - started
+        self._written += shard.generated_tokens
+        self._log("text", {"shard": number, "tokens": shard.generated_tokens})
 
     def _wrote(self, shard: int, progress: TextProgress) -> None:
         self._observer.writing(shard, progress)
@@ -315,13 +323,19 @@ class Run:
         self._directory.save_vocabulary(vocabulary)
         return vocabulary
 
-    def _keep(self, trainer: Trainer, batches: TextBatches) -> None:
+    def _keep(self, trainer: Trainer, batches: TextBatches, kept: KeptFeatures) -> None:
         """Makes sure that state and drafter are those of the last step."""
-        if trainer.step:
-            trainer.save(batches)
-            self._publish(trainer)
+        if not trainer.step:
+            return
+        try:
+            self._save(trainer, batches)
+        except WriteError:
+            kept.forget()  # the disk may be full of them, and they can be computed again
+            self._save(trainer, batches)
 
-    def _publish(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, batches: TextBatches) -> None:
+        if trainer.step != last_step(self._directory.states):
+            trainer.save(batches)
         self._directory.publish(lambda directory: self._write(trainer.drafter, trainer.averaged, directory))
 
     def _write(self, drafter: DrafterModule, weights: Mapping[str, torch.Tensor], directory: Path) -> None:
@@ -332,11 +346,11 @@ class Run:
 
     # --- how long -----------------------------------------------------------------------------------------------
 
-    def _plan(self, rehearsal: Callable[[TrainingOptions, Path], Trainer], batches: TextBatches, first: Shard) -> Plan:
+    def _plan(self, rehearsal: Callable[[TrainingOptions], Trainer], batches: TextBatches, first: Shard) -> Plan:
         """The plan that was made before, or a new one.
 
         Args:
-            rehearsal: a trainer of a copy of the drafter, whose states go to a directory.
+            rehearsal: a trainer of a copy of the drafter.
             batches: to train on.
             first: the first shard of text, which this run has written if it had not been.
         """
@@ -360,51 +374,53 @@ class Run:
         self._directory.write({**values, "plan": asdict(plan)})
         return plan
 
-    def _rehearse(
-        self, rehearsal: Callable[[TrainingOptions, Path], Trainer], batches: TextBatches
-    ) -> tuple[float, float]:
+    def _rehearse(self, rehearsal: Callable[[TrainingOptions], Trainer], batches: TextBatches) -> tuple[float, float]:
         """Seconds and tokens of a step, measured on a drafter that is thrown away."""
-        states = Path(tempfile.mkdtemp(prefix=".rehearsal.", dir=self._directory.path))
-        try:
-            trainer = rehearsal(self._training_options(Plan(_REHEARSED_STEPS + 1, 1 << 20)), states)
-            taken = [(figures.tokens / figures.tokens_per_second, figures.tokens) for figures in trainer.steps(batches)]
-        finally:
-            shutil.rmtree(states, ignore_errors=True)
+        trainer = rehearsal(self._training_options(_REHEARSED_STEPS + 1))
+        taken = [(figures.tokens / figures.tokens_per_second, figures.tokens) for figures in trainer.steps(batches)]
         seconds, tokens = zip(*taken[1:], strict=True)  # the first one warms up
         return float(np.median(seconds)), float(np.mean(tokens))
 
-    def _training_options(self, plan: Plan) -> TrainingOptions:
+    def _training_options(self, steps: int) -> TrainingOptions:
         return TrainingOptions(
-            steps=plan.steps,
+            steps=steps,
             draft_depth=self._options.draft_depth,
             learning_rate=self._options.learning_rate,
             accumulate=self._options.accumulate,
-            warmup_steps=min(50, plan.steps // 10),
-            save_every=plan.save_every,
+            warmup_steps=min(50, steps // 10),
             seed=self._options.seed,
         )
 
     # --- the log ------------------------------------------------------------------------------------------------
+    #
+    # What has a file of its own, a state or a shard, has its line before it has its file. So the log has no gap,
+    # whenever a run is killed: it can only be ahead of the files, and a session begins with cutting it.
 
     def _recall(self) -> None:
-        """Takes over what the sessions before this one spent and wrote; steps that were lost cost time all the same."""
+        """Goes back to the state and the text that are there; steps that are lost cost time all the same."""
+        self._directory.remove_leftovers()
         entries = self._directory.entries()
         if entries:
             self._spent, self._writing = entries[-1]["seconds"], entries[-1]["writing"]
-            self._written = entries[-1]["written_tokens"]
-
-    def _forget_after(self, step: int) -> None:
-        """Goes back to the state that training goes on from."""
-        self._directory.forget_after(step)
-        self._step = step
-        steps = [entry for entry in self._directory.entries() if entry["kind"] == "step"]
-        self._tokens = steps[-1]["trained_tokens"] if steps else 0
-        self._log("session", {})
+        self._step = last_step(self._directory.states)
+        shards = count_shards(self._directory.text)
+        kept = [
+            entry
+            for entry in entries
+            if not (entry["kind"] == "step" and entry["step"] > self._step)
+            and not (entry["kind"] == "text" and entry["shard"] >= shards)
+        ]
+        self._tokens = sum(entry["tokens"] for entry in kept if entry["kind"] == "step")
+        self._written = sum(entry["tokens"] for entry in kept if entry["kind"] == "text")
+        self._directory.replace_log([*kept, self._line("session", {})])
 
     def _log(self, kind: str, entry: Mapping[str, Any]) -> None:
-        spent = {"seconds": self._seconds, "writing": self._writing}
-        counts = {"trained_tokens": self._tokens, "written_tokens": self._written}
-        self._directory.log(kind, {"step": self._step, **entry, **spent, **counts})
+        self._directory.log(self._line(kind, entry))
+
+    def _line(self, kind: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """It has the "step" that was the last one then."""
+        spent = {"seconds": self._seconds, "writing": self._writing, "trained_tokens": self._tokens}
+        return {"kind": kind, "step": self._step, **entry, **spent}
 
 
 def _device(name: str) -> torch.device:

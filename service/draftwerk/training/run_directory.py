@@ -2,10 +2,11 @@
 
 run.json          what the run was told, and what it settled at its beginning
 vocabulary.npz    the tokens that can be drafted
+prompts           what texts begin with, if the run was told
 text/             what the target wrote
 states/           states to go on from
 features/         what the target computed of the text, while training goes on
-log.jsonl         a line for every optimizer step and every shard of text
+log.jsonl         a line for every optimizer step, every shard of text and every session
 initial/          the drafter as it was before the first step
 drafter/          the drafter as it is so far: complete at any time once it is there
 evaluation.json, report.html    at the end
@@ -16,20 +17,19 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from draftwerk.training.atomic_file import atomic_file
+from draftwerk.training.atomic_file import append_line, atomic_file, remove_leftovers
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.shards import count_shards
 from draftwerk.training.vocabulary import DraftVocabulary
 
 _RUN = "run.json"
-_VOCABULARY = "vocabulary.npz"
 _FORMAT = 1
 
 
@@ -38,11 +38,12 @@ class RunDirectory:
 
     Attributes:
         path: where it is.
-        text, states, features, initial, drafter, evaluation, report: paths of its parts.
+        prompts, text, states, features, initial, drafter, evaluation, report: paths of its parts.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.prompts = path / "prompts"
         self.text = path / "text"
         self.states = path / "states"
         self.features = path / "features"
@@ -51,6 +52,8 @@ class RunDirectory:
         self.evaluation = path / "evaluation.json"
         self.report = path / "report.html"
         self._log = path / "log.jsonl"
+        self._fresh = path / ".drafter.new"
+        self._vocabulary = path / "vocabulary.npz"
 
     # --- what the run was told ----------------------------------------------------------------------------------
 
@@ -65,12 +68,16 @@ class RunDirectory:
             OSError: it cannot be made.
         """
         if (self.path / _RUN).exists():
-            if self.drafter.exists() or self.states.exists() or count_shards(self.text):
+            begun = (self.drafter, self.states, self.initial, self._vocabulary)
+            if any(part.exists() for part in begun) or count_shards(self.text):
                 raise TrainingError(
                     f"{self.path} holds a training run: go on with it by --resume, or give another directory"
                 )
-            shutil.rmtree(self.text, ignore_errors=True)  # it failed before it had done anything
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            # It failed before it had done anything, and the new one may be told otherwise.
+            shutil.rmtree(self.text, ignore_errors=True)
+            self._log.unlink(missing_ok=True)
+            self.prompts.unlink(missing_ok=True)
+        elif self.path.exists() and (not self.path.is_dir() or not all(map(_is_leftover, self.path.iterdir()))):
             raise TrainingError(f"{self.path} is not empty: a training run needs a directory of its own")
         self.path.mkdir(parents=True, exist_ok=True)
         self.write(told)
@@ -99,13 +106,32 @@ class RunDirectory:
 
     # --- what it does -------------------------------------------------------------------------------------------
 
-    def log(self, kind: str, entry: Mapping[str, Any]) -> None:
-        """Adds a line: of a "step", a "text" or a "session"; it has the "step" that was the last one then."""
-        with self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **entry}) + "\n")
+    def remove_leftovers(self) -> None:
+        """Removes what a process that was killed has left half written."""
+        remove_leftovers(self.path)
+        for pattern in (f".{self.initial.name}.*", self._fresh.name, f".{self._fresh.name}.*"):
+            for leftover in self.path.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Adds a line.
+
+        Raises:
+            OSError: it cannot be written; it may be there in part.
+        """
+        append_line(self._log, json.dumps(entry))
+
+    def replace_log(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Writes all lines anew.
+
+        Raises:
+            OSError: they cannot be written; the log is what it was.
+        """
+        with atomic_file(self._log) as file:
+            file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
 
     def entries(self) -> list[dict[str, Any]]:
-        """The lines of the log. A last one that was cut off when the run was killed is none."""
+        """The lines of the log. A last one that was cut off, by a kill or a full disk, is none."""
         try:
             text = self._log.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -116,29 +142,22 @@ class RunDirectory:
         except ValueError as error:
             raise TrainingError(f"{self._log} is damaged: {error}") from None
 
-    def forget_after(self, step: int) -> None:
-        """Removes the lines of the optimizer steps behind the state that the run goes on from."""
-        kept = [entry for entry in self.entries() if entry["kind"] != "step" or entry["step"] <= step]
-        with atomic_file(self._log) as file:
-            file.writelines(json.dumps(entry).encode() + b"\n" for entry in kept)
-
     def vocabulary(self) -> DraftVocabulary | None:
         """What save_vocabulary() saved; None if it has not yet.
 
         Raises:
             TrainingError: the file is damaged.
         """
-        path = self.path / _VOCABULARY
-        if not path.exists():
+        if not self._vocabulary.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(self._vocabulary, allow_pickle=False) as arrays:
                 return DraftVocabulary(**{name: arrays[name] for name in arrays.files})
         except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise TrainingError(f"{path} is damaged ({error}): begin in another directory") from None
+            raise TrainingError(f"{self._vocabulary} is damaged ({error}): begin in another directory") from None
 
     def save_vocabulary(self, vocabulary: DraftVocabulary) -> None:
-        with atomic_file(self.path / _VOCABULARY) as file:
+        with atomic_file(self._vocabulary) as file:
             np.savez(file, **asdict(vocabulary))
 
     def publish(self, write: Callable[[Path], None]) -> None:
@@ -149,12 +168,16 @@ class RunDirectory:
         Args:
             write: writes one into a directory that does not exist yet.
         """
-        fresh = self.path / ".drafter.new"
-        shutil.rmtree(fresh, ignore_errors=True)
-        write(fresh)
+        shutil.rmtree(self._fresh, ignore_errors=True)
+        write(self._fresh)
         if not self.drafter.exists():
-            fresh.rename(self.drafter)
+            self._fresh.rename(self.drafter)
             return
-        for file in fresh.iterdir():
+        for file in self._fresh.iterdir():
             file.replace(self.drafter / file.name)
-        fresh.rmdir()
+        self._fresh.rmdir()
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether this is all that a process left that was killed while it began a run."""
+    return path.name.startswith(f".{_RUN}.")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from draftwerk.training.atomic_file import atomic_file
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.prompts import read_prompts
 from draftwerk.training.run_directory import RunDirectory
@@ -86,20 +86,22 @@ def begin(directory: Path, options: RunOptions) -> RunDirectory:
     run = RunDirectory(directory)
     run.begin({"options": asdict(options)})
     if prompts is not None:
-        copied = directory / "prompts"
-        shutil.copyfile(prompts.path, copied)
-        options = dataclasses.replace(options, prompts=str(copied))
-        run.write({"options": asdict(options)})
+        with atomic_file(run.prompts) as copy:
+            copy.write(prompts.data)
     return run
 
 
 def read_options(directory: RunDirectory) -> RunOptions:
-    """What the run in a directory was told.
+    """What the run in a directory was told; its prompts are the copy, wherever the directory is by now.
 
     Raises:
         TrainingError: there is no run, or its file is damaged.
     """
     try:
-        return RunOptions.from_values(directory.read()["options"])
+        options = RunOptions.from_values(directory.read()["options"])
     except (KeyError, TypeError) as error:
         raise TrainingError(f"{directory.path}: its run.json is not that of a run ({error})") from None
+    # A run that was killed before there was a copy goes on with the file that it was told.
+    if options.prompts is None or not directory.prompts.exists():
+        return options
+    return dataclasses.replace(options, prompts=str(directory.prompts))

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from draftwerk.training.atomic_file import atomic_file, remove_leftovers
-from draftwerk.training.errors import TrainingError
+from draftwerk.training.errors import TrainingError, WriteError
 
 _KEPT = 2
 _KEY = "draftwerk"
@@ -26,7 +26,7 @@ def save_state(directory: Path, step: int, tensors: Mapping[str, Tensor], about:
     """Writes a state and removes those before the last one.
 
     Raises:
-        TrainingError: it cannot be written; the states that were there still are.
+        WriteError: it cannot be written; the states that were there still are.
     """
     path = directory / f"step-{step:08d}.safetensors"
     contents = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
@@ -38,10 +38,16 @@ def save_state(directory: Path, step: int, tensors: Mapping[str, Tensor], about:
     except OSError as error:
         kept = _states(directory)
         left = f"{kept[-1].name} is still there" if kept else "there is no earlier state"
-        raise TrainingError(f"{path}: the state cannot be written ({error.strerror}); {left}") from error
+        raise WriteError(f"{path}: the state cannot be written ({error.strerror}); {left}", error) from error
     for old in _states(directory)[:-_KEPT]:
         old.unlink()
     return path
+
+
+def last_step(directory: Path) -> int:
+    """The step of the last state; 0 if there is none."""
+    found = _states(directory)
+    return int(found[-1].stem.removeprefix("step-")) if found else 0
 
 
 def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -198,17 +198,25 @@ class TextWriter:
         for _ in range(self.shards * options.texts_per_shard):
             next(self._plan)
 
-    def write_shard(self, on_progress: Callable[[TextProgress], None] = lambda _: None) -> Shard:
+    def write_shard(
+        self,
+        on_progress: Callable[[TextProgress], None] = lambda _: None,
+        on_texts: Callable[[Shard], None] = lambda _: None,
+    ) -> None:
         """Writes the next shard.
+
+        Args:
+            on_progress: told how far it is.
+            on_texts: told of the texts when they are done, before there is a file of them.
 
         Raises:
             OSError: the disk is full, for instance; the shards before it stay.
         """
         plans = [next(self._plan) for _ in range(self._options.texts_per_shard)]
         shard = Shard.of(asyncio.run(self._generate_all(plans, on_progress)))
+        on_texts(shard)
         write_shard(self._directory, self.shards, shard)
         self.shards += 1
-        return shard
 
     async def _generate_all(self, plans: list[PlannedText], on_progress: Callable[[TextProgress], None]) -> list[Text]:
         self._engine.deliver_on(asyncio.get_running_loop())

@@ -52,7 +52,7 @@ class StepFigures:
         overlap: draft position to what temperature 1 would accept there at best, given that it is reached.
         gradient_norm: before clipping, without that of centroids.
         learning_rate: that it took.
-        tokens_per_second: of text, everything included.
+        tokens_per_second: of text, everything included but states.
         cluster_recall: how probable the target finds it, of what can be drafted, that its token is in the clusters
             that centroids choose; None without centroids.
     """
@@ -125,10 +125,10 @@ class Trainer:
         self.step = 0
 
     def steps(self, batches: BatchSource) -> Iterator[StepFigures]:
-        """Trains to the end of the run; yields after every optimizer step.
+        """Trains to the end of the run; yields after every optimizer step, which is when :meth:`save` may be called.
 
         Raises:
-            TrainingError: a state cannot be written, or the loss is not finite.
+            TrainingError: the gradient is not finite.
         """
         options = self._options
         while self.step < options.steps:
@@ -139,15 +139,13 @@ class Trainer:
             rate = options.learning_rate_at(self.step)
             norm = self._apply(rate)
             self.step += 1
-            if self.step % options.save_every == 0 or self.step == options.steps:
-                self.save(batches)
             yield chain.figures(self.step, norm, rate, time.perf_counter() - started)
 
     def save(self, batches: BatchSource) -> None:
         """Writes a state, from which :meth:`resume` goes on.
 
         Raises:
-            TrainingError: it cannot be written.
+            WriteError: it cannot be written.
         """
         tensors: dict[str, Tensor] = {}
         for name, weight in self._weights.items():

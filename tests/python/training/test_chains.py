@@ -58,7 +58,7 @@ def test_a_chain_goes_on_as_often_as_its_drafts_are_accepted(tmp_path: Path) -> 
     target = tiny_training.frozen(MODELS["gemma3"](seed=1), tmp_path / "target")
     ids = random_ids(2, 9)
     text = Batches([row.astype(np.int32) for row in ids], length=9, tokens_per_batch=18, seed=0)
-    options = TrainingOptions(steps=200, draft_depth=3, learning_rate=0.0, warmup_steps=0, save_every=1000, seed=1)
+    options = TrainingOptions(steps=200, draft_depth=3, learning_rate=0.0, warmup_steps=0, seed=1)
     trainer = Trainer(target, tiny_training.tiny_drafter(target, draft_vocab_size=320), options, tmp_path / "states")
     loss, reached = every_chain(trainer.drafter, target, torch.from_numpy(ids), options.draft_depth)
     figures = list(trainer.steps(text))

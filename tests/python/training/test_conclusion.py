@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ def test_what_was_evaluated_is_only_reported_again(target: Checkpoint, trained: 
     assert not notes.evaluated
     assert (trained / "evaluation.json").read_bytes() == before
     assert (trained / "report.html").exists()
+
+
+def test_text_that_was_written_for_steps_that_are_lost_is_no_step(
+    target: Checkpoint, trained: Path, tmp_path: Path
+) -> None:
+    place, notes = RunDirectory(shutil.copytree(trained, tmp_path / "run")), Notes()
+    last = place.entries()[-1]
+    place.log({**last, "kind": "text", "step": last["step"] + 1, "shard": 9, "tokens": 5})
+    assert finish(target, place.path, notes)
+    assert not notes.evaluated
 
 
 def test_an_evaluation_can_be_stopped(target: Checkpoint, trained: Path) -> None:

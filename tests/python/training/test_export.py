@@ -18,7 +18,7 @@ import tiny_checkpoint
 import tiny_gemma4
 from draftwerk.loading import CheckpointError, open_assistant, open_checkpoint
 from draftwerk.loading.hugging_face_config import assistant_config_from_hugging_face
-from draftwerk.training.errors import TrainingError
+from draftwerk.training.errors import TrainingError, WriteError
 from draftwerk.training.export import read_drafter, write_drafter
 
 KV = (("sliding_attention", 2, tiny_gemma4.HEAD_DIM), ("full_attention", 1, tiny_gemma4.GLOBAL_HEAD_DIM))
@@ -129,7 +129,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     target = tiny_training.frozen(MODELS["gemma3"](seed=1), tmp_path / "target")
     drafter = tiny_training.tiny_drafter(target)
     directory = tmp_path / "drafter"
-    with full_disk(), pytest.raises(TrainingError) as refused:
+    with full_disk(), pytest.raises(WriteError) as refused:
         write_drafter(drafter, dict(drafter.named_parameters()), directory, target_name="tiny")
     assert str(refused.value) == f"{directory}: the drafter cannot be written (File too large)"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]

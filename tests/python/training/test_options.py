@@ -39,7 +39,6 @@ def target_config(**changes: Any) -> TextConfig:
         ("clip", math.nan),
         ("accumulate", 0),
         ("ema_decay", 1.5),
-        ("save_every", 0),
         ("seed", -1),
         ("seed", 1 << 63),
     ],

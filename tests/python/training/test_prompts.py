@@ -127,7 +127,7 @@ def test_lines_may_be_what_a_user_says(tmp_path: Path) -> None:
 
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1))
 def test_some_prompts_are_set_aside_where_there_are_enough(count: int, seed: int) -> None:
-    prompts = PromptsFile(Path("p"), tuple(TextPrompt(str(i), line=i + 1) for i in range(count)), "digest")
+    prompts = PromptsFile(Path("p"), b"", tuple(TextPrompt(str(i), line=i + 1) for i in range(count)), "digest")
     written, aside = set_aside(prompts, seed)
     if count < 32:
         assert (written, aside) == (prompts, None)

@@ -57,7 +57,7 @@ def evaluation(**changes: Any) -> dict[str, Any]:
 
 def step(number: int, **changes: Any) -> dict[str, Any]:
     values = {"kind": "step", "step": number, "loss": 3.0 / number, "agreement": [0.5, 0.4], "reached": [1.0, 0.5]}
-    spent = {"seconds": 100.0 * number, "writing": 10.0, "trained_tokens": 4096 * number, "written_tokens": 2000}
+    spent = {"seconds": 100.0 * number, "writing": 10.0, "trained_tokens": 4096 * number}
     return {**values, **spent, **changes}
 
 
@@ -74,7 +74,8 @@ def text(html: str) -> str:
 
 
 def test_a_report_says_what_a_drafter_is_worth() -> None:
-    html = page([step(1), step(2)], evaluation())
+    texts = [{**step(number), "kind": "text", "tokens": 1000} for number in (1, 2)]
+    html = page([*texts, step(1), step(2)], evaluation())
     shown = text(html)
     assert "8,192 tokens trained on, 2,000 of them different" in shown
     assert "in 2 steps and 3 min" in shown
@@ -95,7 +96,8 @@ def test_what_users_name_is_text() -> None:
     "entries",
     [
         [],
-        [{**step(1), "kind": "text"}],
+        [{**step(1), "kind": "text", "tokens": 5}],
+        [{**step(1), "kind": "session"}],
         [step(1)],
         [step(1, loss=math.nan, agreement=[0.0, math.nan]), step(2, loss=math.inf)],
         [step(1, agreement=[], reached=[])],

@@ -8,8 +8,8 @@ import pytest
 import torch
 from full_disk import full_disk
 
-from draftwerk.training.errors import TrainingError
-from draftwerk.training.state import load_state, save_state
+from draftwerk.training.errors import TrainingError, WriteError
+from draftwerk.training.state import last_step, load_state, save_state
 
 TENSORS = {"one": torch.arange(50_000.0), "other": torch.ones(3, 5)}
 
@@ -20,10 +20,12 @@ def names(directory: Path) -> list[str]:
 
 def test_the_last_one_is_read_and_two_are_kept(tmp_path: Path) -> None:
     assert load_state(tmp_path / "states") is None
+    assert last_step(tmp_path / "states") == 0
     for step in (5, 10, 15):
         path = save_state(
             tmp_path / "states", step, {**TENSORS, "step": torch.tensor([step])}, {"run": "x", "at": step}
         )
+    assert last_step(tmp_path / "states") == 15
     assert names(tmp_path / "states") == ["step-00000010.safetensors", "step-00000015.safetensors"]
     assert path == tmp_path / "states" / "step-00000015.safetensors"
     found = load_state(tmp_path / "states")
@@ -38,12 +40,12 @@ def test_the_last_one_is_read_and_two_are_kept(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_states_that_were_there(tmp_path: Path) -> None:
     with (
         full_disk(),
-        pytest.raises(TrainingError, match=r"step-00000001\.safetensors: .*\(File too large\); .*no earl"),
+        pytest.raises(WriteError, match=r"step-00000001\.safetensors: .*\(File too large\); .*no earl"),
     ):
         save_state(tmp_path, 1, TENSORS, {})
     assert names(tmp_path) == []
     save_state(tmp_path, 2, TENSORS, {"at": 2})
-    with full_disk(), pytest.raises(TrainingError, match=r"step-00000002\.safetensors is still there") as refused:
+    with full_disk(), pytest.raises(WriteError, match=r"step-00000002\.safetensors is still there") as refused:
         save_state(tmp_path, 3, TENSORS, {"at": 3})
     assert "\n" not in str(refused.value)
     assert names(tmp_path) == ["step-00000002.safetensors"]

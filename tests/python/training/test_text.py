@@ -102,7 +102,8 @@ def test_loops_are_cut(engine: Engine, tmp_path: Path) -> None:
     # The scripted core repeats its prompt for ever.
     prompts = prompts_file(tmp_path, "twelve bytes\nfive5\n")
     options = TextOptions(max_tokens=100, texts_per_shard=4, streams=2)
-    shard = TextWriter(engine, tmp_path / "text", options, prompts).write_shard()
+    TextWriter(engine, tmp_path / "text", options, prompts).write_shard()
+    shard = read_shard(tmp_path / "text", 0)
     assert [ENDS[text.end] for text in shard.texts()] == ["loop"] * 4
     generated = {int(text.prompt_length): len(text.token_ids) - text.prompt_length for text in shard.texts()}
     assert generated == {13: 26, 6: 12}  # two rounds, of <bos> and the bytes
@@ -279,6 +280,14 @@ def test_a_full_disk_leaves_what_was_there(engine: Engine, tmp_path: Path, monke
     assert contents(tmp_path) == before
     TextWriter(engine, tmp_path, options).write_shard()
     assert count_shards(tmp_path) == 2
+
+
+def test_texts_are_told_of_before_there_is_a_file_of_them(engine: Engine, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    writer = TextWriter(engine, tmp_path, TextOptions(max_tokens=8, texts_per_shard=4))
+    for _ in range(2):
+        writer.write_shard(on_texts=lambda shard: told.append((shard.generated_tokens, count_shards(tmp_path))))
+    assert told == [(read_shard(tmp_path, number).generated_tokens, number) for number in range(2)]
 
 
 def test_a_failure_of_the_engine_ends_the_shard(engine: Engine, scripted: object, tmp_path: Path) -> None:

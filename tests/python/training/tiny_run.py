@@ -6,11 +6,13 @@ python tiny_run.py MODEL DIRECTORY
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from tiny_writer import with_tokenizer
 
@@ -77,6 +79,23 @@ def run(
     else:
         place = begin(directory, dataclasses.replace(OPTIONS, **changes))
     return Run(place, read_options(place), checkpoint, notes or Notes(), stop=stop, device="cpu", threads=1).train()
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    """Those of a run's drafter."""
+    tensors = safetensors.torch.load_file(directory / "drafter" / "model.safetensors")
+    return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def log(directory: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of a run's log, all of which are whole, without what depends on time and on when it was stopped."""
+    entries = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    dependent = {"seconds", "writing", "tokens_per_second"} | ({"step", "trained_tokens"} if kind == "text" else set())
+    return [
+        {name: value for name, value in entry.items() if name not in dependent}
+        for entry in entries
+        if entry["kind"] == kind
+    ]
 
 
 if __name__ == "__main__":
