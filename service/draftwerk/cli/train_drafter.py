@@ -171,7 +171,7 @@ def train_drafter(
             if not resume:
                 directory = begin(out, told)
                 told = read_options(directory)
-            with _saying_how_to_go_on(out):
+            with directory.held(), _saying_how_to_go_on(out):
                 run = Run(directory, told, checkpoint, display, stop=stop.is_set, device=device, threads=threads)
                 done = run.train() and conclude(
                     directory,

@@ -14,10 +14,14 @@ evaluation.json, report.html    at the end
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,6 +71,14 @@ class RunDirectory:
             TrainingError: there is something there.
             OSError: it cannot be made.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise TrainingError(f"{self.path} is a file: a training run needs a directory of its own")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.held():
+            self._make_room()
+            self.write(told)
+
+    def _make_room(self) -> None:
         if (self.path / _RUN).exists():
             begun = (self.drafter, self.states, self.initial, self._vocabulary)
             if any(part.exists() for part in begun) or count_shards(self.text):
@@ -77,10 +89,25 @@ class RunDirectory:
             shutil.rmtree(self.text, ignore_errors=True)
             self._log.unlink(missing_ok=True)
             self.prompts.unlink(missing_ok=True)
-        elif self.path.exists() and (not self.path.is_dir() or not all(map(_is_leftover, self.path.iterdir()))):
+        elif not all(map(_is_leftover, self.path.iterdir())):
             raise TrainingError(f"{self.path} is not empty: a training run needs a directory of its own")
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write(told)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from working on the run meanwhile. A process that is killed holds nothing.
+
+        Raises:
+            TrainingError: another one does, or there is no such directory.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise TrainingError(f"{self.path} is no directory of a training run ({error.strerror})") from None
+        try:
+            _lock(descriptor, self.path)
+            yield
+        finally:
+            os.close(descriptor)
 
     def read(self) -> dict[str, Any]:
         """What write() wrote last.
@@ -176,6 +203,18 @@ class RunDirectory:
         for file in self._fresh.iterdir():
             file.replace(self.drafter / file.name)
         self._fresh.rmdir()
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TrainingError(
+            f"{path}: another process works on this run; wait for it, stop it, or give another directory"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system that has no locks
+            raise
 
 
 def _is_leftover(path: Path) -> bool:

@@ -259,8 +259,42 @@ def test_a_directory_in_use_is_refused(target: Checkpoint, whole: tuple[Path, No
     (tmp_path / "file").write_text("mine")
     with pytest.raises(TrainingError, match="is not empty"):
         begin(tmp_path, OPTIONS)
-    with pytest.raises(TrainingError, match="is not empty"):
+    with pytest.raises(TrainingError, match="is a file"):
         begin(tmp_path / "file", OPTIONS)
+
+
+def test_a_run_is_one_process_s(tmp_path: Path) -> None:
+    directory = begin(tmp_path / "run", OPTIONS)
+    refused = pytest.raises(TrainingError, match=r"run: another process works on this run; wait for it, stop it, or")
+    with directory.held():
+        with refused, RunDirectory(directory.path).held():
+            pass
+        (directory.path / "prompts").write_text("of that process")
+        with refused:
+            begin(directory.path, OPTIONS)  # though it has done nothing yet, it may be about to
+        assert (directory.path / "prompts").exists()
+    begin(directory.path, OPTIONS)
+    absent = pytest.raises(TrainingError, match=r"none is no directory of a training run \(No such file or directory\)")
+    with absent, RunDirectory(tmp_path / "none").held():
+        pass
+
+
+def test_a_process_that_is_killed_holds_no_run(tmp_path: Path) -> None:
+    directory = begin(tmp_path / "run", OPTIONS)
+    program = (
+        "import pathlib, sys, time; from draftwerk.training.run_directory import RunDirectory\n"
+        "with RunDirectory(pathlib.Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, str(directory.path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(TrainingError, match="another process"), directory.held():
+            pass
+        process.kill()
+    with directory.held():
+        pass
 
 
 def test_a_run_that_has_done_nothing_can_be_begun_anew(target: Checkpoint, tmp_path: Path) -> None:

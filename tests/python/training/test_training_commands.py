@@ -112,6 +112,20 @@ def test_what_it_is_told_is_what_is_run(opened: Checkpoint, trains: Any, tmp_pat
     assert result.stdout == ""
 
 
+def test_a_run_that_another_process_works_on_is_one_line(
+    opened: Checkpoint, trains: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    done = trains()
+    directory = begin(tmp_path / "run", RunOptions(model="tiny", tokens=500))
+    with directory.held():
+        for arguments in (["--resume"], ["--tokens", "500"]):
+            result = run_command("train-drafter", "--out", str(directory.path), *arguments)
+            assert result.exit_code == 2
+            assert "another process works on this run" in result.output
+            assert "Traceback" not in result.output
+    assert not done
+
+
 def test_ctrl_c_ends_behind_a_step_and_the_run_can_be_gone_on_with(
     opened: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
