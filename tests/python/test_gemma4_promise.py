@@ -90,7 +90,7 @@ def test_random_setups(
     check(subject, [CASES[i] for i in sorted(picks)], setup)
 
 
-@pytest.mark.parametrize("draft_length", few([1, 2, 5, 8], [2, 8]))
+@pytest.mark.parametrize("draft_length", few([1, 2, 5, 8], [5]))
 @pytest.mark.parametrize("family", TARGETS)
 def test_every_family_with_its_drafter(subjects: Subjects, family: str, draft_length: int) -> None:
     subject, drafter = subjects(family, "bf16")
@@ -100,7 +100,7 @@ def test_every_family_with_its_drafter(subjects: Subjects, family: str, draft_le
 
 
 def test_preemption_with_a_drafter(subjects: Subjects) -> None:
-    subject, drafter = subjects("ple_shared", "f32")
-    setup = Setup(drafter, 4, batch=16, kv_memory=600_000, max_step_rows=128, prefill_chunk=32, rounds=2)
+    subject, drafter = subjects("ple_shared", "bf16")
+    setup = Setup(drafter, 4, batch=16, kv_memory=300_000, max_step_rows=128, prefill_chunk=32, rounds=few(2, 1))
     stats = check(subject, CASES, setup)
     assert stats["preemptions"] > 0
