@@ -4,9 +4,9 @@
     python bench/compare_transformers.py DIR/E2B --rounds 3 --json transformers.json
     python bench/compare_transformers.py DIR/E2B --device cuda --weights bf16 int8 int4 --told --json transformers.json
 
-Greedy, one stream; the prompt is not part of the time, but for draftwerk's drafts that are told. Each engine has a
-process of its own, and the processes take turns, so that a slow spell of the machine falls on all of them and none
-computes beside another. The output of draftwerk with the drafter has to be that without it.
+Greedy, one stream; the prompt is not part of the time. Each engine has a process of its own, and the processes take
+turns, so that a slow spell of the machine falls on all of them and none computes beside another. The output of
+draftwerk with the drafter has to be that without it.
 
 Drafts of random weights are never right. --told adds what both would be with 8 drafts and 4.0 tokens in every step:
 draftwerk is measured with drafts that are right that often (gpu_decoding.py), its drafter run for the time that it
@@ -142,7 +142,7 @@ def run_told(settings: Settings, weights: str) -> Speed:
     gpu = find_gpu(settings.device)
     model = load_model(checkpoint, gpu=gpu, weights=weights, threads=settings.threads)
     mtp = load_assistant(open_assistant(settings.assistant), checkpoint, model, weights=weights)
-    figures = decode(model, mtp, streams=1, tokens=settings.tokens, rounds=1, kv_memory=256 << 20)["drafted"]
+    figures = decode(model, mtp, prompts=[PROMPT], tokens=settings.tokens, rounds=1, kv_memory=256 << 20)["drafted"]
     return Speed(figures.tokens_per_second, figures.tokens_per_step)
 
 

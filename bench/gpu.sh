@@ -1,71 +1,155 @@
 #!/usr/bin/env bash
-# What only a machine with a GPU can tell: whether the CUDA backend builds and passes its tests there, what
-# compute-sanitizer finds, and how long things take. Eight minutes at most; what fails is noted and the rest goes on.
+# What only a machine with a GPU can tell: whether the CUDA backend builds and passes its tests there, how long things
+# take, and what compute-sanitizer finds. What is worth most comes first; what fails is noted and the rest goes on.
 #
-#   bench/gpu.sh [OUT [WHEELS]]
+#   bench/gpu.sh [--seconds N] [--wheels DIR] [--only "STAGE..."] [OUT]
 #
-# OUT (bench/results if it is not given) gets a log of each stage, stages.txt, passes.json, passes-quantised.json and
-# transformers.json. Where not all of it fits into the time, GPU_SECONDS=900 gives it more.
-# WHEELS is a directory of wheels, which are installed beside the system's packages: pybind11, ros-gtest-vendor, pytest,
-# and of draftwerk's dependencies in pyproject.toml those that are not there (`pip download` for that machine's Python).
-# There have to be nvcc 13, cmake, ninja and Python 3.10 or newer with its headers; parity and comparisons need torch and
-# transformers.
+# OUT (bench/results if it is not given) gets stages.txt, which says how each stage ended, and gpu.tar.gz with the logs
+# and the results as JSON, which is replaced after every stage. Exits with 1 if a stage did not pass.
+# --seconds: for all of it, 480 if it is not given. A stage starts where at least half of the most that it may take is
+#   left, and is ended when the time is over.
+# --wheels: a directory of wheels that are installed beside the packages of python3, which stay as they are:
+#   ros-gtest-vendor, and what else is missing there (`pip download` for that machine's Python).
+# --only: of the stages behind the build, these (names as in stages.txt). A build that is there already is brought up to
+#   date.
+# There have to be nvcc 13, cmake, ninja and Python 3.10 or newer with its headers, torch, transformers and pytest; ncu
+# and compute-sanitizer for the stages named after them.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${1:-bench/results}
-out=$(mkdir -p "$out" && cd "$out" && pwd)
-wheels=${2:-}
-build=build/gpu
-budget=${GPU_SECONDS:-480}
+cd "$(dirname "$0")/.." || exit
 
-# stage NAME MOST_SECONDS COMMAND...: runs it in what is left of the time; 1 if it fails.
-stage() {
-  local name=$1 most=$2 began=$SECONDS left=$((budget - SECONDS)) status
+budget=480
+wheels=
+only=
+out=bench/results
+while (($#)); do
+  case $1 in
+    --seconds) budget=$2 && shift ;;
+    --wheels) wheels=$2 && shift ;;
+    --only) only=$2 && shift ;;
+    -*) echo "bench/gpu.sh: unknown option $1" >&2 && exit 2 ;;
+    *) out=$1 ;;
+  esac
+  shift
+done
+out=$(mkdir -p "$out" && cd "$out" && pwd) || exit
+build=$PWD/build/gpu
+failures=0
+logs=$build/logs
+results=$build/results
+rm -rf "$logs" "$results"
+mkdir -p "$logs" "$results"
+: >"$out/stages.txt"
+
+# What was found until now, in one file that is whole at every moment.
+keep() { tar -czf "$out/gpu.tar.gz.new" -C "$build" logs results && mv "$out/gpu.tar.gz.new" "$out/gpu.tar.gz"; }
+
+say() { echo "$*" | tee -a "$out/stages.txt"; }
+
+# run NAME MOST_SECONDS COMMAND...: runs it if there is time; 1 if it did not succeed, and says why.
+run() {
+  local name=$1 most=$2 began=$SECONDS left=$((budget - SECONDS)) status took ended
   shift 2
-  ((left > 5)) || { echo "$name: no time left" | tee -a "$out/stages.txt"; return 1; }
-  timeout -k 5 "$((left < most ? left : most))" "$@" >"$out/$name.log" 2>&1
+  if ((left < 1 || 2 * left < most)); then
+    say "$name: not started, $left s are left"
+    failures=1
+    return 1
+  fi
+  ((most = most < left ? most : left))
+  timeout -k 5 "$most" "$@" >"$logs/$name.log" 2>&1
   status=$?
-  echo "$name: $((SECONDS - began)) s, status $status" | tee -a "$out/stages.txt"
-  return "$status"
+  took=$((SECONDS - began))
+  if ((status == 0)); then
+    ended=passed
+  elif ((status == 124 || (status == 137 && took >= most))); then
+    ended="timed out"
+  else
+    ended="failed, status $status"
+  fi
+  say "$name: $ended, $took s"
+  keep
+  ((status == 0)) && return
+  failures=1
+  tail -n 20 "$logs/$name.log" | cut -c 1-300 | sed 's/^/  | /'
+  return 1
 }
 
-python3 -m venv --system-site-packages "$build/venv"
-python=$PWD/$build/venv/bin/python
-export PATH=$PWD/$build/venv/bin:$PATH:/usr/local/cuda/bin
-if [[ -n $wheels ]]; then
-  stage packages 60 "$python" -m pip install -q --no-index --no-deps --upgrade "$wheels"/*.whl
-fi
-export HF_HUB_OFFLINE=1
-export PYTHONPATH=$PWD/service:$PWD/client:$PWD/tests/python DRAFTWERK_CUDA_LIBRARY=$PWD/$build/libdraftwerk_cuda.so
-capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-[[ $capability == 90 ]] && capability=90a
-nvidia-smi >"$out/gpu.txt"
-# 10 GB that the comparison with transformers reads, written while the compilers work.
-"$python" bench/random_gemma4.py E2B "$build/weights" >"$out/writing.log" 2>&1 &
-weights=$!
-trap 'kill "$weights" 2>/dev/null' EXIT
+asked() { [[ -z $only || " $only " == *" $1 "* ]]; }
 
-stage configure 60 cmake -S . -B "$build" -G Ninja -DDRAFTWERK_BUILD_CUDA=ON -DDRAFTWERK_BUILD_TESTS=ON \
+# stage NAME MOST_SECONDS COMMAND...: a stage behind the build.
+stage() { asked "$1" && run "$@"; }
+
+# measure NAME MOST_SECONDS COMMAND...: one whose last lines are what it found.
+measure() { stage "$@" && tail -n 24 "$logs/$1.log" | cut -c 1-700; }
+
+# --- the packages of python3, and more beside them: made from a virtual environment, another one sees none of its ---
+
+outer=$(command -v python3)
+python=$build/venv/bin/python
+"$outer" -m venv --without-pip "$build/venv" || exit
+"$outer" - "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" <<'END' || exit
+import pathlib, site, sys
+directories = site.getsitepackages() + [site.getusersitepackages()] * bool(site.ENABLE_USER_SITE)
+lines = [f"import site; site.addsitedir({directory!r})\n" for directory in directories]
+pathlib.Path(sys.argv[1], "outer.pth").write_text("".join(lines))
+END
+export PATH=$build/venv/bin:$PATH:/usr/local/cuda/bin HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD/service:$PWD/client:$PWD/tests/python${PYTHONPATH:+:$PYTHONPATH}
+export DRAFTWERK_CUDA_LIBRARY=$build/libdraftwerk_cuda.so
+if [[ -n $wheels ]]; then
+  run packages 60 "$python" -m pip install -q --no-index --no-deps --ignore-installed "$wheels"/*.whl
+fi
+for module in numpy pybind11 torch; do
+  "$python" -c "import $module" || { say "$outer has no $module" && exit 1; }
+done
+nvidia-smi >"$logs/gpu.txt"
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+[[ -n $capability ]] || { say "nvidia-smi finds no GPU" && exit 1; }
+[[ $capability == 90 ]] && capability=90a
+
+# --- the build ------------------------------------------------------------------------------------------------------
+
+if asked transformers; then  # 10 GB that are compared on, written while the compilers work
+  "$python" bench/random_gemma4.py E2B "$build/weights" >"$logs/writing.log" 2>&1 &
+  weights=$!
+  trap 'kill "$weights" 2>/dev/null' EXIT
+fi
+run configure 60 cmake -S . -B "$build" -G Ninja -DDRAFTWERK_BUILD_CUDA=ON -DDRAFTWERK_BUILD_TESTS=ON \
   -DCMAKE_CUDA_ARCHITECTURES="$capability-real" -DPython_EXECUTABLE="$python" \
-  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)"
-stage build 240 cmake --build "$build" --target _core draftwerk_cuda draftwerk_gpu_tests || exit 1
+  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" || exit
+# Of tests that do not compile, speed can be measured all the same.
+run build 240 cmake --build "$build" --target _core draftwerk_cuda draftwerk_gpu_tests draftwerk_gpu_arithmetic_tests \
+  -- -k 0 || run library 120 cmake --build "$build" --target _core draftwerk_cuda || exit
 cp "$build"/_core*.so service/draftwerk/
 
-# What is right comes before what is fast.
-stage build-arithmetic 30 cmake --build "$build" --target draftwerk_gpu_arithmetic_tests \
-  && stage arithmetic 10 "$build/draftwerk_gpu_arithmetic_tests"
+# --- the stages: what is right, what is fast, what explains it ------------------------------------------------------
+
+stage arithmetic 15 "$build/draftwerk_gpu_arithmetic_tests"
 stage tests 60 "$build/draftwerk_gpu_tests" --gtest_brief=1
+measure passes-E2B 60 "$python" bench/gpu_passes.py E2B --rounds 1 --json "$results/passes-E2B.json"
+measure passes-31B 120 "$python" bench/gpu_passes.py 31B --rounds 1 --json "$results/passes-31B.json"
+if asked transformers && run weights 60 tail --pid="$weights" -f /dev/null; then
+  measure transformers 90 "$python" bench/compare_transformers.py "$build/weights/E2B" --device cuda --weights bf16 \
+    --told --tokens 128 --rounds 1 --json "$results/transformers.json"
+fi
+# CUDA_PYTHON_TESTS of the Makefile.
+stage parity 90 env DRAFTWERK_PROMISE_EXAMPLES=2 DRAFTWERK_PROMISE_CASES=9 DRAFTWERK_PROMISE_TOKENS=12 \
+  "$python" -m pytest -q -p no:cacheprovider tests/python/test_devices.py tests/python/test_cuda_parity.py \
+  tests/python/test_fp8.py tests/python/test_gemma4_parity.py tests/python/test_drafter_parity.py \
+  tests/python/test_gemma4_promise.py
 tiny='MtpDrafter.DraftsDoNotDependOnTheSequencesBesideIt:EngineTest.LogprobsAreThoseOfTheScoredLogits'
 for tool in memcheck racecheck; do
-  stage $tool 30 compute-sanitizer --tool $tool --error-exitcode 9 "$build/draftwerk_gpu_tests" --gtest_filter="$tiny"
+  stage $tool 40 compute-sanitizer --tool $tool --error-exitcode 9 "$build/draftwerk_gpu_tests" --gtest_filter="$tiny"
 done
-stage parity 60 "$python" -m pytest -q -p no:cacheprovider tests/python/test_devices.py tests/python/test_cuda_parity.py \
-  tests/python/test_fp8.py tests/python/test_gemma4_parity.py tests/python/test_drafter_parity.py
-stage passes 150 "$python" bench/gpu_passes.py E2B 31B 26B-A4B 12B E4B --rounds 1 --json "$out/passes.json"
-# The kernels of a few passes of the smallest model, whose launches count for most: what to make faster.
-stage profile 30 ncu --csv --kill yes --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed \
-  --launch-skip 2000 --launch-count 600 "$python" bench/gpu_passes.py E2B --rounds 1
-stage weights 30 tail --pid="$weights" -f /dev/null
-stage transformers 90 "$python" bench/compare_transformers.py "$build/weights/E2B" --device cuda --weights bf16 --told \
-  --tokens 128 --rounds 1 --json "$out/transformers.json"
-stage quantised 60 "$python" bench/gpu_passes.py E2B 31B --weights int8 int4 fp8 --rounds 1 --json "$out/passes-quantised.json"
+measure steps-E2B 45 "$python" bench/gpu_profile.py steps E2B --json "$results/steps-E2B.json"
+# All launches of a pass of the smallest model, for whose size they count for most. The clocks stay as they are found:
+# ncu would lock them to the base clock, for everybody and for all other figures.
+stage ncu 60 ncu --csv --log-file "$results/kernels.csv" --print-units base --kill yes --clock-control none \
+  --cache-control none --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed \
+  --launch-skip 1000 --launch-count 470 "$python" bench/gpu_profile.py passes E2B
+[[ -s $results/kernels.csv ]] \
+  && measure losses 10 "$python" bench/gpu_profile.py losses "$results/kernels.csv" --json "$results/losses.json"
+measure steps-31B 60 "$python" bench/gpu_profile.py steps 31B --streams 1 16 --json "$results/steps-31B.json"
+measure passes-others 120 "$python" bench/gpu_passes.py 26B-A4B 12B E4B --rounds 1 --json "$results/passes-others.json"
+measure passes-quantised 90 "$python" bench/gpu_passes.py E2B 31B --weights int8 int4 fp8 --rounds 1 \
+  --json "$results/passes-quantised.json"
+exit $failures

@@ -5,7 +5,8 @@ the weights and multiplying takes.
 
 Weights are random and of the published sizes; they are made in memory and go straight to the device. The bandwidth that
 figures are compared with is that of a copy on the same device, measured before (with torch, if it is there). A model
-that does not fit the device is left out, and said to be. Decoding is that of gpu_decoding.py.
+that does not fit the device is left out, and said to be. Decoding is that of gpu_decoding.py. The JSON is written as
+figures come: who has to stop has what was measured until then.
 """
 
 from __future__ import annotations
@@ -24,20 +25,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gpu_decoding import decode
+from gpu_decoding import decode, prompts_of
 from random_gemma4 import TARGETS, RandomTensors, assistant_config, assistant_tensors, target_config, target_tensors
 
 from draftwerk import _core
 from draftwerk.devices import find_gpu
+from draftwerk.loading.config import AssistantConfig
 from draftwerk.loading.hugging_face_config import assistant_config_from_hugging_face, config_from_hugging_face
 from draftwerk.loading.tensors import TensorView
 from draftwerk.weights import load_assistant, load_model
 
-ROWS = (1, 4, 8, 16, 32)
+# Of a pass: what a sequence decodes, what some do at once, and 16 with 8 drafts each. Beyond the most outputs of a step
+# (128), logits are those of the last row alone.
+ROWS = (1, 4, 8, 16, 32, 64, 128, 144)
 DRAFTS = (1, 8)
 PREFILL, PREFILL_CHUNK = 8192, 2048
 STREAMS = (1, 16)
 DECODED = 192
+# For keys and values: 16 streams of 31B at 1,216 tokens take 16 GB, 14 of them in sliding layers.
+KV_MEMORY = 24 << 30
 _NUMBERS = 1 << 24  # random values that all matrices are cut from
 
 
@@ -53,6 +59,8 @@ class RandomCheckpoint:
 
     def __init__(self, config: Any, tensors: list[tuple[str, tuple[int, ...]]], seed: int = 0) -> None:
         self.config = config
+        # A drafter reads its target's embedding, and its own is its head alone.
+        self._embedding = "lm_head.weight" if isinstance(config, AssistantConfig) else "model.embed_tokens.weight"
         self._tensors = tensors
         self._random = RandomTensors(seed)
         self._pools: dict[tuple[float, float, int], npt.NDArray[Any]] = {}
@@ -75,6 +83,7 @@ class RandomCheckpoint:
             parts = [pool.view(np.uint8)] * -(-rows // run)
             if name == "model.embed_tokens.weight":  # rows of a head are taken one by one
                 parts = [np.concatenate(parts)[: rows * columns * pool.itemsize]]
+                name = self._embedding
             yield TensorView(name, "bf16", (rows, columns), tuple(parts), (), run)
 
     def _pool(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -151,17 +160,37 @@ def share_read(target: dict[str, Any]) -> float:
     return read / total
 
 
-def measure(size: str, weights: str, gpu: _core.Gpu, context: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds and bytes of one model with one choice of weights."""
-    target_values, drafter_values = target_config(size), assistant_config(size)
-    config = config_from_hugging_face(size, target_values)
-    checkpoint: Any = RandomCheckpoint(config, list(target_tensors(target_values)))
+def load(size: str, weights: str, gpu: _core.Gpu | None) -> tuple[_core.Model, _core.MtpModel]:
+    """A target of random weights and its drafter."""
+    config = config_from_hugging_face(size, target_config(size))
+    checkpoint: Any = RandomCheckpoint(config, list(target_tensors(target_config(size))))
+    target = load_model(checkpoint, weights=weights, gpu=gpu, max_step_rows=PREFILL_CHUNK)
+    values = assistant_config(size)
+    tensors = list(assistant_tensors(values))
+    assistant: Any = RandomCheckpoint(assistant_config_from_hugging_face(size, values), tensors, seed=1)
+    return target, load_assistant(assistant, checkpoint, target, weights=weights)
+
+
+def kv_memory(target: _core.Model) -> int:
+    """Bytes for keys and values: KV_MEMORY, or what the device has left."""
+    return min(KV_MEMORY, target.memory[0] * 9 // 10) if target.memory else KV_MEMORY
+
+
+def measure(size: str, weights: str, gpu: _core.Gpu | None, context: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Figures of one model with one choice of weights, as they come."""
+    values = target_config(size)
     started = time.perf_counter()
-    target = load_model(checkpoint, weights=weights, gpu=gpu, max_step_rows=2048)
-    loaded = time.perf_counter() - started
-    drafter_config = assistant_config_from_hugging_face(size, drafter_values)
-    assistant: Any = RandomCheckpoint(drafter_config, list(assistant_tensors(drafter_values)), seed=1)
-    drafter = load_assistant(assistant, checkpoint, target, weights=weights)
+    target, drafter = load(size, weights, gpu)
+    config = dataclasses.asdict(config_from_hugging_face(size, values))
+    yield {
+        "backend": target.description,
+        "weight_bytes": target.weight_bytes,
+        "bytes_read": target.weight_bytes * share_read(values),
+        "drafter_bytes": drafter.weight_bytes,
+        "loading_seconds": time.perf_counter() - started,
+        "gpu_memory": target.memory,
+        "config": {field: value for field, value in config.items() if field != "layer_types"},
+    }
     target.time_rows(1, 5, context)
     passes: dict[int, list[float]] = defaultdict(list)
     drafts: dict[int, list[float]] = defaultdict(list)
@@ -170,32 +199,63 @@ def measure(size: str, weights: str, gpu: _core.Gpu, context: int, rounds: int) 
             passes[rows].append(statistics.median(target.time_rows(rows, 10, context)))
         for count in DRAFTS:
             drafts[count].append(statistics.median(drafter.time_drafts(1, count, 10, context)) / count)
-    chunks = range(0, PREFILL, PREFILL_CHUNK)
-    prefill = sum(statistics.median(target.time_rows(PREFILL_CHUNK, 3, done)) for done in chunks)
-    decoding = {
-        streams: {
-            name: dataclasses.asdict(figures)
-            for name, figures in decode(target, drafter, streams=streams, tokens=DECODED, rounds=rounds).items()
-        }
-        for streams in STREAMS
-    }
-    report = {
-        "backend": target.description,
-        "weight_bytes": target.weight_bytes,
-        "bytes_read": target.weight_bytes * share_read(target_values),
-        "drafter_bytes": drafter.weight_bytes,
-        "loading_seconds": loaded,
+    yield {
         "pass_ms": {rows: statistics.median(seconds) * 1e3 for rows, seconds in passes.items()},
         "draft_ms": {count: statistics.median(seconds) * 1e3 for count, seconds in drafts.items()},
-        "prefill_ms": prefill * 1e3,
-        "prefill_multiply_adds_per_second": PREFILL * multiplications(target_values) / prefill,
-        "decoding": decoding,
-        "gpu_memory": target.memory,
-        "config": {field: value for field, value in dataclasses.asdict(config).items() if field != "layer_types"},
     }
-    del target, drafter
-    gc.collect()
-    return report
+    chunks = range(0, PREFILL, PREFILL_CHUNK)
+    prefill = sum(statistics.median(target.time_rows(PREFILL_CHUNK, 3, done)) for done in chunks)
+    yield {
+        "prefill_ms": prefill * 1e3,
+        "prefill_multiply_adds_per_second": PREFILL * multiplications(values) / prefill,
+    }
+    memory = kv_memory(target)
+    decoding: dict[int, Any] = {}
+    for streams in STREAMS:
+        prompts = prompts_of(streams, context)
+        found = decode(target, drafter, prompts=prompts, tokens=DECODED, rounds=rounds, kv_memory=memory)
+        decoding[streams] = {name: dataclasses.asdict(figures) for name, figures in found.items()}
+        yield {"decoding": decoding}
+
+
+def summary(figures: dict[str, Any], bandwidth: float | None, rate: float | None) -> str:
+    """One line of what was measured of a model, which may be a part."""
+    found: list[str] = []
+    if "weight_bytes" in figures:
+        found.append(f"{figures['weight_bytes'] / 1e9:.2f} GB")
+    if "pass_ms" in figures:
+        one = figures["pass_ms"][1]
+        speed = f" ({figures['bytes_read'] / bandwidth * 1e5 / one:.0f}% of the copy's speed)" if bandwidth else ""
+        found.append(f"1 row {one:.3f} ms{speed}")
+        found += [f"{rows} rows {figures['pass_ms'][rows] / one:.2f}x" for rows in ROWS[1:]]
+        found.append(f"a draft {figures['draft_ms'][max(DRAFTS)] / one * 100:.1f}%")
+    if "prefill_ms" in figures:
+        reached = figures["prefill_multiply_adds_per_second"]
+        share = f" ({reached / rate * 100:.0f}% of torch's product)" if rate else ""
+        found.append(f"{PREFILL} tokens of a prompt {figures['prefill_ms']:.0f} ms{share}")
+    for streams, of in figures.get("decoding", {}).items():
+        none, drafted = of["none"], of["drafted"]
+        found.append(
+            f"{streams} streams {none['tokens_per_second']:.0f} tokens/s, with {drafted['tokens_per_step']:.2f} tokens"
+            f" a step {drafted['tokens_per_second'] / none['tokens_per_second']:.2f}x, {_outside(none)} a step and"
+            f" {_outside(drafted)}"
+        )
+    if "failed" in figures:
+        found.append(f"failed: {figures['failed']}")
+    return ", ".join(found)
+
+
+def _outside(decoding: dict[str, Any]) -> str:
+    if decoding["idle_ms"] is None:
+        return f"planning and accepting {decoding['host_ms'] * 1e3:.0f} us"
+    return f"device idle {decoding['idle_ms'] * 1e3:.0f} us"
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Replaces a file of results, which is whole at every moment."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def main() -> None:
@@ -218,33 +278,18 @@ def main() -> None:
     }
     for size in arguments.sizes:
         for weights in arguments.weights:
-            name = f"{size} {weights}"
+            figures = report[f"{size} {weights}"] = {}
             try:
-                figures = measure(size, weights, gpu, arguments.context, arguments.rounds)
-            except (RuntimeError, ValueError) as error:
-                report[name] = {"failed": str(error)}
-                print(f"{name}: {error}", flush=True)
-                continue
-            report[name] = figures
-            one = figures["pass_ms"][1]
-            line = f"{name}: {figures['weight_bytes'] / 1e9:.2f} GB, 1 row {one:.3f} ms"
-            if bandwidth:
-                line += f" ({figures['bytes_read'] / bandwidth * 1e5 / one:.0f}% of the copy's speed)"
-            for rows in ROWS[1:]:
-                line += f", {rows} rows {figures['pass_ms'][rows] / one:.2f}x"
-            line += f", a draft {figures['draft_ms'][8] / one * 100:.1f}%"
-            line += f"; {PREFILL} tokens of a prompt {figures['prefill_ms']:.0f} ms"
-            if rate:
-                line += f" ({figures['prefill_multiply_adds_per_second'] / rate * 100:.0f}% of torch's product)"
-            for streams, of in figures["decoding"].items():
-                none, drafted = of["none"], of["drafted"]
-                line += f"; {streams} streams {none['tokens_per_second']:.0f} tokens/s"
-                line += f", with {drafted['tokens_per_step']:.2f} tokens a step"
-                line += f" {drafted['tokens_per_second'] / none['tokens_per_second']:.2f}x"
-                line += f", host {none['host_ms'] * 1e3:.0f} us a step"
-            print(line, flush=True)
+                for part in measure(size, weights, gpu, arguments.context, arguments.rounds):
+                    figures.update(part)
+                    if arguments.json is not None:
+                        write(arguments.json, report)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                figures["failed"] = f"{type(error).__name__}: {error}"
+            gc.collect()  # of a failure, what the traceback held
+            print(f"{size} {weights}: {summary(figures, bandwidth, rate)}", flush=True)
             if arguments.json is not None:
-                arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                write(arguments.json, report)
 
 
 if __name__ == "__main__":
