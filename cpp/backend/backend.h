@@ -276,8 +276,8 @@ class Backend {
   /// Zeroed device memory, aligned to 4096 bytes, for the backend's operations alone. On the CPU, pages of it that are
   /// never touched cost nothing.
   virtual std::unique_ptr<Buffer> allocate(std::size_t bytes) = 0;
-  /// Zeroed memory that the host fills before the first step and the device reads: what "host-visible" means here.
-  virtual std::unique_ptr<Buffer> allocate_constants(std::size_t bytes) = 0;
+  /// Device memory, aligned as that, that holds these values, for the backend's operations alone.
+  virtual std::unique_ptr<Buffer> constants(std::span<const std::byte> values) = 0;
   /// Rows that a step of up to `rows` rows may be computed as: activations need room for so many. At least `rows`.
   [[nodiscard]] virtual int padded_rows(int rows) const = 0;
   /// An empty matrix to be filled by upload_rows. `columns` is a multiple of 32 (of 256 for q4_k and q6_k) for the
@@ -296,6 +296,8 @@ class Backend {
   /// drafter) make room for the largest of each. `max_columns` is the widest input or output of any projection but the
   /// heads', `vocabulary` the rows of the head, the same in all calls.
   virtual void reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) = 0;
+  /// Makes room for head() with a head that scores some tokens only, for as many outputs as reserve() was last told.
+  virtual void reserve_head(const SparseHead& head) = 0;
   /// Makes room for experts() in steps of up to max_rows rows.
   virtual void reserve_experts(int max_rows, int chosen, const Experts& experts) = 0;
   /// Bytes that a layer's keys (and as many again for its values) take in a page.

@@ -20,7 +20,7 @@ namespace draftwerk {
 namespace {
 
 /// Rows with logits in one step, unless told otherwise: each costs a vocabulary of float32 while in use.
-constexpr int kDefaultOutputs = 128;
+constexpr int kDefaultOutputs = 160;  // 16 sequences with 8 drafts each, and some more
 
 // --- configurations ----------------------------------------------------------------------------------------------
 

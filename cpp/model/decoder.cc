@@ -88,6 +88,9 @@ class Decoder::TensorsOfLayer {
   [[nodiscard]] const float* vector(const char* name, std::int64_t length) const {
     return weights_.vector(prefix_ + name, length);
   }
+  [[nodiscard]] std::vector<float> vector_values(const char* name, std::int64_t length) const {
+    return weights_.vector_values(prefix_ + name, length);
+  }
   [[nodiscard]] Norm norm(const char* name, std::int64_t length) const { return {vector(name, length), epsilon_}; }
 
  private:
@@ -141,16 +144,14 @@ void Decoder::place_kv(Layer& layer, KvType kv_type) {
 void Decoder::build(const Weights& weights) {
   int longest = 0;
   for (const LayerConfig& c : config_.layers) longest = std::max(longest, c.head_dim);
-  float* ones = floats(static_cast<std::size_t>(longest));
-  std::fill_n(ones, longest, 1.0F);
-  ones_ = ones;
+  ones_ = constants(std::vector<float>(static_cast<std::size_t>(longest), 1.0F));
   for (std::size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = layers_[i];
     const TensorsOfLayer tensors(weights, i, config_.norm_epsilon);
     find_attention(layer, tensors);
     find_feed_forward(layer, tensors);
     if (config_.experts.count > 0) find_experts(layer, tensors);
-    if (config_.layer_scalars) layer.output_scale = *tensors.vector("layer_scalar", 1);
+    if (config_.layer_scalars) layer.output_scale = tensors.vector_values("layer_scalar", 1)[0];
     if (const int width = config_.per_layer_width; width > 0) {
       layer.per_layer_gate = tensors.matrix("per_layer_input_gate.weight", width, config_.hidden);
       layer.per_layer_projection = tensors.matrix("per_layer_projection.weight", config_.hidden, width);
@@ -190,13 +191,12 @@ void Decoder::find_experts(Layer& layer, const TensorsOfLayer& tensors) {
   const ExpertConfig& e = config_.experts;
   const int hidden = config_.hidden;
   // The router's own scale and hidden^-0.5 are one factor of its norm.
-  const float* scale = tensors.vector("router.scale", hidden);
-  float* factor = floats(static_cast<std::size_t>(hidden));
+  std::vector<float> factor = tensors.vector_values("router.scale", hidden);
   const float root = 1.0F / std::sqrt(static_cast<float>(hidden));
-  std::transform(scale, scale + hidden, factor, [root](float s) { return s * root; });
+  for (float& f : factor) f *= root;
 
   layer.router.weight = tensors.matrix("router.proj.weight", e.count, hidden);
-  layer.router.norm = {factor, config_.norm_epsilon};
+  layer.router.norm = {constants(factor), config_.norm_epsilon};
   layer.router.expert_scale = tensors.vector("router.per_expert_scale", e.count);
   layer.router.chosen = e.chosen;
   const std::int64_t count = e.count;
@@ -247,17 +247,18 @@ const float* Decoder::inverse_frequencies(const RopeConfig& rope, int head_dim) 
   }
   const int pairs = head_dim / 2;
   const int rotated = static_cast<int>(rope.rotated * head_dim / 2);
-  float* frequency = floats(static_cast<std::size_t>(pairs));
-  for (int i = 0; i < pairs; ++i) {
-    frequency[i] = i < rotated ? static_cast<float>(std::pow(rope.base, -2.0 * i / head_dim) / rope.scaling) : 0.0F;
+  std::vector<float> frequencies(static_cast<std::size_t>(pairs));
+  for (int i = 0; i < rotated; ++i) {
+    frequencies[static_cast<std::size_t>(i)] =
+        static_cast<float>(std::pow(rope.base, -2.0 * i / head_dim) / rope.scaling);
   }
-  rope_tables_.push_back({rope, head_dim, frequency});
-  return frequency;
+  rope_tables_.push_back({rope, head_dim, constants(frequencies)});
+  return rope_tables_.back().inverse_frequency;
 }
 
-float* Decoder::floats(std::size_t count) {
-  buffers_.push_back(backend_.allocate_constants(count * sizeof(float)));
-  return static_cast<float*>(buffers_.back()->data());
+const float* Decoder::constants(std::span<const float> values) {
+  buffers_.push_back(backend_.constants(std::as_bytes(values)));
+  return static_cast<const float*>(buffers_.back()->data());
 }
 
 }  // namespace draftwerk

@@ -93,7 +93,7 @@ class Decoder {
   void find_experts(Layer& layer, const TensorsOfLayer& tensors);
   void allocate_activations(int max_rows);
   const float* inverse_frequencies(const RopeConfig& rope, int head_dim);
-  float* floats(std::size_t count);
+  const float* constants(std::span<const float> values);
 
   Backend& backend_;
   const ModelConfig& config_;

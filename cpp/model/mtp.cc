@@ -64,6 +64,7 @@ MtpModel::MtpModel(Gemma& target, MtpConfig config, const Weights& weights)
   projected_ = tensor(config_.target_hidden);
   backend_.reserve(target.max_outputs(), target.max_outputs(), std::max(decoder_->widest(), 2 * config_.target_hidden),
                    config_.text.vocabulary);
+  if (sparse_head_.weight != nullptr) backend_.reserve_head(sparse_head_);
 }
 
 void MtpModel::find_head(const Weights& weights) {
@@ -77,13 +78,15 @@ void MtpModel::find_head(const Weights& weights) {
     return;
   }
   sparse_head_.weight = &head;
-  sparse_head_.tokens =
-      weights.indices(of_target ? "draft_token_ids" : "masked_embedding.token_ordering", tokens, vocabulary);
-  buffers_.push_back(backend_.allocate_constants(static_cast<std::size_t>(vocabulary) * sizeof(std::int32_t)));
-  auto* row_of = static_cast<std::int32_t*>(buffers_.back()->data());
-  std::fill_n(row_of, vocabulary, -1);
-  for (std::int32_t i = 0; i < tokens; ++i) row_of[sparse_head_.tokens[i]] = i;
-  sparse_head_.row_of = row_of;
+  const char* name = of_target ? "draft_token_ids" : "masked_embedding.token_ordering";
+  sparse_head_.tokens = weights.indices(name, tokens);
+  std::vector<std::int32_t> row_of(static_cast<std::size_t>(vocabulary), -1);
+  std::int32_t row = 0;
+  for (const std::int32_t token : weights.index_values(name, tokens, vocabulary)) {
+    row_of[static_cast<std::size_t>(token)] = row++;
+  }
+  buffers_.push_back(backend_.constants(std::as_bytes(std::span(row_of))));
+  sparse_head_.row_of = static_cast<const std::int32_t*>(buffers_.back()->data());
   if (config_.clusters > 0) {
     sparse_head_.centroids = &weights.matrix("masked_embedding.centroids.weight", config_.clusters, columns);
     sparse_head_.chosen = config_.chosen_clusters;

@@ -20,6 +20,13 @@ void require_shape(const std::string& name, std::int64_t rows, std::int64_t colu
                               shape_text(wanted_rows, wanted_columns));
 }
 
+template <typename Value>
+std::vector<Value> values_of(const std::vector<std::byte>& bytes) {
+  std::vector<Value> values(bytes.size() / sizeof(Value));
+  std::memcpy(values.data(), bytes.data(), values.size() * sizeof(Value));
+  return values;
+}
+
 }  // namespace
 
 void Weights::create(const std::string& name, WeightType type, std::int64_t rows, std::int64_t columns) {
@@ -62,9 +69,7 @@ void Weights::set_indices(const std::string& name, std::span<const std::int32_t>
 
 void Weights::store_vector(const std::string& name, std::span<const std::byte> bytes) {
   if (bytes.empty()) throw std::invalid_argument("tensor " + name + " is empty");
-  auto buffer = backend_.allocate_constants(bytes.size());
-  std::memcpy(buffer->data(), bytes.data(), bytes.size());
-  vectors_[name] = std::move(buffer);
+  vectors_[name] = {std::vector<std::byte>(bytes.begin(), bytes.end()), backend_.constants(bytes)};
 }
 
 void Weights::map_table(const std::string& name, WeightType type, std::int64_t rows, std::int64_t columns,
@@ -106,13 +111,22 @@ const RowTable& Weights::table(const std::string& name, std::int64_t rows, std::
 }
 
 const float* Weights::vector(const std::string& name, std::int64_t length) const {
-  return static_cast<const float*>(buffer(name, length).data());
+  return static_cast<const float*>(stored(name, length).device->data());
 }
 
-const std::int32_t* Weights::indices(const std::string& name, std::int64_t length, std::int64_t limit) const {
-  const auto* values = static_cast<const std::int32_t*>(buffer(name, length).data());
+std::vector<float> Weights::vector_values(const std::string& name, std::int64_t length) const {
+  return values_of<float>(stored(name, length).host);
+}
+
+const std::int32_t* Weights::indices(const std::string& name, std::int64_t length) const {
+  return static_cast<const std::int32_t*>(stored(name, length).device->data());
+}
+
+std::vector<std::int32_t> Weights::index_values(const std::string& name, std::int64_t length,
+                                                std::int64_t limit) const {
+  std::vector<std::int32_t> values = values_of<std::int32_t>(stored(name, length).host);
   std::vector<bool> seen(static_cast<std::size_t>(limit));
-  for (const std::int32_t value : std::span(values, static_cast<std::size_t>(length))) {
+  for (const std::int32_t value : values) {
     const auto index = static_cast<std::size_t>(value);
     if (value < 0 || index >= seen.size()) {
       throw std::invalid_argument("tensor " + name + " holds " + std::to_string(value) + ", allowed: 0 to " +
@@ -125,21 +139,21 @@ const std::int32_t* Weights::indices(const std::string& name, std::int64_t lengt
 }
 
 /// Of `length` values of four bytes.
-const Buffer& Weights::buffer(const std::string& name, std::int64_t length) const {
+const Weights::Vector& Weights::stored(const std::string& name, std::int64_t length) const {
   const auto it = vectors_.find(name);
   if (it == vectors_.end()) throw std::invalid_argument("tensor " + name + " is missing");
-  const auto found = static_cast<std::int64_t>(it->second->bytes() / sizeof(float));
+  const auto found = static_cast<std::int64_t>(it->second.host.size() / sizeof(float));
   if (found != length) {
     throw std::invalid_argument("tensor " + name + " has " + std::to_string(found) + " values, the config asks for " +
                                 std::to_string(length));
   }
-  return *it->second;
+  return it->second;
 }
 
 std::size_t Weights::bytes() const {
   std::size_t total = 0;
   for (const auto& [name, matrix] : matrices_) total += matrix.weight->bytes();
-  for (const auto& [name, buffer] : vectors_) total += buffer->bytes();
+  for (const auto& [name, vector] : vectors_) total += vector.device->bytes();
   return total;
 }
 

@@ -1,10 +1,13 @@
 // The tensors of a checkpoint on the device, by the names that Hugging Face gives them.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "backend/backend.h"
 #include "backend/weight_type.h"
@@ -24,7 +27,7 @@ class Weights {
                    std::span<const std::byte> bytes);
   /// A vector in float32 (norm scales). Throws std::invalid_argument if the name is taken or the vector is empty.
   void set_vector(const std::string& name, std::span<const float> values);
-  /// A vector of indices, see indices(). Throws std::invalid_argument if the name is taken or the vector is empty.
+  /// A vector of indices, see index_values(). Throws std::invalid_argument if the name is taken or the vector is empty.
   void set_indices(const std::string& name, std::span<const std::int32_t> values);
   /// A table that stays where its bytes are; see Backend::map_table. Throws std::invalid_argument if the name is taken,
   /// or if `bytes` is not exactly the size of the table.
@@ -36,9 +39,13 @@ class Weights {
   [[nodiscard]] bool contains(const std::string& name) const { return matrices_.contains(name); }
   /// The vector of that name on the device; throws std::invalid_argument if it is missing or has another length.
   [[nodiscard]] const float* vector(const std::string& name, std::int64_t length) const;
-  /// The indices of that name, which are distinct and below `limit`; throws std::invalid_argument if they are not, are
-  /// missing or have another length.
-  [[nodiscard]] const std::int32_t* indices(const std::string& name, std::int64_t length, std::int64_t limit) const;
+  /// What vector() points to, for the host.
+  [[nodiscard]] std::vector<float> vector_values(const std::string& name, std::int64_t length) const;
+  /// The indices of that name on the device; throws std::invalid_argument if they are missing or have another length.
+  [[nodiscard]] const std::int32_t* indices(const std::string& name, std::int64_t length) const;
+  /// What indices() points to, for the host; throws std::invalid_argument if they are not distinct and below `limit`.
+  [[nodiscard]] std::vector<std::int32_t> index_values(const std::string& name, std::int64_t length,
+                                                       std::int64_t limit) const;
   /// As matrix(), for what map_table() took.
   [[nodiscard]] const RowTable& table(const std::string& name, std::int64_t rows, std::int64_t columns) const;
   /// Bytes that all of it occupies on the device; mapped tables occupy none.
@@ -49,13 +56,17 @@ class Weights {
     std::unique_ptr<Weight> weight;
     std::int64_t uploaded = 0;  // rows so far
   };
+  struct Vector {
+    std::vector<std::byte> host;
+    std::unique_ptr<Buffer> device;
+  };
   void require_free(const std::string& name) const;
   void store_vector(const std::string& name, std::span<const std::byte> bytes);
-  const Buffer& buffer(const std::string& name, std::int64_t length) const;
+  const Vector& stored(const std::string& name, std::int64_t length) const;
 
   Backend& backend_;
   std::map<std::string, Matrix> matrices_;
-  std::map<std::string, std::unique_ptr<Buffer>> vectors_;  // of float32 or int32
+  std::map<std::string, Vector> vectors_;  // of float32 or int32
   std::map<std::string, std::unique_ptr<RowTable>> tables_;
 };
 

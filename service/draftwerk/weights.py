@@ -64,8 +64,8 @@ def load_model(
     """Builds the native model of a checkpoint.
 
     The file's pages are given back as soon as their rows are repacked, so that the process never holds the weights
-    twice. Per-layer embeddings stay where they are: the model reads their rows in the mapped file, whatever `weights`
-    says.
+    twice. Per-layer embeddings stay where they are, whatever `weights` says: the model reads their rows in the mapped
+    file. Only a GPU gets a copy of its own.
 
     Args:
         weights: "auto" computes in the checkpoint's own types. "int8" quantises float matrices to int8 in blocks of 32
@@ -85,15 +85,12 @@ def load_model(
         model = _core.Model(
             dataclasses.asdict(checkpoint.config), gpu=gpu, threads=threads, max_step_rows=max_step_rows
         )
-    tensors = []
-    for tensor in checkpoint.tensors():
-        if tensor.name == _PER_LAYER_TABLE:
-            rows, columns = tensor.shape
-            model.map_table(tensor.name, tensor.dtype, rows, columns, tensor.data)
-        else:
-            tensors.append(tensor)
+    tensors = list(checkpoint.tensors())
     _check_memory(model, tensors, weights)
-    _upload(model, tensors, weights, progress)
+    for table in (tensor for tensor in tensors if tensor.name == _PER_LAYER_TABLE):
+        rows, columns = table.shape
+        model.map_table(table.name, table.dtype, rows, columns, table.data)
+    _upload(model, [tensor for tensor in tensors if tensor.name != _PER_LAYER_TABLE], weights, progress)
     model.finish()
     return model
 
@@ -232,7 +229,9 @@ def _check_memory(model: _core.Model, tensors: Sequence[TensorView], weights: st
         return
     free, total = model.memory
     bits = sum(
-        math.prod(tensor.shape) * _GPU_BITS.get(_stored_type(tensor, weights), _OTHER_GPU_BITS)
+        tensor.data.nbytes * 8.0  # as the file has it
+        if tensor.name == _PER_LAYER_TABLE
+        else math.prod(tensor.shape) * _GPU_BITS.get(_stored_type(tensor, weights), _OTHER_GPU_BITS)
         for tensor in tensors
         if len(tensor.shape) > 1
     )

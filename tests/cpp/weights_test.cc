@@ -62,15 +62,16 @@ TEST_F(WeightsTest, VectorsKeepTheirValues) {
 
 TEST_F(WeightsTest, IndicesAreDistinctAndInRange) {
   weights_.set_indices("order", std::vector<std::int32_t>{4, 0, 2});
-  EXPECT_EQ(weights_.indices("order", 3, 5)[0], 4);
-  EXPECT_EQ(message_of([&] { (void)weights_.indices("order", 3, 4); }), "tensor order holds 4, allowed: 0 to 3");
-  EXPECT_EQ(message_of([&] { (void)weights_.indices("order", 2, 5); }),
+  EXPECT_EQ(weights_.index_values("order", 3, 5)[0], 4);
+  EXPECT_EQ(weights_.indices("order", 3)[0], 4);
+  EXPECT_EQ(message_of([&] { (void)weights_.index_values("order", 3, 4); }), "tensor order holds 4, allowed: 0 to 3");
+  EXPECT_EQ(message_of([&] { (void)weights_.index_values("order", 2, 5); }),
             "tensor order has 3 values, the config asks for 2");
   weights_.set_indices("twice", std::vector<std::int32_t>{1, 3, 1});
-  EXPECT_EQ(message_of([&] { (void)weights_.indices("twice", 3, 5); }), "tensor twice holds 1 twice");
+  EXPECT_EQ(message_of([&] { (void)weights_.index_values("twice", 3, 5); }), "tensor twice holds 1 twice");
   weights_.set_indices("negative", std::vector<std::int32_t>{0, -1});
-  EXPECT_EQ(message_of([&] { (void)weights_.indices("negative", 2, 5); }), "tensor negative holds -1, allowed: 0 to 4");
-  EXPECT_NE(message_of([&] { (void)weights_.indices("x", 1, 1); }).find("x is missing"), std::string::npos);
+  EXPECT_EQ(message_of([&] { (void)weights_.index_values("negative", 2, 5); }), "tensor negative holds -1, allowed: 0 to 4");
+  EXPECT_NE(message_of([&] { (void)weights_.index_values("x", 1, 1); }).find("x is missing"), std::string::npos);
   EXPECT_NE(message_of([&] { weights_.set_indices("order", std::vector<std::int32_t>{0}); }), "");
   EXPECT_NE(message_of([&] { weights_.set_indices("none", {}); }), "");
 }

@@ -46,12 +46,6 @@ TEST_F(Devices, AreRefusedWithWhatWouldWork) {
   EXPECT_EQ(refusal(-1), "there is no GPU -1; there are 2, from 0");
   emulation::set_device(1, 7, 5, 13000);
   EXPECT_EQ(refusal(0), "GPU 0 (emulated) has compute capability 7.5, and 8.0 or more is needed; use --device cpu");
-  emulation::set_device(1, 9, 0, 13000);
-  emulation::set_managed_access(false);
-  EXPECT_EQ(refusal(0),
-            "GPU 0 (emulated) cannot share memory with the host while it computes, as under WSL or on some virtual "
-            "GPUs, and that is needed; use --device cpu");
-  emulation::set_managed_access(true);
   emulation::set_device(0, 9, 0, 13000);
   EXPECT_EQ(refusal(0), "there is no NVIDIA GPU; use --device cpu");
   emulation::set_device(1, 9, 0, 12020);

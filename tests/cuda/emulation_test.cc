@@ -129,7 +129,7 @@ TEST_F(Emulation, RunsAGraphAsOftenAsItIsLaunched) {
   LaunchList list;
   list.add(sum_rows, {dim3(1), dim3(64)}, {values.data(), sums.data(), 64});
   list.add(sum_rows, {dim3(1), dim3(32)}, {values.data(), values.data(), 64});
-  const GraphExec graph = list.instantiate();
+  const GraphExec graph = list.instantiate(true);
   const Stream stream = Stream::create();
   for (const float want : {64.0F, 127.0F}) {
     check(cudaGraphLaunch(graph.get(), stream.get()), "launching a graph");
@@ -145,7 +145,7 @@ TEST_F(Emulation, BlocksOfAGraphStartBeforeTheLaunchAheadFromHopperOn) {
     list.add(add_one, {dim3(1), dim3(1)}, {&x[0], &x[1]});
     list.add(kernel, {dim3(1), dim3(1)}, {&x[1], &x[2]});
     list.add(add_one, {dim3(1), dim3(1)}, {&x[2], &x[3]});
-    const GraphExec graph = list.instantiate();
+    const GraphExec graph = list.instantiate(true);
     const Stream stream = Stream::create();
     check(cudaGraphLaunch(graph.get(), stream.get()), "launching a graph");
     stream.wait();

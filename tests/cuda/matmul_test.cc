@@ -479,7 +479,7 @@ TEST_F(ProductsOfRows, AreTheSameEachTimeAGraphRuns) {
   const Projection part[] = {{&m.weight, y.tensor()}};
   LaunchList launches;
   projections.project(launches, 9, x.tensor(), nullptr, part);
-  const GraphExec graph = launches.instantiate();
+  const GraphExec graph = launches.instantiate(true);
   std::vector<float> first;
   for (int time = 0; time < 3; ++time) {
     y.values.assign(y.values.size(), 0.0F);

@@ -46,7 +46,7 @@ TEST(ClustersOfAHead, HaveTheLogitsOfThePlainProduct) {
       projections.reserve(kRows, kRows, kColumns, tokens);
       const auto score = [&](int first, int rows) {
         SparseLogits logits;
-        logits.reserve(rows);
+        logits.reserve(rows, sparse);
         LaunchList launches;
         const LogitRows found = logits.record(
             launches, projections, rows, {states.row(first), kColumns, states.tensor().row_stride()}, sparse, tokens);

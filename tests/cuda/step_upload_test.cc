@@ -160,5 +160,51 @@ TEST(GraphCache, RunsListsAndKeepsTheLatestGraphs) {
   EXPECT_EQ(run(2), 202);
 }
 
+__global__ void set(const Add a) {
+  follow_previous();
+  *a.sum = static_cast<int>(a.number);
+}
+/// Awaits what is ahead, as every kernel has to, but adds before.
+__global__ void add_too_early(const Add a) {
+  *a.sum += static_cast<int>(a.number);
+  follow_previous();
+}
+
+TEST(GraphCache, LaunchesAsItIsTold) {
+  // What the second kernel adds to before it awaits the first is lost only where it begins early.
+  const auto run = [](LaunchMode mode) {
+    GraphCache cache(2, mode);
+    const Stream stream = Stream::create();
+    int sum = 0;
+    LaunchList list;
+    list.add(set, {dim3(1), dim3(1)}, {&sum, 5});
+    list.add(add_too_early, {dim3(1), dim3(1)}, {&sum, 1});
+    for (int i = 0; i < 2; ++i) cache.run(list, stream.get());
+    stream.wait();
+    return std::pair(sum, cache.graphs());
+  };
+  EXPECT_EQ(run(LaunchMode::early), std::pair(5, std::size_t{1}));
+  EXPECT_EQ(run(LaunchMode::ordered), std::pair(6, std::size_t{1}));
+  EXPECT_EQ(run(LaunchMode::single), std::pair(6, std::size_t{0}));
+}
+
+TEST(GraphCache, IsToldByTheEnvironment) {
+  const auto mode_of = [](const char* value) {
+    setenv("DRAFTWERK_CUDA_LAUNCHES", value, 1);
+    try {
+      const LaunchMode mode = launch_mode();
+      return std::to_string(static_cast<int>(mode));
+    } catch (const std::runtime_error& error) {
+      return std::string(error.what());
+    }
+  };
+  EXPECT_EQ(mode_of(""), "0");
+  EXPECT_EQ(mode_of("early"), "0");
+  EXPECT_EQ(mode_of("ordered"), "1");
+  EXPECT_EQ(mode_of("single"), "2");
+  EXPECT_EQ(mode_of("graphs"), "DRAFTWERK_CUDA_LAUNCHES=graphs: expected early, ordered or single");
+  unsetenv("DRAFTWERK_CUDA_LAUNCHES");
+}
+
 }  // namespace
 }  // namespace draftwerk::cuda

@@ -95,12 +95,13 @@ def test_who_has_installed_the_backend_hears_why_auto_does_without(
     assert "none.so is missing" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.embed_tokens_per_layer.weight"])
 def test_weights_that_are_too_large_for_a_gpu_are_told_before_they_are_read(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     checkpoint = open_checkpoint(save(tiny_model(), tmp_path))
     nothing = np.broadcast_to(np.zeros(1, np.uint8), (1 << 31,))  # no memory is behind it
-    large = TensorView("model.layers.0.mlp.up_proj.weight", "bf16", (1 << 20, 1 << 10), (nothing,))
+    large = TensorView(name, "bf16", (1 << 20, 1 << 10), (nothing,))
     monkeypatch.setattr(type(checkpoint), "tensors", lambda _: [large])
     monkeypatch.setattr(_core.Model, "memory", (1_500_000_000, 2_000_000_000))
     message = r"the GPU has not enough memory: the weights take 2.1 GB, and 1.5 of its 2.0 GB are free; use narrower"

@@ -35,6 +35,12 @@ std::string CpuBackend::description() const {
 
 std::unique_ptr<Buffer> CpuBackend::allocate(std::size_t bytes) { return std::make_unique<MappedMemory>(bytes); }
 
+std::unique_ptr<Buffer> CpuBackend::constants(std::span<const std::byte> values) {
+  std::unique_ptr<Buffer> buffer = allocate(values.size());
+  std::copy(values.begin(), values.end(), static_cast<std::byte*>(buffer->data()));
+  return buffer;
+}
+
 std::unique_ptr<Weight> CpuBackend::create_weight(WeightType type, std::int64_t rows, std::int64_t columns) {
   check_shape("weight", type, rows, columns, kMostRows);
   if (takes_quantized(type) && columns > kMaxQuantizedColumns) {

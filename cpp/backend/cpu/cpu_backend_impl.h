@@ -34,7 +34,7 @@ class CpuBackend final : public Backend {
   [[nodiscard]] std::optional<MemoryInfo> memory() const override { return std::nullopt; }
 
   std::unique_ptr<Buffer> allocate(std::size_t bytes) override;
-  std::unique_ptr<Buffer> allocate_constants(std::size_t bytes) override { return allocate(bytes); }
+  std::unique_ptr<Buffer> constants(std::span<const std::byte> values) override;
   [[nodiscard]] int padded_rows(int rows) const override { return rows; }
   std::unique_ptr<Weight> create_weight(WeightType type, std::int64_t rows, std::int64_t columns) override;
   void upload_rows(Weight& weight, std::int64_t first_row, std::int64_t count, WeightType source_type,
@@ -42,6 +42,7 @@ class CpuBackend final : public Backend {
   std::unique_ptr<RowTable> map_table(WeightType type, std::int64_t rows, std::int64_t columns, const std::byte* data,
                                       std::shared_ptr<const void> owner) override;
   void reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) override;
+  void reserve_head(const SparseHead&) override {}  // as large as a vocabulary's logits, at most
   void reserve_experts(int max_rows, int chosen, const Experts& experts) override;
   [[nodiscard]] std::size_t kv_bytes(int heads, int head_dim, KvType type) const override;
   [[nodiscard]] std::size_t activation_bytes() const override { return sizeof(float); }

@@ -43,26 +43,13 @@ class DeviceBuffer final : public Buffer {
   std::size_t bytes_;
 };
 
-class ManagedBuffer final : public Buffer {
- public:
-  explicit ManagedBuffer(std::size_t bytes) : memory_(ManagedMemory::of(bytes)), bytes_(bytes) {
-    std::fill_n(static_cast<std::byte*>(memory_.get()), bytes, std::byte{});
-  }
-  [[nodiscard]] void* data() const override { return memory_.get(); }
-  [[nodiscard]] std::size_t bytes() const override { return bytes_; }
-
- private:
-  ManagedMemory memory_;
-  std::size_t bytes_;
-};
-
 }  // namespace
 
 CudaBackend::CudaBackend(DeviceInfo device)
     : device_(std::move(device)),
       stream_(Stream::create()),
       piece_(kFirstPiece),
-      graphs_(kGraphs),
+      graphs_(kGraphs, launch_mode()),
       projections_(device_.shared_bytes),
       experts_(device_.shared_bytes),
       attention_(device_.multiprocessors, static_cast<std::size_t>(device_.multiprocessors) * kAttentionScratch) {}
@@ -93,9 +80,12 @@ std::unique_ptr<Buffer> CudaBackend::allocate(std::size_t bytes) {
   return std::make_unique<DeviceBuffer>(std::max<std::size_t>(bytes, 1), stream_.get());
 }
 
-std::unique_ptr<Buffer> CudaBackend::allocate_constants(std::size_t bytes) {
-  use_device();
-  return std::make_unique<ManagedBuffer>(std::max<std::size_t>(bytes, 1));
+std::unique_ptr<Buffer> CudaBackend::constants(std::span<const std::byte> values) {
+  std::unique_ptr<Buffer> buffer = allocate(values.size());
+  check(cudaMemcpyAsync(buffer->data(), values.data(), values.size(), cudaMemcpyHostToDevice, stream_.get()),
+        "copying constants");
+  check(cudaStreamSynchronize(stream_.get()), "copying constants");  // the values are the caller's
+  return buffer;
 }
 
 Uploader& CudaBackend::uploader() {
@@ -129,11 +119,17 @@ void CudaBackend::reserve(int max_rows, int max_outputs, int max_columns, int vo
   const int outputs = padded_count(max_outputs_);
   upload_.reserve(rows, outputs);
   projections_.reserve(rows, outputs, max_columns, vocabulary);
-  sparse_.reserve(outputs);
   sampler_.reserve(outputs, vocabulary);
   graphs_.clear();
   forget_step();
   logits_ = {};
+}
+
+void CudaBackend::reserve_head(const SparseHead& head) {
+  use_device();
+  wait();
+  sparse_.reserve(padded_count(max_outputs_), head);
+  graphs_.clear();
 }
 
 void CudaBackend::reserve_experts(int max_rows, int chosen, const Experts& experts) {

@@ -20,11 +20,6 @@ std::string refusal_of(const cudaDeviceProp& properties, int number) {
     return gpu + " has compute capability " + std::to_string(properties.major) + "." +
            std::to_string(properties.minor) + ", and 8.0 or more is needed; use --device cpu";
   }
-  if (properties.concurrentManagedAccess == 0) {
-    return gpu +
-           " cannot share memory with the host while it computes, as under WSL or on some virtual GPUs, and that is "
-           "needed; use --device cpu";
-  }
   return "";
 }
 

@@ -11,11 +11,22 @@
 
 namespace draftwerk::cuda {
 
+/// How the kernels of a list follow each other.
+enum class LaunchMode {
+  early,    ///< in a graph, each beginning before the one ahead has ended, where the device can
+  ordered,  ///< in a graph, one after the other
+  single,   ///< one by one, without a graph
+};
+
+/// What the environment says in DRAFTWERK_CUDA_LAUNCHES, or `early`. All compute the same; which of them fail says what
+/// a fault is of. std::runtime_error if it says something else.
+LaunchMode launch_mode();
+
 /// The graphs of the launch lists that were run last.
 class GraphCache {
  public:
   /// Keeps at most so many.
-  explicit GraphCache(std::size_t capacity) : capacity_(capacity) {}
+  explicit GraphCache(std::size_t capacity, LaunchMode mode = LaunchMode::early) : capacity_(capacity), mode_(mode) {}
 
   /// Runs a list, none of whose graphs may be under way in another stream. A list that is seen for the first time is
   /// launched kernel by kernel: many are never seen again, and instantiating a graph takes longer than it saves.
@@ -32,6 +43,7 @@ class GraphCache {
   using Entries = std::list<Entry>;
 
   std::size_t capacity_;
+  LaunchMode mode_;
   std::size_t graphs_ = 0;
   Entries entries_;  ///< the latest first
   std::unordered_map<std::string_view, Entries::iterator> by_key_;

@@ -89,17 +89,6 @@ class DeviceMemory : public Owned<void*, cudaFree> {
   }
 };
 
-/// Memory that the host writes and the device reads (and the other way round, once it was waited for).
-class ManagedMemory : public Owned<void*, cudaFree> {
- public:
-  using Owned::Owned;
-  static ManagedMemory of(std::size_t bytes) {
-    void* pointer = nullptr;
-    check_allocation(cudaMallocManaged(&pointer, bytes, cudaMemAttachGlobal), bytes);
-    return ManagedMemory(pointer);
-  }
-};
-
 /// Host memory that copies to and from the device read and write directly.
 class PinnedMemory : public Owned<void*, cudaFreeHost> {
  public:

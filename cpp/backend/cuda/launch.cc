@@ -20,6 +20,13 @@ namespace {
 // Arguments hold pointers and vectors of four words at most.
 constexpr std::size_t kAlignment = 16;
 
+/// Lets a kernel's blocks share a multiprocessor with blocks of products, which want nearly all of its memory shared:
+/// otherwise it would have to be empty before each of them, to be divided anew, and none could start early.
+void prefer_shared_memory(const void* kernel) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "asking for a division of memory");
+}
+
 constexpr std::size_t rounded_up(std::size_t bytes) { return round_up(bytes, kAlignment); }
 
 /// Whether a kernel may start before the one ahead of it has ended: it waits where it has to (device.cuh) only if it
@@ -73,11 +80,12 @@ void LaunchList::run(cudaStream_t stream) const {
     config.dynamicSmemBytes = entry.shared_bytes;
     config.stream = stream;
     void* arguments[] = {argument};
+    prefer_shared_memory(entry.kernel);  // here, as a list is launched so before there is a graph of it
     check(cudaLaunchKernelExC(&config, entry.kernel, arguments), "launching a kernel");
   });
 }
 
-GraphExec LaunchList::instantiate() const {
+GraphExec LaunchList::instantiate(bool early) const {
   Graph graph = Graph::create();
   cudaGraphNode_t last = nullptr;
   for_each([&](const Entry& entry, void* argument) {
@@ -90,7 +98,7 @@ GraphExec LaunchList::instantiate() const {
     node.kernel.sharedMemBytes = static_cast<unsigned>(entry.shared_bytes);
     node.kernel.kernelParams = arguments;
     cudaGraphEdgeData edge{};
-    if (awaits_previous(entry.kernel)) {
+    if (early && awaits_previous(entry.kernel)) {
       edge.type = cudaGraphDependencyTypeProgrammatic;
       edge.from_port = cudaGraphKernelNodePortProgrammatic;
     }

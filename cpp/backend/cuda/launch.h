@@ -67,9 +67,9 @@ class LaunchList {
 
   /// Launches each on its own.
   void run(cudaStream_t stream) const;
-  /// A graph of them, each after the one before. From Hopper on a kernel's blocks start as soon as there is room for
-  /// them, and await the end of the kernel before (programmatic dependent launch).
-  [[nodiscard]] GraphExec instantiate() const;
+  /// A graph of them, each after the one before. From Hopper on, if `early`, a kernel's blocks start as soon as there
+  /// is room for them, and await the end of the kernel before (programmatic dependent launch).
+  [[nodiscard]] GraphExec instantiate(bool early) const;
 
  private:
   struct Entry;

@@ -64,21 +64,32 @@ __global__ void __launch_bounds__(kWarps* kWarp) multiply_clusters(const Cluster
 
 constexpr std::int64_t padded(std::int64_t columns) { return round_up(columns, 32); }
 
-/// Memory for `rows` rows of `columns` values.
-template <typename T>
-T* rows_in(GrowingMemory& memory, std::size_t rows, std::int64_t columns) {
-  memory.reserve(rows * static_cast<std::size_t>(columns) * sizeof(T));
-  return static_cast<T*>(memory.get());
+/// Logits of a row.
+std::int64_t columns_of(const SparseHead& head) {
+  const std::int64_t rows = head.weight->rows();
+  return head.centroids == nullptr ? rows : head.chosen * (rows / head.centroids->rows());
+}
+
+std::vector<std::int32_t> read(const std::int32_t* values, std::int32_t count) {
+  std::vector<std::int32_t> on_host(static_cast<std::size_t>(count));
+  check(cudaMemcpy(on_host.data(), values, on_host.size() * sizeof(std::int32_t), cudaMemcpyDeviceToHost),
+        "reading tokens");
+  return on_host;
 }
 
 }  // namespace
 
-void SparseLogits::reserve(int max_outputs) { max_outputs_ = std::max(max_outputs_, max_outputs); }
+void SparseLogits::reserve(int max_outputs, const SparseHead& head) {
+  const auto rows = static_cast<std::size_t>(max_outputs);
+  logits_.reserve(rows * static_cast<std::size_t>(padded(columns_of(head))) * sizeof(float));
+  if (head.centroids == nullptr) return;
+  chosen_.reserve(rows * static_cast<std::size_t>(head.chosen) * sizeof(std::int32_t));
+  scores_.reserve(rows * static_cast<std::size_t>(padded(head.centroids->rows())) * sizeof(float));
+}
 
 LogitRows SparseLogits::record(LaunchList& launches, Projections& projections, int outputs, Tensor states,
                                const SparseHead& head, int vocabulary) {
   const MatrixView& weight = view_of(*head.weight);
-  const auto rows = static_cast<std::size_t>(max_outputs_);
   LogitRows result;
   result.tokens = head.tokens;
   result.row_of = head.row_of;
@@ -86,7 +97,7 @@ LogitRows SparseLogits::record(LaunchList& launches, Projections& projections, i
   if (head.centroids == nullptr) {
     result.columns = weight.rows;
     result.stride = padded(weight.rows);
-    result.values = rows_in<float>(logits_, rows, result.stride);
+    result.values = static_cast<float*>(logits_.get());
     projections.scores(launches, outputs, states, *head.weight, head.softcap,
                        {result.values, weight.rows, static_cast<int>(result.stride)});
     return result;
@@ -95,13 +106,13 @@ LogitRows SparseLogits::record(LaunchList& launches, Projections& projections, i
   const int clusters = view_of(*head.centroids).rows;
   result.clusters = head.chosen;
   result.cluster_size = weight.rows / clusters;
-  result.columns = head.chosen * result.cluster_size;
+  result.columns = static_cast<std::int32_t>(columns_of(head));
   result.stride = padded(result.columns);
-  result.values = rows_in<float>(logits_, rows, result.stride);
-  auto* const chosen = rows_in<std::int32_t>(chosen_, rows, head.chosen);
+  result.values = static_cast<float*>(logits_.get());
+  auto* const chosen = static_cast<std::int32_t*>(chosen_.get());
   result.chosen = chosen;
   const auto score_stride = static_cast<int>(padded(clusters));
-  const Tensor scores{rows_in<float>(scores_, rows, score_stride), clusters, score_stride};
+  const Tensor scores{scores_.get(), clusters, score_stride};
   projections.scores(launches, outputs, states, *head.centroids, 0.0F, scores);
   record_choose_clusters(
       launches, {static_cast<const float*>(scores.data), chosen, score_stride, clusters, head.chosen}, outputs);
@@ -126,18 +137,13 @@ LogitRows SparseLogits::record(LaunchList& launches, Projections& projections, i
 }
 
 std::vector<std::int32_t> SparseLogits::tokens(const LogitRows& logits, int row) {
-  std::vector<std::int32_t> tokens(static_cast<std::size_t>(logits.columns));
-  if (logits.chosen == nullptr) {
-    std::copy_n(logits.tokens, tokens.size(), tokens.begin());
-    return tokens;
-  }
-  std::vector<std::int32_t> chosen(static_cast<std::size_t>(logits.clusters));
-  check(cudaMemcpy(chosen.data(), logits.chosen + static_cast<std::int64_t>(row) * logits.clusters,
-                   chosen.size() * sizeof(std::int32_t), cudaMemcpyDeviceToHost),
-        "reading clusters");
-  for (std::size_t i = 0; i < tokens.size(); ++i) {
-    const auto size = static_cast<std::size_t>(logits.cluster_size);
-    tokens[i] = logits.tokens[static_cast<std::size_t>(chosen[i / size]) * size + i % size];
+  if (logits.chosen == nullptr) return read(logits.tokens, logits.columns);
+  std::vector<std::int32_t> tokens;
+  for (const std::int32_t cluster :
+       read(logits.chosen + static_cast<std::int64_t>(row) * logits.clusters, logits.clusters)) {
+    const std::vector<std::int32_t> of_cluster =
+        read(logits.tokens + static_cast<std::int64_t>(cluster) * logits.cluster_size, logits.cluster_size);
+    tokens.insert(tokens.end(), of_cluster.begin(), of_cluster.end());
   }
   return tokens;
 }

@@ -15,8 +15,8 @@ namespace draftwerk::cuda {
 
 class SparseLogits {
  public:
-  /// Rows that record() takes; memory for them is allocated when a head is met for the first time.
-  void reserve(int max_outputs);
+  /// Makes room for so many rows of a head.
+  void reserve(int max_outputs, const SparseHead& head);
   /// Appends what computes the logits of `outputs` states, and returns where they will be.
   LogitRows record(LaunchList& launches, Projections& projections, int outputs, Tensor states, const SparseHead& head,
                    int vocabulary);
@@ -24,7 +24,6 @@ class SparseLogits {
   [[nodiscard]] static std::vector<std::int32_t> tokens(const LogitRows& logits, int row);
 
  private:
-  int max_outputs_ = 0;
   GrowingMemory logits_;
   GrowingMemory scores_;  ///< of clusters
   GrowingMemory chosen_;

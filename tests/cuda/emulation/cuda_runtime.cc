@@ -39,6 +39,7 @@ struct Kernel {
   std::size_t argument_bytes = 0;
   emulation::Invoke invoke;
   std::size_t most_shared = std::size_t{48} << 10;
+  bool prefers_shared = false;
 };
 
 using Clock = std::chrono::steady_clock;
@@ -50,6 +51,8 @@ struct Runtime {
   std::map<void*, std::size_t> device;
   std::map<void*, std::size_t> pinned;
   std::size_t device_bytes = 0;
+  std::int64_t allocations = 0;
+  std::int64_t prefer_cache = 0;
   std::size_t device_limit = std::size_t{1} << 30;
   std::vector<EmulatedStream*> streams;
   EmulatedStream default_stream;
@@ -62,7 +65,6 @@ struct Runtime {
   int minor = 0;
   int driver = 13000;
   bool skip_kernels = false;
-  bool managed_access = true;
   bool fail_pinned = false;
   int copies_until_failure = -1;
   cudaError_t fail_copy = cudaSuccess;
@@ -153,10 +155,12 @@ cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, std::size_t 
   const bool fits = found != runtime().kernels.end() && shared <= found->second.most_shared && grid.x > 0 &&
                     grid.y > 0 && grid.z > 0 && grid.y < 65536 && grid.z < 65536 &&
                     block.x * block.y * block.z <= emulation::kMaxThreads;
+  if (fits && !found->second.prefers_shared) ++runtime().prefer_cache;
   return told(fits ? cudaSuccess : cudaErrorInvalidValue);
 }
 
 cudaError_t allocate(void** pointer, std::size_t bytes, std::map<void*, std::size_t>& known) {
+  ++runtime().allocations;
   // Each by itself and of exactly this size, so that a sanitizer sees what goes beyond it.
   if (posix_memalign(pointer, kAlignment, bytes) != 0) return told(cudaErrorMemoryAllocation);
   std::memset(*pointer, 0xFF, bytes);  // NaN: what was never written must not be read
@@ -213,7 +217,6 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   properties->totalGlobalMem = runtime().device_limit;
   properties->sharedMemPerBlockOptin = std::size_t{227} << 10;
   properties->l2CacheSize = 1 << 20;
-  properties->concurrentManagedAccess = runtime().managed_access ? 1 : 0;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
@@ -247,7 +250,6 @@ cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
   if (error == cudaSuccess) runtime().device_bytes += bytes;
   return error;
 }
-cudaError_t cudaMallocManaged(void** pointer, std::size_t bytes, unsigned) { return cudaMalloc(pointer, bytes); }
 cudaError_t cudaFree(void* pointer) {
   const Lock lock(runtime().mutex);
   if (pointer == nullptr) return cudaSuccess;
@@ -356,10 +358,14 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) 
 
 // --- kernels and graphs -------------------------------------------------------------------------------------------
 
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   const Lock lock(runtime().mutex);
   const auto found = runtime().kernels.find(kernel);
   if (found == runtime().kernels.end() || value > (227 << 10)) return told(cudaErrorInvalidValue);
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) {
+    found->second.prefers_shared = value == cudaSharedmemCarveoutMaxShared;
+    return cudaSuccess;
+  }
   found->second.most_shared = static_cast<std::size_t>(value);
   return cudaSuccess;
 }
@@ -449,6 +455,16 @@ std::size_t allocated_bytes() {
   return bytes;
 }
 
+std::int64_t allocations() {
+  const Lock lock(runtime().mutex);
+  return runtime().allocations;
+}
+
+std::int64_t launches_that_prefer_cache() {
+  const Lock lock(runtime().mutex);
+  return runtime().prefer_cache;
+}
+
 void set_device(int count, int major, int minor, int driver_version) {
   runtime().devices = count;
   runtime().major = major;
@@ -458,7 +474,6 @@ void set_device(int count, int major, int minor, int driver_version) {
 
 void skip_kernels() { runtime().skip_kernels = true; }
 
-void set_managed_access(bool concurrent) { runtime().managed_access = concurrent; }
 void fail_pinned() { runtime().fail_pinned = true; }
 void fail_copy(int after, cudaError_t error) {
   runtime().copies_until_failure = after;
@@ -481,7 +496,6 @@ void reset() {
   r.minor = 0;
   r.driver = 13000;
   r.skip_kernels = false;
-  r.managed_access = true;
   r.fail_pinned = false;
   r.copies_until_failure = -1;
   r.fail_after = -1;

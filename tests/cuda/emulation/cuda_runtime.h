@@ -49,7 +49,6 @@ struct cudaDeviceProp {
   std::size_t totalGlobalMem;
   std::size_t sharedMemPerBlockOptin;
   int l2CacheSize;
-  int concurrentManagedAccess;
 };
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -79,7 +78,11 @@ struct cudaGraphEdgeData {
   unsigned char type;
 };
 inline constexpr unsigned char cudaGraphKernelNodePortProgrammatic = 1;
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
+inline constexpr int cudaSharedmemCarveoutMaxShared = 100;
 struct cudaFuncAttributes {
   int ptxVersion;
 };
@@ -96,7 +99,6 @@ cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total);
 cudaError_t cudaDeviceSynchronize();
 
 cudaError_t cudaMalloc(void** pointer, std::size_t bytes);
-cudaError_t cudaMallocManaged(void** pointer, std::size_t bytes, unsigned flags = cudaMemAttachGlobal);
 cudaError_t cudaFree(void* pointer);
 cudaError_t cudaHostAlloc(void** pointer, std::size_t bytes, unsigned flags);
 cudaError_t cudaFreeHost(void* pointer);
@@ -145,6 +147,10 @@ const void* kernel_address(void (*kernel)(Arguments)) {
 void set_device_memory(std::size_t bytes);
 /// Bytes that are allocated now, of the device's and of pinned memory.
 std::size_t allocated_bytes();
+/// How often memory was allocated, of the device's and pinned.
+std::int64_t allocations();
+/// Launches of kernels that do not prefer shared memory to the first-level cache.
+std::int64_t launches_that_prefer_cache();
 /// How often somebody has waited for a stream.
 std::int64_t waits();
 /// What a device would have waited for, in seconds, each time that somebody had waited for a stream: until the next
@@ -159,8 +165,6 @@ HostTimes take_host_times();
 void skip_kernels();
 /// 0: no device; otherwise what properties and the driver say.
 void set_device(int count, int major, int minor, int driver_version);
-/// Whether the host may touch managed memory while the device computes.
-void set_managed_access(bool concurrent);
 /// The next allocation of pinned memory fails, and the `after`-th asynchronous copy from now on (0: the next), after
 /// which the device works as before.
 void fail_pinned();
