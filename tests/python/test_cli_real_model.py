@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from draftwerk.loading import open_checkpoint
+from draftwerk.loading import open_checkpoint, shipped_drafter
 
 COMMAND = [sys.executable, "-m", "draftwerk.cli.main"]
 PROMPT_IDS = "2,818,4083,529,506,13379,3958,12502"
@@ -73,6 +73,37 @@ def test_bench_hash_does_not_depend_on_drafting(real_model: str, tmp_path: Path,
         assert result.returncode == 0, result.stderr
         hashes.add(json.loads(out.read_text(encoding="utf-8"))["output_sha256"])
     assert len(hashes) == 1
+
+
+OPENINGS = (
+    "The history of the steam engine begins",
+    "My grandmother used to bake bread every Sunday, and",
+    "def read_lines(path):\n",
+    "Dear Mr. Smith,\n\nThank you for",
+    "The three most common causes of house fires are",
+    "In 1969 the first people landed on",
+    "Once upon a time there was a fox who",
+    "To make a good vegetable soup, first",
+)
+
+
+def test_the_drafter_that_comes_along_is_small_has_its_terms_beside_it_and_drafts_well(
+    real_model: str, tmp_path: Path
+) -> None:
+    drafter = shipped_drafter(real_model)
+    assert drafter is not None
+    assert drafter.stat().st_size <= 16 << 20
+    assert "Gemma Terms of Use" in (drafter.parent / "NOTICE").read_text(encoding="utf-8")
+    assert "Gemma Terms of Use" in (drafter.parent / "GEMMA_TERMS.txt").read_text(encoding="utf-8")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"turns": [text]}) + "\n" for text in OPENINGS), encoding="utf-8")
+    result = run(
+        *f"bench --model {real_model} --drafter {drafter} --no-lookup --draft-length 6 --max-tokens 32".split(),
+        *f"--ignore-eos --concurrency 8 --prompts {prompts} --json -".split(),
+    )
+    assert result.returncode == 0, result.stderr
+    # It is 2.2; of a drafter that was not trained it is 1.0, as without drafts.
+    assert json.loads(result.stdout)["tokens_per_step"] >= 1.8
 
 
 def test_the_demo_serves_streams_and_compares(real_model: str) -> None:

@@ -31,6 +31,8 @@ EPILOG = """
   draftwerk eval-drafter --timed 0 --json -
 """
 
+_GIVE = "give a directory, a GGUF file or a hub name"
+
 
 @reports_failures
 def eval_drafter(
@@ -57,9 +59,11 @@ def eval_drafter(
         bool, typer.Option("--chat", help="Lines of --prompts are a user's messages, for the model's chat template.")
     ] = False,
     limit: Annotated[int, typer.Option("--limit", min=1, max=4096, help="Most prompts.", metavar="N")] = 48,
-    max_tokens: options.MaxTokens = 128,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", help="Most tokens of a text; 32 or more.", metavar="N")
+    ] = 128,
     draft_length: Annotated[
-        int, typer.Option("--draft-length", help="Drafts a step where acceptance is measured.", metavar="N")
+        int, typer.Option("--draft-length", help="Drafts a step where acceptance is measured, 1 to 7.", metavar="N")
     ] = 6,
     timed: Annotated[
         int, typer.Option("--timed", min=0, help="Prompts that speed is measured on; 0: none.", metavar="N")
@@ -70,18 +74,18 @@ def eval_drafter(
     threads: options.Threads = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure what a drafter is worth: drafts accepted by position and kind of prompt, and the time they gain."""
+    """Measure what a drafter is worth: drafts accepted by depth and kind of prompt, and the time they gain."""
     check_writable(json_file)
     with reports_training_failures():
         from draftwerk.drafters import DRAFTERS
-        from draftwerk.loading import find_assistant
+        from draftwerk.loading import find_assistant, is_hub_name
         from draftwerk.training.evaluation import EvaluationOptions, Evaluator
         from draftwerk.training.evaluation_prompts import from_file, from_openings
         from draftwerk.training.prompts import read_prompts
         from draftwerk.weights import open_model
 
         if drafter in DRAFTERS and drafter != "auto":
-            raise usage_error(f"--drafter {drafter} is no MTP drafter: give a directory, a GGUF file or a hub name")
+            raise usage_error(f"--drafter {drafter} is no MTP drafter: {_GIVE}")
         if chat and prompts is None:
             raise usage_error("--chat is for --prompts: the built-in openings use a chat template anyway")
         how = EvaluationOptions(max_tokens, draft_length, timed, seed, threads, weights, device)
@@ -91,6 +95,9 @@ def eval_drafter(
             found = find_assistant(checkpoint.path) if drafter == "auto" else drafter
         if found is None:
             raise usage_error(f"no drafter goes with {model}: give one by --drafter")
+        # The engine's own message also offers what is no MTP drafter.
+        if not str(found) or not (Path(found).exists() or is_hub_name(str(found))):
+            raise usage_error(f"--drafter {found}: no such file or directory; {_GIVE}")
 
         def chosen(engine: Any) -> Any:
             if given is None:
@@ -108,8 +115,8 @@ def _print(evaluation: Evaluation, console: Console) -> None:
     from draftwerk.training.evaluation import SAMPLED
 
     title = f"{evaluation.model}, drafter {evaluation.drafter}, {evaluation.prompts} prompts"
-    positions = range(2, evaluation.options.draft_length + 1)
-    table = _table(title, "", "rounds", "tokens/step", "draft 1", *map(str, positions))
+    depths = range(2, evaluation.options.draft_length + 1)
+    table = _table(title, "", "rounds", "tokens/step", "depth 1", *map(str, depths))
     for its in evaluation.acceptance:
         table.add_row(its.sampling, *_cells(its.before_loops))
         table.add_row(f"{its.sampling}, whole", *_cells(its.whole))
@@ -123,7 +130,8 @@ def _print(evaluation: Evaluation, console: Console) -> None:
     console.print(table)
     shares = ", ".join(f"{its.sampling} {its.loop_share:.0%}" for its in evaluation.acceptance)
     console.print(
-        f"sampled: {SAMPLED}; whole: with what comes when a text goes round in circles, {shares} of the tokens",
+        f"sampled: {SAMPLED}; whole: with what comes when a text goes round in circles, {shares} of the tokens; "
+        f"depth: how deep in the tree that the {evaluation.options.draft_length} drafts of a step form",
         style="dim",
         highlight=False,
     )
@@ -134,10 +142,11 @@ def _print(evaluation: Evaluation, console: Console) -> None:
         whole = "-" if speed.whole is None else f"{speed.whole.speedup:.2f}"
         table.add_row(f"{speed.drafter}, {speed.sampling}", *_pace(speed.before_loops), whole)
     console.print(table)
+    tokens = {its.sampling: its.tokens_per_step for its in evaluation.acceptance}
     for expected in evaluation.expectations():
         console.print(
             f"expected of {expected.best} drafts a step, {expected.sampling}: {max(expected.by_draft_length):.2f} "
-            "times as fast",
+            f"times as fast ({tokens[expected.sampling][expected.best]:.2f} tokens/step)",
             highlight=False,
         )
 

@@ -23,6 +23,8 @@ from draftwerk.training.shards import count_shards, read_shard
 PROMPTS = 48
 """That a drafter is evaluated on."""
 
+_FORMAT = 2  # of evaluation.json; in the first one, which did not say so, fewer drafts were not measured on their own
+
 
 def conclude(
     directory: RunDirectory,
@@ -82,6 +84,7 @@ def conclude(
         except Stopped:
             return False
         values = {
+            "format": _FORMAT,
             "step": step,
             "prompts_from": _prompts_from(options),
             **now.as_dict(),
@@ -119,12 +122,14 @@ def _prompts_of_file(options: RunOptions) -> tuple[PromptsFile, PromptsFile | No
 
 
 def _evaluated(path: Path, step: int) -> dict[str, Any] | None:
-    """What was written of the drafter after this step; None if nothing was, or it cannot be read."""
+    """What was written of the drafter after this step; None if nothing was, in another format, or not readable."""
     try:
         values = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return values if isinstance(values, dict) and values.get("step") == step else None
+    if not isinstance(values, dict) or (values.get("format"), values.get("step")) != (_FORMAT, step):
+        return None
+    return values
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,7 +1,9 @@
 """What a drafter is worth, measured by the engine that will use it: drafts accepted, and time gained.
 
-Acceptance is measured with a fixed number of drafts a step and without lookup, so that every position is tried in every
-step; many texts at once, which changes no token. Time is measured one text at a time, with and without drafts in turn.
+Acceptance is measured with a fixed number of drafts a step and without lookup, so that every step drafts as many; many
+texts at once, which changes no token. Drafts form a tree, so a position is a depth in it, and what fewer drafts bring
+is measured for each number: their tree is no more than a part of the first levels of a larger one, and misses more.
+Time is measured one text at a time, with and without drafts in turn.
 Base models that are greedy repeat themselves, and repetitions are easily drafted: the figures are there once more of
 the texts up to where they begin to go round in circles (draftwerk.training.repetition).
 """
@@ -39,6 +41,9 @@ SAMPLED = "temperature 1, top_k 64, top_p 0.95"
 DRAFTERS = ("drafter", "drafter and lookup", "lookup")
 """Whose drafts are timed. "drafter and lookup" is what `draftwerk serve` does with a drafter."""
 
+LENGTH_TOKENS = 48
+"""Of every text, on which what each number of drafts brings is measured: whole texts would take most of the time."""
+
 _STREAMS = 16
 _PREFILL_CHUNK = 256  # leaves a step the rows for the drafts of all streams: one without them would count as a miss
 _COST_TOKENS = 32  # generated to time a step
@@ -51,7 +56,7 @@ class EvaluationOptions:
 
     Attributes:
         max_tokens: most tokens of a text.
-        draft_length: drafts of a step where acceptance is measured.
+        draft_length: drafts of a step where acceptance is measured; fewer are measured where speed is.
         timed_prompts: prompts that speed is measured on, spread over all of them.
         seed: of sampling.
         threads: kernel threads; 0: all.
@@ -89,6 +94,8 @@ class SamplingAcceptance:
         whole: of the texts as they are.
         before_loops: of what they say before that.
         by_category: the latter by category of the prompts, in alphabetical order.
+        tokens_per_step: before loops, with so many drafts a step, from 0; of the first LENGTH_TOKENS tokens of texts.
+            Empty if speed is not measured, or no step of some number could be counted.
     """
 
     sampling: str
@@ -97,6 +104,7 @@ class SamplingAcceptance:
     whole: Acceptance
     before_loops: Acceptance
     by_category: dict[str, Acceptance]
+    tokens_per_step: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What acceptance before loops and the time of a step let expect of one stream.
+    """What the tokens and the time of a step let expect of one stream, before loops.
 
     Attributes:
         sampling: a name of SAMPLINGS.
@@ -158,7 +166,7 @@ class Evaluation:
     speeds: tuple[Speed, ...]
 
     def expectations(self) -> tuple[Expectation, ...]:
-        """By way of sampling; none if nothing was timed."""
+        """By way of sampling; none of those with nothing to go by."""
         if not self.step_seconds:
             return ()
         plain = self.step_seconds[0]
@@ -166,11 +174,12 @@ class Evaluation:
             Expectation(
                 its.sampling,
                 tuple(
-                    (1.0 + sum(its.before_loops.by_position[:drafts])) * plain / seconds
-                    for drafts, seconds in enumerate(self.step_seconds)
+                    tokens * plain / seconds
+                    for tokens, seconds in zip(its.tokens_per_step, self.step_seconds, strict=True)
                 ),
             )
             for its in self.acceptance
+            if its.tokens_per_step
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -268,19 +277,18 @@ class Evaluator:
         return tuple([await self._acceptance_with(engine, sampling) for sampling in SAMPLINGS])
 
     async def _acceptance_with(self, engine: Engine, sampling: str) -> SamplingAcceptance:
-        texts = await self._generate_all(engine, sampling)
         length, most = self._options.draft_length, self._options.max_tokens
+        texts = await self._generate_all(engine, sampling, f"drafts accepted, {sampling}")
         whole: list[int] = []
         before_loops: list[int] = []
         by_category: dict[str, list[int]] = {prompt.category: [] for prompt in self._prompts}
         tokens = looping = 0
         for prompt, text in zip(self._prompts, texts, strict=True):
-            step_tokens = [count for _, count in text.arrivals]
             kept = length_before_loop(text.token_ids)
             tokens += len(text.token_ids)
             looping += len(text.token_ids) - kept
-            whole += whole_rounds(step_tokens, length, most, len(text.token_ids))
-            rounds = whole_rounds(step_tokens, length, most, kept)
+            whole += _rounds(text, length, most, len(text.token_ids))
+            rounds = _rounds(text, length, most, kept)
             before_loops += rounds
             by_category[prompt.category] += rounds
         return SamplingAcceptance(
@@ -290,18 +298,37 @@ class Evaluator:
             Acceptance.of(whole, length),
             Acceptance.of(before_loops, length),
             {category: Acceptance.of(rounds, length) for category, rounds in sorted(by_category.items())},
+            await self._tokens_per_step(engine, sampling, texts) if self._options.timed_prompts else (),
         )
 
-    async def _generate_all(self, engine: Engine, sampling: str) -> list[StreamRecord]:
-        params = self._params(sampling)
+    async def _tokens_per_step(self, engine: Engine, sampling: str, texts: Sequence[StreamRecord]) -> tuple[float, ...]:
+        """By number of drafts; `texts` are those with the most. Empty if there is a number without a round."""
+        length = self._options.draft_length
+        until = [min(length_before_loop(text.token_ids), LENGTH_TOKENS) for text in texts]
+        by_draft_length = [1.0]
+        for drafts in range(1, length + 1):
+            its, most = texts, self._options.max_tokens
+            if drafts < length:
+                most = min(LENGTH_TOKENS + drafts, most)  # the last round that counts has all its drafts, too
+                what = f"tokens a step of {drafts}, {sampling}"
+                its = await self._generate_all(engine, sampling, what, max_tokens=most, max_draft_length=drafts)
+            rounds = [
+                tokens for text, end in zip(its, until, strict=True) for tokens in _rounds(text, drafts, most, end)
+            ]
+            if not rounds:  # texts that end or repeat themselves at once
+                return ()
+            by_draft_length.append(Acceptance.of(rounds, drafts).tokens_per_step)
+        return tuple(by_draft_length)
+
+    async def _generate_all(self, engine: Engine, sampling: str, what: str, **changes: Any) -> list[StreamRecord]:
         done = 0
 
         def one_more() -> None:
             nonlocal done
             done += 1
-            self._report(f"drafts accepted, {sampling}", done, len(self._prompts))
+            self._report(what, done, len(self._prompts))
 
-        return await _generate(engine, self._prompts, params, one_more)
+        return await _generate(engine, self._prompts, self._params(sampling, **changes), one_more)
 
     # --- time ---------------------------------------------------------------------------------------------------
 
@@ -348,6 +375,10 @@ class Evaluator:
             Pace.of((tokens_per_second(plain), tokens_per_second(drafted)) for plain, drafted in pairs),
             Pace.of(map(_before_loops, pairs)),
         )
+
+
+def _rounds(text: StreamRecord, drafts: int, max_tokens: int, until: int) -> list[int]:
+    return whole_rounds([count for _, count in text.arrivals], drafts, max_tokens, until)
 
 
 def _before_loops(pair: tuple[StreamRecord, StreamRecord]) -> tuple[float | None, float | None]:

@@ -8,9 +8,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from draftwerk.training import charts
-from draftwerk.training.evaluation import SAMPLED
+from draftwerk.training.evaluation import LENGTH_TOKENS, SAMPLED
 
-_SHOWN_POSITIONS = 4  # of a draft, in the chart of agreement: few chains get further
+_SHOWN_POSITIONS = 4  # of a chain, in the chart of agreement: few get further
 _HIDDEN = ("text", "model")  # options that are shown otherwise
 
 
@@ -51,11 +51,13 @@ def render_report(
         before=before,
         loss=_loss(steps),
         agreement=_agreement(steps),
-        positions={its["sampling"]: _positions(its, before[its["sampling"]]) for its in evaluation["acceptance"]},
-        categories=_categories(evaluation["acceptance"]),
+        depths={its["sampling"]: _depths(its, before[its["sampling"]]) for its in evaluation["acceptance"]},
+        by_draft_length=_by_draft_length(evaluation["acceptance"], before),
+        categories=_categories(evaluation["acceptance"], before),
         expected=_expected(evaluation["expected"]),
         duration=_duration,
         sampled=SAMPLED,
+        length_tokens=LENGTH_TOKENS,
         gains=_gains(evaluation["speeds"]),
     )
 
@@ -86,21 +88,43 @@ def _agreement(steps: Sequence[Mapping[str, Any]]) -> charts.LineChart:
     )
 
 
-def _positions(after: Mapping[str, Any], before: Mapping[str, Any]) -> charts.BarChart:
+def _depths(after: Mapping[str, Any], before: Mapping[str, Any]) -> charts.BarChart:
     shares = after["before_loops"]["by_position"]
     return charts.bar_chart(
-        [f"{position + 1}" for position in range(len(shares))],
+        [f"{depth + 1}" for depth in range(len(shares))],
         [("before training", before["before_loops"]["by_position"]), ("after", shares)],
-        x_label="draft",
-        y_label="accepted, with all before it",
+        x_label="depth in the tree of drafts",
+        y_label="steps that accepted drafts so deep",
     )
 
 
-def _categories(acceptance: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Category to the acceptance of each way of sampling, the best category first."""
+def _by_draft_length(
+    acceptance: Sequence[Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]
+) -> charts.LineChart | None:
+    """Tokens a step by the number of drafts."""
+    lines = [
+        (name, list(enumerate(map(float, its["tokens_per_step"]))))
+        for after in acceptance
+        for name, its in (
+            (after["sampling"], after),
+            (f"{after['sampling']}, before training", before[after["sampling"]]),
+        )
+    ]
+    if not any(points for _, points in lines):
+        return None
+    return charts.line_chart(lines, x_label="drafts a step", y_label="tokens a step")
+
+
+def _categories(
+    acceptance: Sequence[Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]]:
+    """Category to the acceptance of each way of sampling, after and before training, the best category first."""
     names = {name for its in acceptance for name in its["by_category"]}
-    rows = {name: [its["by_category"][name] for its in acceptance] for name in names}
-    return dict(sorted(rows.items(), key=lambda row: (-sum(its["tokens_per_step"] for its in row[1]), row[0])))
+    rows = {
+        name: [(its["by_category"][name], before[its["sampling"]]["by_category"][name]) for its in acceptance]
+        for name in names
+    }
+    return dict(sorted(rows.items(), key=lambda row: (-sum(its["tokens_per_step"] for its, _ in row[1]), row[0])))
 
 
 def _gains(speeds: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:

@@ -57,9 +57,12 @@ def finish(target: Checkpoint, directory: Path, notes: Notes | None = None, **ch
 def test_a_run_ends_with_an_evaluation_and_a_report(trained: Path) -> None:
     values = json.loads((trained / "evaluation.json").read_text())
     assert (values["model"], values["drafter"], values["prompts"]) == ("tiny", "drafter", 2)
+    assert values["format"] == 2
     assert values["prompts_from"] == "set aside from those given"
     assert [its["sampling"] for its in values["before"]] == [its["sampling"] for its in values["acceptance"]]
     assert values["acceptance"][0]["whole"]["rounds"] > 0
+    # What fewer drafts bring, too, for both.
+    assert all(len(its["tokens_per_step"]) == 4 for when in ("acceptance", "before") for its in values[when])
     # It learned something of a model whose text is far from random.
     after, before = (sum(its["whole"]["tokens_per_step"] for its in values[when]) for when in ("acceptance", "before"))
     assert after > before
@@ -76,6 +79,18 @@ def test_what_was_evaluated_is_only_reported_again(target: Checkpoint, trained: 
     assert not notes.evaluated
     assert (trained / "evaluation.json").read_bytes() == before
     assert (trained / "report.html").exists()
+
+
+def test_an_evaluation_of_another_format_is_done_again(target: Checkpoint, trained: Path, tmp_path: Path) -> None:
+    place, notes = RunDirectory(shutil.copytree(trained, tmp_path / "run")), Notes()
+    values = json.loads(place.evaluation.read_text())
+    del values["format"]
+    for its in values["acceptance"] + values["before"]:
+        del its["tokens_per_step"]
+    place.evaluation.write_text(json.dumps(values))
+    assert finish(target, place.path, notes)
+    assert notes.evaluated
+    assert json.loads(place.evaluation.read_text())["format"] == 2
 
 
 def test_text_that_was_written_for_steps_that_are_lost_is_no_step(

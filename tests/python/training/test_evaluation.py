@@ -1,4 +1,4 @@
-"""Drafters whose worth is known are evaluated: their drafts are read off recorded runs."""
+"""Drafters whose worth is known are evaluated: their drafts are read off recorded runs; and one that drafts trees."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_training
 from tiny_writer import tiny_engine, with_tokenizer
 
 import tiny_checkpoint
@@ -18,8 +19,9 @@ from draftwerk.drafters import SyntheticDrafter
 from draftwerk.loading import Checkpoint
 from draftwerk.measurement import run_prompts
 from draftwerk.training.errors import TrainingError
-from draftwerk.training.evaluation import SAMPLINGS, EvaluationOptions, Evaluator, Expectation
+from draftwerk.training.evaluation import SAMPLINGS, Evaluation, EvaluationOptions, Evaluator, Expectation
 from draftwerk.training.evaluation_prompts import EvaluationPrompt, from_file, from_openings
+from draftwerk.training.export import write_drafter
 from draftwerk.training.prompts import encode_prompt, read_prompts
 from draftwerk.training.repetition import length_before_loop
 from fake_checkpoint import VOCABULARY
@@ -118,6 +120,7 @@ def test_an_evaluation_has_times(target: Checkpoint, texts: dict[str, list[list[
     ]
     assert {what for what, _, _ in reports} == {
         *(f"drafts accepted, {sampling}" for sampling in SAMPLINGS),
+        *(f"tokens a step of {drafts}, {sampling}" for drafts in (1, 2) for sampling in SAMPLINGS),
         "time of a step",
         *(f"speed, {speed.drafter}, {speed.sampling}" for speed in evaluation.speeds),
     }
@@ -125,15 +128,64 @@ def test_an_evaluation_has_times(target: Checkpoint, texts: dict[str, list[list[
     json.dumps(evaluation.as_dict(), allow_nan=False)
 
 
-def test_what_is_expected_follows_from_acceptance_and_the_time_of_a_step(
+def test_what_is_expected_follows_from_the_tokens_and_the_time_of_a_step(
     target: Checkpoint, texts: dict[str, list[list[int]]]
 ) -> None:
-    evaluation = evaluator(target, timed_prompts=0).evaluate(drafter(texts, 1.0), "a drafter")
+    evaluation = evaluator(target).evaluate(drafter(texts, 1.0), "a drafter")
     timed = dataclasses.replace(evaluation, step_seconds=(0.010, 0.012, 0.015, 0.030))
     for expected in timed.expectations():
         assert expected.by_draft_length == pytest.approx((1.0, 2 / 1.2, 3 / 1.5, 4 / 3.0))
         assert expected.best == 2
     assert timed.as_dict()["expected"][0]["best_draft_length"] == 2
+
+
+def test_nothing_is_expected_of_texts_that_repeat_themselves_at_once(
+    target: Checkpoint, texts: dict[str, list[list[int]]]
+) -> None:
+    assert length_before_loop(texts["greedy"][0][4:]) <= OPTIONS.draft_length + 1
+    acceptance = Evaluator(target, lambda _: PROMPTS[:1], OPTIONS).acceptance(drafter(texts, 1.0))
+    assert [its.tokens_per_step for its in acceptance] == [(), (1.0, 2.0, 3.0, 4.0)]
+    steps = (0.010,) * (OPTIONS.draft_length + 1)
+    expected = Evaluation("tiny", "a drafter", "cpu", 1, OPTIONS, acceptance, steps, ()).expectations()
+    assert [its.sampling for its in expected] == ["sampled"]
+
+
+@pytest.fixture(scope="module")
+def broad(target: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained drafter. It gives several first tokens a chance: its trees are broad, those of few drafts narrow."""
+    fresh = tiny_training.tiny_drafter(tiny_training.FrozenTarget(target), draft_vocab_size=VOCABULARY)
+    directory = tmp_path_factory.mktemp("drafter") / "fresh"
+    write_drafter(fresh, dict(fresh.named_parameters()), directory, target_name="tiny")
+    return str(directory)
+
+
+def test_fewer_drafts_bring_what_trees_of_so_many_do(
+    target: Checkpoint, broad: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftwerk.training.evaluation.LENGTH_TOKENS", OPTIONS.max_tokens)
+    acceptance = evaluator(target).acceptance(broad)
+    steps = (0.010,) * (OPTIONS.draft_length + 1)
+    expected = Evaluation("tiny", "fresh", "cpu", len(PROMPTS), OPTIONS, acceptance, steps, ()).expectations()
+    for drafts in range(1, OPTIONS.draft_length + 1):
+        measured = evaluator(target, draft_length=drafts, timed_prompts=0).acceptance(broad)
+        for its, of_so_many in zip(expected, measured, strict=True):
+            assert its.by_draft_length[drafts] == pytest.approx(of_so_many.before_loops.tokens_per_step)
+    (_, sampled), (_, by_draft_length) = acceptance, (its.by_draft_length for its in expected)
+    assert (
+        1.05 < by_draft_length[1] < sampled.before_loops.by_position[0] + 0.9
+    )  # of three drafts the first, or another
+
+
+def test_each_number_of_drafts_is_tried_on_the_same_tokens(
+    target: Checkpoint, broad: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftwerk.training.evaluation.LENGTH_TOKENS", 30)
+    for drafts in (1, 2):
+        # Once of texts that end behind those tokens, once of whole texts, as those with the most drafts are.
+        cut, whole = (evaluator(target, draft_length=length).acceptance(broad) for length in (3, drafts))
+        for some, most in zip(cut, whole, strict=True):
+            assert some.tokens_per_step[drafts] == most.tokens_per_step[drafts]
+        assert whole[1].tokens_per_step[drafts] != whole[1].before_loops.tokens_per_step  # of all 60 tokens
 
 
 def test_a_draft_that_changes_a_token_is_not_passed_over(

@@ -33,6 +33,7 @@ def evaluation(**changes: Any) -> dict[str, Any]:
             whole=acceptance(0.7, 0.5),
             before_loops=acceptance(0.6, 0.3),
             by_category={"prose": acceptance(0.5, 0.2), HOSTILE: acceptance(0.0, 0.0, rounds=0)},
+            tokens_per_step=(1.0, 1.45, 1.9),
         )
         for sampling in SAMPLINGS
     ]
@@ -50,9 +51,19 @@ def evaluation(**changes: Any) -> dict[str, Any]:
             for drafter, its in (("drafter and lookup", pace), ("lookup", dataclasses.replace(pace, speedup=1.25)))
             for sampling in SAMPLINGS
         ),
+        **changes,
     }
-    before = [asdict(one) | {"before_loops": asdict(acceptance(0.1, 0.0))} for one in its]
-    return {"prompts_from": "somewhere", **Evaluation(**{**values, **changes}).as_dict(), "before": before}
+    untrained = asdict(acceptance(0.1, 0.0))
+    before = [
+        asdict(one)
+        | {
+            "before_loops": untrained,
+            "by_category": {name: asdict(acceptance(0.2, 0.0)) for name in one.by_category},
+            "tokens_per_step": (1.0, 1.05, 1.1),
+        }
+        for one in values["acceptance"]
+    ]
+    return {"prompts_from": "somewhere", **Evaluation(**values).as_dict(), "before": before}
 
 
 def step(number: int, **changes: Any) -> dict[str, Any]:
@@ -82,8 +93,27 @@ def test_a_report_says_what_a_drafter_is_worth() -> None:
     assert "1.90tokens a step, greedy (before training 1.10)" in shown
     assert "1.50 ×as fast as without drafts, greedy (by lookup alone 1.25)" in shown
     assert "(10.0, 11.0, 12.0 ms" in shown
-    assert html.count("<svg") == 5
+    assert html.count("<svg") == 6
     assert "seed" in shown
+
+
+def test_positions_are_depths_in_a_tree() -> None:
+    html = page([step(1)], evaluation())
+    shown = text(html)
+    assert "The drafts of a step form a tree" in shown
+    assert "tokens a stepdepth 1depth 2" in shown
+    assert 'aria-label="steps that accepted drafts so deep by depth in the tree of drafts"' in html
+    assert "draft 1" not in shown.partition("Drafts accepted")[2]
+
+
+def test_a_report_says_what_tokens_a_step_were_before_training() -> None:
+    shown = text(page([step(1)], evaluation()))
+    assert "greedy, before training1001.1010%0%" in shown  # rounds, tokens a step, depths
+    assert "prose1001.701.2050%" in shown
+    assert "measured for each number on the first 48 tokens" in shown
+    html = page([step(1)], evaluation())
+    for name in ("greedy", "greedy, before training", "sampled", "sampled, before training"):
+        assert f"<title>{name}</title>" in html
 
 
 def test_what_users_name_is_text() -> None:
@@ -113,9 +143,13 @@ def test_any_log_makes_a_report(entries: list[dict[str, Any]]) -> None:
 
 
 def test_what_was_not_measured_is_left_out() -> None:
-    shown = text(page([step(1)], evaluation(speeds=(), step_seconds=())))
+    values = evaluation(speeds=(), step_seconds=())
+    for its in (*values["acceptance"], *values["before"]):
+        its["tokens_per_step"] = ()
+    shown = text(page([step(1)], values))
     assert "Not measured." in shown
     assert "as fast as" not in shown
+    assert "fewer drafts" not in shown
     slow = tuple(Speed(drafter, its, None, None) for drafter in ("drafter and lookup", "lookup") for its in SAMPLINGS)
     shown = text(page([step(1)], evaluation(speeds=slow, step_seconds=())))
     assert "drafter and lookup, greedy---" in shown.replace(" ", "").replace(
@@ -126,5 +160,5 @@ def test_what_was_not_measured_is_left_out() -> None:
 
 def test_nothing_accepted_is_shown() -> None:
     nothing = Acceptance(0, 1.0, (0.0, 0.0))
-    its = [SamplingAcceptance(sampling, 0, 0.0, nothing, nothing, {"": nothing}) for sampling in SAMPLINGS]
+    its = [SamplingAcceptance(sampling, 0, 0.0, nothing, nothing, {"": nothing}, (1.0,) * 3) for sampling in SAMPLINGS]
     assert "1.00tokens a step" in text(page([step(1)], evaluation(acceptance=tuple(its))))
