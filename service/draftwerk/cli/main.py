@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from draftwerk import __version__
-from draftwerk.cli import bench, chat, demo, eval_drafter, generate, models, tokenize, train_drafter
+from draftwerk.cli import bench, chat, demo, eval_drafter, export_drafter, generate, models, tokenize, train_drafter
 
 EPILOG = """
 [bold]Examples[/]
@@ -77,6 +77,7 @@ app.command("models", epilog=models.EPILOG)(models.models)
 app.command("tokenize", epilog=tokenize.EPILOG)(tokenize.tokenize)
 app.command("train-drafter", epilog=train_drafter.EPILOG)(train_drafter.train_drafter)
 app.command("eval-drafter", epilog=eval_drafter.EPILOG)(eval_drafter.eval_drafter)
+app.command("export-drafter", epilog=export_drafter.EPILOG)(export_drafter.export_drafter)
 app.command("demo", epilog=demo.EPILOG)(demo.demo)
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.text import Text
@@ -21,6 +21,7 @@ from draftwerk.cli.training_display import TrainingDisplay
 from draftwerk.cli.training_extra import reports_training_failures
 
 if TYPE_CHECKING:
+    from draftwerk.training.prompts import PromptsFile
     from draftwerk.training.run_options import RunOptions
 
 EPILOG = """
@@ -35,6 +36,8 @@ EPILOG = """
   draftwerk train-drafter --out my-drafter --resume
 
   draftwerk serve --model gemma-3-270m --drafter my-drafter/drafter
+
+  draftwerk export-drafter my-drafter/drafter --gguf my-drafter.gguf
 """
 
 # What a run that is gone on with was told at its beginning, by the names of RunOptions and of the command line.
@@ -52,6 +55,7 @@ _SETTLED = {
     "chosen_clusters": "chosen_clusters",
     "learning_rate": "learning_rate",
     "accumulate": "accumulate",
+    "weights": "weights",
 }
 _LEARNING_RATE = 5e-4
 _FINE_TUNING_RATE = 1e-4
@@ -68,13 +72,16 @@ def train_drafter(
         Optional[Path],
         typer.Option(
             "--prompts",
-            help='What texts begin with: lines of text, or JSON lines with "prompt" or "messages". '
-            "Default: built-in openings.",
+            help='What texts begin with: lines of text, or JSON lines with "prompt", "messages" or "turns", and '
+            '"category". Default: built-in openings.',
             metavar="FILE",
         ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Lines of --prompts are a user's messages, for the model's chat template.")
+        bool,
+        typer.Option(
+            "--chat", help="Lines of --prompts are a user's messages, for the model's chat template.", metavar=""
+        ),
     ] = False,
     from_drafter: Annotated[
         Optional[str],
@@ -85,13 +92,32 @@ def train_drafter(
         ),
     ] = None,
     hours: Annotated[
-        Optional[float], typer.Option("--hours", help="How long to write text and train.", metavar="H")
+        Optional[float],
+        typer.Option(
+            "--hours",
+            help="How long to write text and train; the evaluation, some minutes, comes on top. "
+            "Either this or --tokens is needed.",
+            metavar="H",
+        ),
     ] = None,
     tokens: Annotated[
-        Optional[int], typer.Option("--tokens", help="Or: tokens to train on.", metavar="N", show_default=False)
+        Optional[int],
+        typer.Option("--tokens", help="Tokens to train on, instead of --hours.", metavar="N", show_default=False),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed gives the same drafter.", metavar="S")] = 0,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in DIR, which has its own options; they are not repeated.", metavar=""
+        ),
+    ] = False,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed",
+            help="With --tokens, the same seed and --threads give the same drafter on processors of one kind.",
+            metavar="S",
+        ),
+    ] = 0,
     layers: Annotated[int, typer.Option("--layers", help="Layers of the drafter.", metavar="N")] = 2,
     draft_vocabulary: Annotated[
         int, typer.Option("--draft-vocabulary", help="Tokens that can be drafted.", metavar="N")
@@ -119,6 +145,15 @@ def train_drafter(
     accumulate: Annotated[
         int, typer.Option("--accumulate", help="Batches (of 2,048 tokens) whose gradients make a step.", metavar="N")
     ] = 1,
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights",
+            help="auto, int8, int4, fp8, f32, f16 or bf16: how to hold float weights where text is written and the "
+            "drafter evaluated, as they will be served.",
+            metavar="TYPE",
+        ),
+    ] = "auto",
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu or cuda: what trains. Text is written on the CPU.", metavar="D")
     ] = "auto",
@@ -129,8 +164,9 @@ def train_drafter(
     It can be stopped at any time: DIR/drafter is the drafter as far as it has come, and --resume goes on. At the end
     the drafter is evaluated, and DIR/report.html says what it is worth.
     """
-    with reports_training_failures():
+    with reports_training_failures(), _naming_options(context):
         from draftwerk.training.conclusion import conclude
+        from draftwerk.training.evaluation import EvaluationOptions
         from draftwerk.training.run import Run
         from draftwerk.training.run_directory import RunDirectory
         from draftwerk.training.run_options import RunOptions, begin, read_options
@@ -142,10 +178,11 @@ def train_drafter(
         else:
             if (hours is None) == (tokens is None):
                 raise usage_error("give either --hours H or --tokens N (draftwerk train-drafter --help)")
+            if chat and prompts is None:
+                raise usage_error("--chat is for --prompts: the built-in openings use a chat template anyway")
             if from_drafter is not None:
                 own = ("layers", "draft_vocabulary", "clusters", "chosen_clusters")
                 options.refuse_beside(context, "--from", "that drafter has its own", *own)
-                from_drafter = str(Path(from_drafter).resolve()) if Path(from_drafter).exists() else from_drafter
             if learning_rate is None:
                 learning_rate = _LEARNING_RATE if from_drafter is None else _FINE_TUNING_RATE
             told = RunOptions(
@@ -162,6 +199,7 @@ def train_drafter(
                 chosen_clusters=chosen_clusters,
                 learning_rate=learning_rate,
                 accumulate=accumulate,
+                weights=weights,
             )
         with options.loading_progress(told.model) as progress:
             from draftwerk.weights import open_model
@@ -169,7 +207,7 @@ def train_drafter(
             checkpoint = open_model(told.model, progress)
         with TrainingDisplay() as display, _stopping(display) as stop:
             if not resume:
-                directory = begin(out, told)
+                directory = begin(out, told, lambda read: display.say(_how_read(read)))
                 told = read_options(directory)
             with directory.held(), _saying_how_to_go_on(out):
                 run = Run(directory, told, checkpoint, display, stop=stop.is_set, device=device, threads=threads)
@@ -181,6 +219,7 @@ def train_drafter(
                     command=_command(context, told, out),
                     stop=stop.is_set,
                     threads=threads,
+                    evaluation=EvaluationOptions(weights=told.weights),
                 )
     if not done:
         raise CommandError(f"stopped; go on with: {_going_on(out)}", exit_code=130)
@@ -189,18 +228,48 @@ def train_drafter(
 
 def _going_on(out: Path) -> str:
     """The command that goes on with a run."""
-    return f"draftwerk train-drafter --out {out} --resume"
+    return shlex.join(["draftwerk", "train-drafter", "--out", str(out), "--resume"])
+
+
+def _how_read(prompts: PromptsFile) -> str:
+    """What became of the prompts of a file: what was meant to be something else is noticed."""
+    count = len(prompts.prompts)
+    return f"{count:,} prompt{'s' * (count != 1)} of {prompts.path}, read as {prompts.form}"
+
+
+def _flags(context: typer.Context) -> dict[str | None, Any]:
+    """The command's options by the names of its parameters."""
+    return {parameter.name: parameter for parameter in context.command.params}
 
 
 def _command(context: typer.Context, told: RunOptions, out: Path) -> str:
     """The command that begins such a run, without what is as it is by default."""
-    flags = {parameter.name: parameter for parameter in context.command.params}
+    flags = _flags(context)
     words = ["draftwerk", "train-drafter", "--out", str(out)]
     for field, name in _SETTLED.items():
         value = getattr(told, field)
         if value is not None and (value != flags[name].default or name == "model"):
             words += [flags[name].opts[0]] if value is True else [flags[name].opts[0], f"{value}"]
     return shlex.join(words)
+
+
+@contextmanager
+def _naming_options(context: typer.Context) -> Iterator[None]:
+    """Has errors name options as they are on the command line; training has its own names, such as draft_vocab_size.
+
+    Raises:
+        CommandError: an option is out of range.
+    """
+    from draftwerk.training.errors import TrainingError
+
+    try:
+        yield
+    except TrainingError as error:
+        name, is_value, rest = str(error).partition(" = ")
+        parameter = {**_SETTLED, "device": "device"}.get(name)
+        if not is_value or parameter is None:
+            raise
+        raise usage_error(f"{_flags(context)[parameter].opts[0]} {rest}") from None
 
 
 @contextmanager

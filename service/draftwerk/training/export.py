@@ -8,6 +8,7 @@ weights and the configuration, so that the layout stays that of Gemma 4.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +19,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from draftwerk.loading import AssistantCheckpoint, Checkpoint, CheckpointError, check_fits
+from draftwerk.loading import (
+    AssistantCheckpoint,
+    Checkpoint,
+    CheckpointError,
+    check_fits,
+    is_hub_name,
+    open_assistant,
+)
 from draftwerk.loading.vocabulary_checks import DRAFT_TOKEN_IDS, HEAD, TOKEN_ORDERING
 from draftwerk.training.atomic_file import atomic_file
 from draftwerk.training.drafter import CENTROIDS, DrafterModule
@@ -28,6 +36,24 @@ from draftwerk.training.target import rope_parameters
 from draftwerk.training.torch_tensors import torch_tensor
 
 _STORED_NAMES = {HEAD: "model.embed_tokens.weight"}  # which transformers ties the head to
+
+
+def open_drafter(drafter: str | os.PathLike[str]) -> AssistantCheckpoint:
+    """Opens a drafter: a directory, a GGUF file or a name on the hub.
+
+    Raises:
+        TrainingError: there is none, or this is the directory of the training run that it is from.
+        CheckpointError: it is damaged, not supported, or no drafter.
+    """
+    path = Path(drafter)
+    if not (path.exists() or is_hub_name(os.fspath(drafter))):
+        raise TrainingError(
+            f"{drafter}: no such file or directory, and no name on the hub: give a drafter's directory, its GGUF file, "
+            "or a name such as google/gemma-4-E2B-it-assistant"
+        )
+    if (path / "run.json").exists() and not (path / "config.json").exists():
+        raise TrainingError(f"{drafter} is the directory of a training run: its drafter is {path / 'drafter'}")
+    return open_assistant(drafter)
 
 
 def read_drafter(checkpoint: AssistantCheckpoint, target: Checkpoint) -> DrafterModule:

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from draftwerk import _core
-from draftwerk.loading import CheckpointError, open_assistant
+from draftwerk.loading import CheckpointError
 from draftwerk.loading.config import FULL, SLIDING, TextConfig
 from draftwerk.loading.gguf_checkpoint import drafter_tensor_name
 from draftwerk.training.atomic_file import atomic_path
 from draftwerk.training.errors import TrainingError
+from draftwerk.training.export import open_drafter
 
 if TYPE_CHECKING:
     from draftwerk.loading import AssistantCheckpoint, TensorView
@@ -52,7 +53,7 @@ def write_gguf(
         TrainingError: it cannot be read, quantised or written; then a file that was there is what it was.
     """
     try:
-        drafter = open_assistant(directory)
+        drafter = open_drafter(directory)
         with atomic_path(path) as temporary:
             writer = gguf.GGUFWriter(str(temporary), _ARCHITECTURE)
             writer.add_name(name)

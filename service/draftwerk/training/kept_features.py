@@ -1,7 +1,7 @@
 """What the target computed of a batch, kept on disk for the rounds in which the batch comes again.
 
-A batch is computed once and read as often as it comes again; on a processor computing it is a fifth of the training. On a GPU computing is
-faster than a disk, and nothing is kept.
+A batch is computed once and read as often as it comes again; on a processor computing it is a fifth of the training.
+On a GPU computing is faster than a disk, and nothing is kept.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from draftwerk.engine import Engine
 
 _FORMS = '{"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} or {"turns": ["..."]}'
+_CONTENTS = ("prompt", "messages", "turns")
 _SHOWN = 60  # characters of a bad line
-_LEAST_ROOM = 16  # tokens that a prompt has to leave for the text
+_LEAST_ROOM = 128  # tokens that a prompt has to leave for the text: as many as the evaluation of a run generates
 _ASIDE = 16  # one prompt in so many is for evaluation,
 _MOST_ASIDE = 64  # but not more than these
 _LEAST_TO_SHARE = 32  # prompts of a file; with fewer there is nothing to spare
@@ -50,19 +52,22 @@ class PromptsFile:
         data: its content.
         prompts: at least one, in the order of the file.
         sha256: of the file's content and of how it is read.
+        form: "text" or "JSON", which is what the first line decides.
     """
 
     path: Path
     data: bytes
     prompts: tuple[TextPrompt, ...]
     sha256: str
+    form: str = "text"
 
 
 def read_prompts(path: Path, *, chat: bool = False) -> PromptsFile:
     """Reads a file of prompts, one a line: plain text, or JSON objects if the first line that is not empty is one.
 
     A JSON object has "prompt" (text), "messages" (chat messages) or "turns" (texts, of which the first is the prompt),
-    and may have "category". Empty lines are skipped.
+    and may have "category". Empty lines are skipped. What is JSON of another form, or in part, is refused: as text it
+    would be trained on without a word.
 
     Args:
         path: the file.
@@ -78,16 +83,25 @@ def read_prompts(path: Path, *, chat: bool = False) -> PromptsFile:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise TrainingError(f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02X})") from None
+    nul = data.find(b"\0")
+    if nul >= 0:
+        line = data.count(b"\n", 0, nul) + 1
+        raise TrainingError(
+            f"{path}:{line}: holds a NUL byte: prompts are text in UTF-8, not in UTF-16, and no binary file"
+        )
     lines = [(number, line.strip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise TrainingError(f"{path}: no prompts: the file is empty")
     as_json = lines[0][1].lstrip().startswith("{")
+    if not as_json:
+        _refuse_other_json(path, text, lines)
     prompts = tuple(
         _from_json(path, number, line) if as_json else TextPrompt(line, line=number) for number, line in lines
     )
     if chat:
         prompts = tuple(map(_as_message, prompts))
-    return PromptsFile(path, data, prompts, hashlib.sha256(data + b"\0chat" * chat).hexdigest())
+    sha256 = hashlib.sha256(data + b"\0chat" * chat).hexdigest()
+    return PromptsFile(path, data, prompts, sha256, "JSON" if as_json else "text")
 
 
 def set_aside(prompts: PromptsFile, seed: int) -> tuple[PromptsFile, PromptsFile | None]:
@@ -140,10 +154,36 @@ def encode_prompt(
     return tuple(prompt_ids)
 
 
+def _refuse_other_json(path: Path, text: str, lines: Sequence[tuple[int, str]]) -> None:
+    """Refuses what is read as text, by its first line, and was hardly meant so."""
+    number, first = lines[0]
+    if first.lstrip()[0] in '["' and (_json(first) is not None or _json(text) is not None):
+        what = "a JSON array" if first.lstrip()[0] == "[" else "a JSON string"
+        raise TrainingError(f"{path}:{number}: {what}: {_shown(first)}; a line is plain text, or like {_FORMS}")
+    for number, line in lines[1:]:
+        entry = _json(line) if line.lstrip().startswith("{") else None
+        if isinstance(entry, dict) and any(name in entry for name in _CONTENTS):
+            raise TrainingError(
+                f"{path}:{number}: JSON, in a file that begins with plain text: {_shown(line)}; "
+                f"every line has to be text, or every line like {_FORMS}"
+            )
+
+
+def _json(text: str) -> Any:
+    """What it is as JSON; None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _shown(line: str) -> str:
+    return repr(line if len(line) <= _SHOWN else f"{line[:_SHOWN]}...")
+
+
 def _from_json(path: Path, number: int, line: str) -> TextPrompt:
     def wrong(reason: str) -> TrainingError:
-        shown = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
-        return TrainingError(f"{path}:{number}: {reason}: {shown!r}; a line is like {_FORMS}")
+        return TrainingError(f"{path}:{number}: {reason}: {_shown(line)}; a line is like {_FORMS}")
 
     try:
         entry = json.loads(line)
@@ -152,7 +192,7 @@ def _from_json(path: Path, number: int, line: str) -> TextPrompt:
         raise wrong(f"not JSON ({reason})") from None
     if not isinstance(entry, dict):
         raise wrong("not a JSON object")
-    given = [name for name in ("prompt", "messages", "turns") if name in entry]
+    given = [name for name in _CONTENTS if name in entry]
     if len(given) != 1:
         raise wrong(f"{' and '.join(given)} exclude each other" if given else "no prompt")
     content: Any = entry[given[0]]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,18 +23,18 @@ import numpy.typing as npt
 import torch
 
 from draftwerk.engine import Engine
-from draftwerk.loading import AssistantCheckpoint, Checkpoint, check_fits, is_hub_name, open_assistant
+from draftwerk.loading import AssistantCheckpoint, Checkpoint, check_fits, is_hub_name
 from draftwerk.training.clusters import balanced_clusters
 from draftwerk.training.drafter import DrafterModule
 from draftwerk.training.errors import TrainingError, WriteError
-from draftwerk.training.export import read_drafter, write_drafter
+from draftwerk.training.export import open_drafter, read_drafter, write_drafter
 from draftwerk.training.head_sizes import MOST_COMPARED, HeadSizes
 from draftwerk.training.initial import fit_pre_projection, start_centroids, start_from_target
 from draftwerk.training.kept_features import KeptFeatures
 from draftwerk.training.options import TrainingOptions
-from draftwerk.training.prompts import PromptsFile, read_prompts, set_aside
+from draftwerk.training.prompts import set_aside
 from draftwerk.training.run_directory import RunDirectory
-from draftwerk.training.run_options import RunOptions
+from draftwerk.training.run_options import RunOptions, prompts_of_run
 from draftwerk.training.shape import DrafterShape
 from draftwerk.training.shards import Shard, count_shards, read_shard
 from draftwerk.training.state import last_step
@@ -40,7 +42,7 @@ from draftwerk.training.target import FrozenTarget
 from draftwerk.training.text import TextProgress, TextWriter
 from draftwerk.training.text_batches import REPLAYED, TextBatches
 from draftwerk.training.text_figures import text_figures
-from draftwerk.training.trainer import StepFigures, Trainer
+from draftwerk.training.trainer import NotFiniteError, StepFigures, Trainer
 from draftwerk.training.vocabulary import DraftVocabulary, choose_draft_vocabulary
 
 _TOKENS_PER_SAVE = 65_536  # trained between two states: some minutes on a processor, seconds on a GPU
@@ -115,7 +117,7 @@ class Run:
         observer: told how far it is.
         stop: asked now and then; once it says so, the run ends with a state to go on from.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        threads: kernel threads of the engine; 0: all.
+        threads: of the engine and of PyTorch; 0: all, as each of them counts.
 
     Raises:
         TrainingError: something of the run cannot be.
@@ -171,13 +173,22 @@ class Run:
         """
         self._recall()
         try:
-            with self._engine() as engine:
+            with _torch_threads(self._threads), self._engine() as engine:
                 self._train(self._writer(engine))
         except Stopped:
             return False
+        except NotFiniteError as error:
+            raise TrainingError(f"{error}; {self._another_way()}") from None
         except torch.OutOfMemoryError as error:
             raise TrainingError(f"the GPU has too little memory to train there ({error}); use --device cpu") from None
         return True
+
+    def _another_way(self) -> str:
+        """What to do where steps get too large: they would be the same again if this run were gone on with."""
+        way = f"begin in another directory with a smaller --learning-rate than {self._options.learning_rate:g}"
+        if self._directory.drafter.exists():
+            way += f", and from the drafter as far as it came: --from {shlex.quote(str(self._directory.drafter))}"
+        return way
 
     @property
     def _seconds(self) -> float:
@@ -190,17 +201,16 @@ class Run:
             drafter="lookup",
             device="cpu",  # a GPU's memory is for training
             threads=self._threads,
+            weights=self._options.weights,
             max_sequences=text.streams,
             prefix_cache=False,
             progress=self._observer.loading,
         )
 
     def _writer(self, engine: Engine) -> TextWriter:
-        prompts: PromptsFile | None = None
-        if self._options.prompts is not None:
-            prompts, _ = set_aside(
-                read_prompts(Path(self._options.prompts), chat=self._options.chat), self._options.seed
-            )
+        prompts = prompts_of_run(self._directory, self._options)
+        if prompts is not None:
+            prompts, _ = set_aside(prompts, self._options.seed)
         text = dataclasses.replace(self._options.text, seed=self._options.seed)
         return TextWriter(engine, self._directory.text, text, prompts)
 
@@ -298,7 +308,7 @@ class Run:
 
     def _start(self, drafter: str) -> AssistantCheckpoint:
         """The drafter to go on from: the run's own copy of it once there is one."""
-        return open_assistant(self._directory.initial if self._directory.initial.exists() else drafter)
+        return open_drafter(self._directory.initial if self._directory.initial.exists() else drafter)
 
     def _vocabulary(self, target: FrozenTarget, first: Shard) -> DraftVocabulary | None:
         """What can be drafted; None where a drafter to go on from says that, and all of it is compared."""
@@ -421,6 +431,18 @@ class Run:
         """It has the "step" that was the last one then."""
         spent = {"seconds": self._seconds, "writing": self._writing, "trained_tokens": self._tokens}
         return {"kind": kind, "step": self._step, **entry, **spent}
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """PyTorch computes with so many threads meanwhile; 0: with as many as it chooses itself."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _device(name: str) -> torch.device:

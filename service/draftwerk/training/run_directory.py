@@ -120,6 +120,8 @@ class RunDirectory:
             values = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise TrainingError(f"{self.path} holds no training run to go on with: there is no {_RUN}") from None
+        except NotADirectoryError:
+            raise TrainingError(f"{self.path} is a file: a training run is a directory") from None
         except ValueError as error:
             raise TrainingError(f"{path} is damaged: {error}") from None
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:

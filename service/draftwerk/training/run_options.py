@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from draftwerk.training.atomic_file import atomic_file
 from draftwerk.training.errors import TrainingError
-from draftwerk.training.prompts import read_prompts
+from draftwerk.training.prompts import PromptsFile, read_prompts
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.text import TextOptions
+from draftwerk.weights import WEIGHT_CHOICES
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class RunOptions:
         length: longest sequence of a batch, in tokens.
         tokens_per_batch: most tokens of a batch, padding included.
         accumulate: batches of an optimizer step.
+        weights: how the engine that writes text holds the target's, as draftwerk.Engine takes it.
         text: how text is written; its seed is `seed`.
     """
 
@@ -55,6 +58,7 @@ class RunOptions:
     length: int = 1024
     tokens_per_batch: int = 2048
     accumulate: int = 1
+    weights: str = "auto"
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
 
     def __post_init__(self) -> None:
@@ -66,17 +70,27 @@ class RunOptions:
             raise TrainingError(f"tokens = {self.tokens}: must be 1 to {1 << 40}")
         if not 1 <= self.accumulate <= 1 << 20:
             raise TrainingError(f"accumulate = {self.accumulate}: must be 1 to {1 << 20}")
+        if self.weights not in WEIGHT_CHOICES:
+            raise TrainingError(f"weights = {self.weights}: must be one of {', '.join(WEIGHT_CHOICES)}")
         if self.chat and self.prompts is None:
             raise TrainingError("chat is for prompts of one's own: the built-in openings use a chat template anyway")
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> RunOptions:
-        """From asdict()."""
+        """From asdict(). What a run of an earlier version does not know is as it was then, by default."""
         return cls(**{**values, "text": TextOptions(**values["text"])})
 
 
-def begin(directory: Path, options: RunOptions) -> RunDirectory:
-    """Makes the directory of a new run. Prompts are copied there, so that the run does not depend on their file.
+def begin(
+    directory: Path, options: RunOptions, on_prompts: Callable[[PromptsFile], None] = lambda _: None
+) -> RunDirectory:
+    """Makes the directory of a new run. Prompts are copied there, so that the run does not depend on their file; nor
+    does it depend on the working directory.
+
+    Args:
+        directory: of the run.
+        options: what it is told.
+        on_prompts: told of the prompts that were read, if they are from a file.
 
     Raises:
         TrainingError: the directory is in use; the prompts cannot be used.
@@ -84,8 +98,9 @@ def begin(directory: Path, options: RunOptions) -> RunDirectory:
     """
     prompts = None if options.prompts is None else read_prompts(Path(options.prompts), chat=options.chat)
     run = RunDirectory(directory)
-    run.begin({"options": asdict(options)})
+    run.begin({"options": asdict(_with_absolute_paths(options))})
     if prompts is not None:
+        on_prompts(prompts)
         with atomic_file(run.prompts) as copy:
             copy.write(prompts.data)
     return run
@@ -105,3 +120,34 @@ def read_options(directory: RunDirectory) -> RunOptions:
     if options.prompts is None or not directory.prompts.exists():
         return options
     return dataclasses.replace(options, prompts=str(directory.prompts))
+
+
+def prompts_of_run(directory: RunDirectory, options: RunOptions) -> PromptsFile | None:
+    """The prompts of a run, under the name of the file that it was told, which is what errors are to name.
+
+    Args:
+        directory: of the run.
+        options: from read_options().
+
+    Raises:
+        TrainingError: they cannot be used.
+        OSError: they cannot be read.
+    """
+    if options.prompts is None:
+        return None
+    prompts = read_prompts(Path(options.prompts), chat=options.chat)
+    return dataclasses.replace(prompts, path=Path(directory.read()["options"]["prompts"]))
+
+
+def _with_absolute_paths(options: RunOptions) -> RunOptions:
+    """Names of models stay as they are. Links are not followed: a model is called by the name that it has."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+    return dataclasses.replace(
+        options,
+        model=absolute(options.model),
+        prompts=None if options.prompts is None else absolute(options.prompts),
+        start_from=None if options.start_from is None else absolute(options.start_from),
+    )

@@ -69,6 +69,10 @@ class StepFigures:
     cluster_recall: float | None = None
 
 
+class NotFiniteError(TrainingError):
+    """The gradient of a step is not finite. Going on from the state before would end in the same."""
+
+
 class Trainer:
     """Trains a drafter.
 
@@ -128,7 +132,7 @@ class Trainer:
         """Trains to the end of the run; yields after every optimizer step, which is when :meth:`save` may be called.
 
         Raises:
-            TrainingError: the gradient is not finite.
+            NotFiniteError: the gradient is not finite.
         """
         options = self._options
         while self.step < options.steps:
@@ -263,11 +267,10 @@ class Trainer:
     def _apply(self, rate: float) -> float:
         """Takes the optimizer's step; returns the norm of the gradient."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._clipped, self._options.clip))
-        if not norm < float("inf"):
-            raise TrainingError(
-                f"step {self.step + 1}: the gradient is not finite; go on from the last state with a smaller "
-                f"learning_rate than {self._options.learning_rate}"
-            )
+        centroids = self._weights.get(CENTROIDS)
+        finite = centroids is None or centroids.grad is None or bool(centroids.grad.isfinite().all())
+        if not (finite and norm < float("inf")):
+            raise NotFiniteError(f"step {self.step + 1}: the gradient is not finite")
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()

@@ -67,6 +67,55 @@ def test_a_bad_line_is_named_with_what_is_wrong(tmp_path: Path, content: str, li
     assert len(message) < 500
 
 
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        ('["One", "Two"]', 1, "a JSON array"),
+        ('\n[\n  {"prompt": "One"}\n]\n', 2, "a JSON array"),
+        ('[["One"]]\n[["Two"]]', 1, "a JSON array"),
+        (' "One"\n"Two"', 1, "a JSON string"),
+        ('One\n\n{"prompt": "Two"}', 3, "JSON, in a file that begins with plain text"),
+        ('prompt,category\nOne,a\n {"turns": ["Two"]}', 3, "JSON, in a file that begins with plain text"),
+        ('One\n{"messages": []}', 2, "JSON, in a file that begins with plain text"),
+    ],
+)
+def test_json_that_would_be_read_as_text_is_refused(tmp_path: Path, content: str, line: int, reason: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(TrainingError) as caught:
+        read_prompts(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:{line}: {reason}")
+    assert 'like {"prompt": "..."}, {"messages": ' in message
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '"Yes," she said\n"No"',
+        "[1] A first note\n[2]",
+        'Print as JSON:\n{"name": "value"}',
+        "A line\n{not JSON}",
+        "[" * 5000,
+    ],
+)
+def test_text_may_look_like_json(tmp_path: Path, content: str) -> None:
+    read = read_prompts(write(tmp_path, content))
+    assert [prompt.content for prompt in read.prompts] == content.split("\n")
+    assert read.form == "text"
+
+
+def test_the_form_is_told(tmp_path: Path) -> None:
+    assert read_prompts(write(tmp_path, '{"prompt": "One"}')).form == "JSON"
+
+
+def test_a_file_with_a_nul_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, b"One\n" + "Two\n".encode("utf-16-le"))
+    with pytest.raises(TrainingError, match=r":2: holds a NUL byte: prompts are text in UTF-8, not in UTF-16"):
+        read_prompts(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\n  \n\r\n", b"\xef\xbb\xbf"])
 def test_a_file_without_prompts(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(TrainingError, match="no prompts: the file is empty"):

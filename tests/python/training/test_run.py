@@ -186,6 +186,73 @@ def test_prompts_are_copied(target: Checkpoint, tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "drafter").exists()
 
 
+def test_the_run_does_not_depend_on_the_working_directory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of models stay as they are, and a link has a name of its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(model)
+    Path("mine.txt").write_text("One\n", encoding="utf-8")
+    given = {"model": "link", "start_from": "./link"}
+    told = read_options(begin(Path("one"), dataclasses.replace(OPTIONS, prompts="mine.txt", **given)))
+    assert (told.model, told.start_from) == (str(tmp_path / "link"), str(tmp_path / "link"))
+    assert RunDirectory(Path("one")).read()["options"]["prompts"] == str(tmp_path / "mine.txt")
+    named = dataclasses.replace(OPTIONS, model="gemma-3-270m", start_from="google/gemma-4-E2B-it-assistant")
+    assert read_options(begin(Path("two"), named)) == named
+
+
+@pytest.mark.parametrize("threads", [1, 2, 0])
+def test_threads_are_those_of_training_too(
+    target: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    counts: set[int] = set()
+    notes = Notes()
+    monkeypatch.setattr(notes, "step", lambda _: counts.add(torch.get_num_threads()))
+    place = begin(tmp_path / "run", dataclasses.replace(OPTIONS, tokens=500))
+    torch.set_num_threads(3)
+    try:
+        assert Run(place, read_options(place), target, notes, device="cpu", threads=threads).train()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+    assert counts == {threads or 3}
+
+
+def test_text_is_written_with_the_weights_that_were_asked_for(target: Checkpoint, tmp_path: Path) -> None:
+    written = {}
+    for weights_type in ("auto", "int8"):
+        notes = Notes()
+        directory = tmp_path / weights_type
+        stops = run(target, directory, notes=notes, stop=lambda notes=notes: bool(notes.texts), weights=weights_type)
+        assert not stops
+        written[weights_type] = json.loads((directory / "text" / "text.json").read_text())["fingerprint"]
+    assert written["auto"] != written["int8"]
+    values = json.loads((tmp_path / "auto" / "run.json").read_text())
+    values["options"]["weights"] = "int8"
+    (tmp_path / "auto" / "run.json").write_text(json.dumps(values))
+    with pytest.raises(TrainingError, match="holds text that was written with fingerprint = "):
+        run(target, tmp_path / "auto")
+
+
+def test_a_run_that_was_begun_before_there_were_weights_goes_on(tmp_path: Path) -> None:
+    begin(tmp_path / "run", OPTIONS)
+    values = json.loads((tmp_path / "run" / "run.json").read_text())
+    del values["options"]["weights"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(values))
+    assert read_options(RunDirectory(tmp_path / "run")) == OPTIONS
+
+
+def test_a_gradient_that_is_not_finite_before_there_is_a_drafter(
+    target: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(TrainingError) as caught:
+        run(target, tmp_path / "run")
+    assert str(caught.value) == (
+        "step 1: the gradient is not finite; begin in another directory with a smaller --learning-rate than 0.003"
+    )
+
+
 def test_there_is_a_whole_drafter_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def drafter(weights: str) -> Callable[[Path], None]:
         def write(path: Path) -> None:
@@ -305,6 +372,12 @@ def test_a_run_that_has_done_nothing_can_be_begun_anew(target: Checkpoint, tmp_p
     options = dataclasses.replace(OPTIONS, seed=9)
     assert read_options(begin(tmp_path / "run", options)) == options
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_a_file_is_no_directory_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(TrainingError, match="file is a file: a training run is a directory"):
+        read_options(RunDirectory(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 0}', '{"format": 1}', '{"format": 1, "options": {}}'])

@@ -164,7 +164,7 @@ def test_a_prompt_that_cannot_be_used_is_named_at_once(
     engine: Engine, checkpoint: FakeCheckpoint, tmp_path: Path
 ) -> None:
     prompts = prompts_file(tmp_path, "short\n" + "x" * 5000)
-    with pytest.raises(TrainingError, match=r"prompts.txt:2: a prompt of 5001 tokens: must be at most 4080"):
+    with pytest.raises(TrainingError, match=r"prompts.txt:2: a prompt of 5001 tokens: must be at most 3968"):
         TextWriter(engine, tmp_path / "text", TextOptions(), prompts)
     checkpoint.chat_template = None
     with Engine("fake-model") as plain:
@@ -174,9 +174,9 @@ def test_a_prompt_that_cannot_be_used_is_named_at_once(
 
 
 def test_long_prompts_leave_less_room(engine: Engine, tmp_path: Path) -> None:
-    prompts = prompts_file(tmp_path, "x" * 4000)
+    prompts = prompts_file(tmp_path, "x" * 3900)
     plan = next(planned_texts(engine, TextOptions(), prompts))
-    assert plan.params.max_tokens == 4096 - 4001
+    assert plan.params.max_tokens == 4096 - 3901
 
 
 def test_a_model_without_a_tokenizer_is_refused(core: object, checkpoint: FakeCheckpoint, tmp_path: Path) -> None:

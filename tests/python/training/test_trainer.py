@@ -13,11 +13,12 @@ from tiny_training import HEADS, MODELS, random_ids
 
 from draftwerk.loading import open_assistant
 from draftwerk.training.batches import Batches
+from draftwerk.training.drafter import CENTROIDS
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.export import read_drafter, write_drafter
 from draftwerk.training.options import TrainingOptions
 from draftwerk.training.target import FrozenTarget
-from draftwerk.training.trainer import StepFigures, Trainer
+from draftwerk.training.trainer import NotFiniteError, StepFigures, Trainer
 from draftwerk.weights import load_assistant, load_model
 
 OPTIONS = TrainingOptions(
@@ -184,6 +185,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     run(trainer, batches, 3)
     with torch.no_grad():
         trainer.drafter.get_parameter("post_projection.weight")[0, 0] = value
-    with pytest.raises(TrainingError, match="step 4: the gradient is not finite; go on from the last state"):
+    with pytest.raises(NotFiniteError, match="step 4: the gradient is not finite"):
         run(trainer, batches)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003.safetensors"]
+
+
+def test_a_gradient_of_centroids_alone_that_is_not_finite_ends_the_run(
+    target: FrozenTarget, batches: Batches, tmp_path: Path
+) -> None:
+    """They count for no norm, and drafts by spoilt ones would be of any cluster."""
+    drafter = tiny_training.tiny_drafter(target, num_centroids=20, centroid_intermediate_top_k=4)
+    trainer = Trainer(target, drafter, OPTIONS, tmp_path)
+    drafter.get_parameter(CENTROIDS).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NotFiniteError, match="step 1: the gradient is not finite"):
+        run(trainer, batches)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,14 +17,16 @@ from typing import Any
 
 import pytest
 import tiny_training
+import torch
 from tiny_writer import with_tokenizer
 from typer.testing import CliRunner
 
 import tiny_checkpoint
 from draftwerk.cli.main import app
 from draftwerk.cli.training_display import TrainingDisplay
-from draftwerk.loading import Checkpoint, open_checkpoint
+from draftwerk.loading import Checkpoint, open_assistant, open_checkpoint
 from draftwerk.training.errors import TrainingError, WriteError
+from draftwerk.training.evaluation import EvaluationOptions
 from draftwerk.training.export import write_drafter
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, begin, read_options
@@ -83,11 +88,24 @@ def trains(opened: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 # --- train-drafter -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train-drafter", "eval-drafter"])
+@pytest.mark.parametrize("command", ["train-drafter", "eval-drafter", "export-drafter"])
 def test_help_has_examples(command: str) -> None:
     result = run_command(command, "--help")
     assert result.exit_code == 0
     assert "Examples" in result.stdout
+
+
+def test_help_says_what_options_need() -> None:
+    lines = [line.strip("│ ") for line in run_command("train-drafter", "--help").stdout.splitlines()]
+    shown = " ".join(" ".join(lines).split())
+    for needed in (
+        'JSON lines with "prompt", "messages" or "turns", and "category"',
+        "the evaluation, some minutes, comes on top. Either this or --tokens is needed.",
+        "With --tokens, the same seed and --threads give the same drafter",
+    ):
+        assert needed in shown
+    # Of a type that is shown one would think that it has to be given.
+    assert [line.split()[1] for line in lines if line.startswith(("--resume ", "--chat "))] == ["Lines", "Go"]
 
 
 def test_what_it_is_told_is_what_is_run(opened: Checkpoint, trains: Any, tmp_path: Path) -> None:
@@ -96,18 +114,20 @@ def test_what_it_is_told_is_what_is_run(opened: Checkpoint, trains: Any, tmp_pat
     result = run_command(
         *f"train-drafter -m tiny --out {out} --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64".split(),
         *"--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --accumulate 3 --device cpu -t 2".split(),
+        *"--weights int8".split(),
     )
     assert result.exit_code == 0, result.stderr
     (directory, told, checkpoint, rest), conclusion = calls
     sizes = {"layers": 1, "draft_vocab_size": 64, "clusters": 8, "chosen_clusters": 2}
-    assert told == RunOptions("tiny", tokens=500, seed=7, learning_rate=0.001, accumulate=3, **sizes)
+    assert told == RunOptions("tiny", tokens=500, seed=7, learning_rate=0.001, accumulate=3, weights="int8", **sizes)
     assert told == read_options(directory)
     assert checkpoint is opened
     assert (rest["device"], rest["threads"]) == ("cpu", 2)
     assert conclusion["command"] == (
         f"draftwerk train-drafter --out {out} --model tiny --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64 "
-        "--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --accumulate 3"
+        "--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --accumulate 3 --weights int8"
     )
+    assert conclusion["evaluation"] == EvaluationOptions(weights="int8")
     assert f"the drafter is {out / 'drafter'}" in result.stderr
     assert result.stdout == ""
 
@@ -189,6 +209,89 @@ def test_a_stopped_run_says_how_to_go_on(trains: Any, tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
+def test_the_way_to_go_on_is_one_for_a_shell(trains: Any, tmp_path: Path) -> None:
+    out = tmp_path / "my drafter"
+    trains(lambda: False)
+    stopped = run_command("train-drafter", "-m", "tiny", "--tokens", "9", "--out", str(out))
+    _, _, way = stopped.stderr.strip().partition("go on with: ")
+    assert shlex.split(way) == ["draftwerk", "train-drafter", "--out", str(out), "--resume"]
+    calls = trains()
+    assert run_command(*shlex.split(way)[1:]).exit_code == 0
+    assert calls[0][0].path == out
+
+
+def test_a_run_is_gone_on_with_from_any_directory(
+    model: Path, drafter: Path, trains: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftwerk.weights.open_model", lambda name, *_: open_checkpoint(name))
+    calls = trains(lambda: False)
+    monkeypatch.chdir(model.parent)
+    relative = ["--from", os.path.relpath(drafter, model.parent), "--model", model.name]
+    stopped = run_command("train-drafter", *relative, "--tokens", "9", "--out", str(tmp_path / "out"))
+    assert stopped.exit_code == 130, stopped.stderr
+    monkeypatch.chdir(tmp_path)
+    stopped = run_command("train-drafter", "--out", "out", "--resume")
+    assert stopped.exit_code == 130, stopped.stderr
+    assert calls[1][2].path == str(model)
+    assert Path(calls[1][1].start_from).samefile(drafter)
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        ("One\nTwo\n", "2 prompts of prompts.txt, read as text"),
+        ("prompt,category\n", "1 prompt of prompts.txt, read as text"),
+        ('{"prompt": "One"}\n' * 1200, "1,200 prompts of prompts.txt, read as JSON"),
+    ],
+)
+def test_it_is_said_how_prompts_were_read(
+    trains: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, shown: str
+) -> None:
+    trains()
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text(content, encoding="utf-8")
+    result = run_command(*"train-drafter -m tiny --tokens 9 --prompts prompts.txt --out out".split())
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.splitlines()[0] == shown
+    assert "prompt" not in run_command("train-drafter", "--out", "out", "--resume").stderr
+
+
+def test_a_prompt_that_cannot_be_used_is_named_by_the_file_that_was_given(opened: Checkpoint, tmp_path: Path) -> None:
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("One\n" + "x" * 10_000, encoding="utf-8")
+    base = f"train-drafter -m tiny --tokens 500 --draft-vocabulary 64 --out {tmp_path / 'out'}"
+    result = run_command(*base.split(), "--prompts", str(prompts))
+    assert result.exit_code == 2
+    assert f"error: {prompts}:2: a prompt of 10001 tokens: must be at most " in result.stderr
+
+
+def test_the_way_out_of_a_gradient_that_is_not_finite_works(
+    opened: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftwerk.training.run._TOKENS_PER_SAVE", 1)
+    monkeypatch.setattr("draftwerk.training.conclusion.conclude", lambda *_, **__: True)
+    clip, norms = torch.nn.utils.clip_grad_norm_, [0.0, 0.0, math.inf]
+
+    def clip_and_then_not_finite(*arguments: Any) -> Any:
+        return clip(*arguments) + (norms.pop(0) if norms else 0.0)
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clip_and_then_not_finite)
+    base = f"train-drafter -m tiny --tokens 4000 --device cpu -t 2 --out {tmp_path}".split()
+    base[-1] += "/an out"
+    failed = run_command(*base, *"--layers 1 --draft-vocabulary 64 --learning-rate 0.002".split())
+    assert failed.exit_code == 2
+    way = (
+        r"error: step 3: the gradient is not finite; begin in another directory with a smaller --learning-rate than "
+        r"0\.002, and from the drafter as far as it came: (--from .*)\n"
+    )
+    found = re.search(way, failed.stderr)
+    assert found, failed.stderr
+    base[-1] = str(tmp_path / "another")
+    done = run_command(*base, "--learning-rate", "0.001", *shlex.split(found[1]))
+    assert done.exit_code == 0, done.stderr
+    assert open_assistant(tmp_path / "another" / "drafter").config.draft_vocab_size == 64
+
+
 def test_what_training_raises_is_one_line(trains: Any, tmp_path: Path) -> None:
     def fail() -> bool:
         raise TrainingError("it cannot be")
@@ -234,16 +337,24 @@ def test_a_reader_of_messages_that_goes_away_is_no_file_of_the_run(trains: Any, 
     [
         ("", "give either --hours H or --tokens N"),
         ("--hours 1 --tokens 5", "give either --hours H or --tokens N"),
-        ("--tokens 0", "tokens = 0: must be 1 to"),
-        ("--hours -1", "hours = -1.0: must be more than 0"),
-        ("--tokens 5 --chat", "chat is for prompts of one's own"),
-        ("--tokens 5 --draft-vocabulary 64 --layers 0", "layers = 0: must be 1 to 64"),
-        ("--tokens 5 --draft-vocabulary 9999", "draft_vocab_size = 9999: must be 1 to 260"),
-        ("--tokens 5 --draft-vocabulary 64 --clusters 65", "clusters = 65: must be 0 to 64"),
-        ("--tokens 5 --learning-rate 2", "learning_rate = 2.0: must be"),
-        ("--tokens 5 --draft-vocabulary 64 --device tpu", "device = tpu: must be auto, cpu or cuda"),
+        ("--tokens 0", "error: --tokens 0: must be 1 to"),
+        ("--hours -1", "error: --hours -1.0: must be more than 0"),
+        ("--tokens 5 --chat", "error: --chat is for --prompts: the built-in openings use a chat template anyway"),
+        ("--tokens 5 --draft-vocabulary 64 --layers 0", "error: --layers 0: must be 1 to 64"),
+        ("--tokens 5 --draft-vocabulary 9999", "error: --draft-vocabulary 9999: must be 1 to 260"),
+        ("--tokens 5 --draft-vocabulary 64 --clusters 65", "error: --clusters 65: must be 0 to 64"),
+        ("--tokens 5 --draft-vocabulary 64 --clusters 2 --chosen-clusters 0", "error: --chosen-clusters 0: must be"),
+        ("--tokens 5 --learning-rate 2", "error: --learning-rate 2.0: must be"),
+        ("--tokens 5 --accumulate 0", "error: --accumulate 0: must be"),
+        ("--tokens 5 --seed -1", "error: --seed -1: must be"),
+        ("--tokens 5 --weights int3", "error: --weights int3: must be one of auto, int8, int4"),
+        ("--tokens 5 --draft-vocabulary 64 --device tpu", "error: --device tpu: must be auto, cpu or cuda"),
         ("--tokens 5 --prompts /nowhere", "/nowhere: No such file or directory"),
-        ("--tokens 5 --from /nowhere.gguf", "/nowhere.gguf"),
+        (
+            "--tokens 5 --from /nowhere.gguf",
+            "error: /nowhere.gguf: no such file or directory, and no name on the hub: give a drafter's directory",
+        ),
+        ("--tokens 5 --from nowhere", "error: nowhere: no such file or directory, and no name on the hub: give"),
         ("--resume", "holds no training run to go on with"),
     ],
 )
@@ -252,6 +363,15 @@ def test_wrong_options_are_one_line(opened: Checkpoint, tmp_path: Path, argument
     assert result.exit_code in (1, 2)
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_file_is_no_run_to_go_on_with(opened: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "afile").write_text("mine")
+    result = run_command("train-drafter", "--out", str(tmp_path / "afile"), "--resume")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: {tmp_path / 'afile'} is a file: a training run is a directory\n",
+    )
 
 
 def test_without_the_extra_it_says_how_to_get_it(tmp_path: Path) -> None:
@@ -264,10 +384,69 @@ def test_without_the_extra_it_says_how_to_get_it(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+# --- export-drafter ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("matrices", "of_layers"), [(None, "q4_0"), ("q4_0", "q4_0"), ("q8_0", "q8_0")])
+def test_a_drafter_is_exported(drafter: Path, tmp_path: Path, matrices: str | None, of_layers: str) -> None:
+    file = tmp_path / "Mine.gguf"
+    given = [] if matrices is None else ["--matrices", matrices]
+    result = run_command("export-drafter", str(drafter), "--gguf", str(file), *given, "--license", "gemma")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == f"the drafter is {file}, {file.stat().st_size / 1e6:.1f} MB\n"
+    exported = open_assistant(file)
+    assert exported.name == "Mine"
+    types = {".layers." in view.name: view.dtype for view in exported.tensors() if len(view.shape) > 1}
+    assert types == {True: of_layers, False: "q8_0"}
+    again = tmp_path / "again.gguf"
+    assert run_command("export-drafter", str(file), "--gguf", str(again), "--name", "[x]").exit_code == 0
+    assert open_assistant(again).name == "[x]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("{drafter} --gguf {there}", "--gguf {there}: is there already; give another name, or remove it first"),
+        (
+            "{drafter} --gguf {out}/none/x.gguf",
+            "{out}/none/x.gguf: the drafter cannot be written (No such file or direct",
+        ),
+        ("{drafter} --gguf {out}/x.gguf --matrices int4", "--matrices int4: must be one of q4_0, q8_0, bf16"),
+        ("{model} --gguf {out}/x.gguf", "is a whole model"),
+        ("{there} --gguf {out}/x.gguf", "{there}: "),
+        ("nowhere --gguf {out}/x.gguf", "nowhere: no such file or directory, and no name on the hub: give a drafter's"),
+        ("{run} --gguf {out}/x.gguf", "{run} is the directory of a training run: its drafter is {run}/drafter"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(
+    model: Path, drafter: Path, tmp_path: Path, arguments: str, message: str
+) -> None:
+    there = tmp_path / "there.gguf"
+    there.write_bytes(b"mine")
+    begin(tmp_path / "run", RunOptions("tiny", tokens=9))
+    places = {"drafter": drafter, "model": model, "there": there, "out": tmp_path, "run": tmp_path / "run"}
+    result = run_command("export-drafter", *arguments.format(**places).split())
+    assert result.exit_code == 2
+    assert message.format(**places) in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert there.read_bytes() == b"mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"there.gguf", "run"}
+
+
 # --- eval-drafter ------------------------------------------------------------------------------------------------
 
 
-def test_a_drafter_is_evaluated(opened: Checkpoint, drafter: Path, tmp_path: Path) -> None:
+def test_help_tells_the_limits_of_what_is_measured() -> None:
+    shown = " ".join(run_command("eval-drafter", "--help").stdout.split())
+    assert "Most tokens of a text; 32 or more." in shown
+    assert "Drafts a step where acceptance is measured, 1 to 7." in shown
+
+
+def test_a_drafter_is_evaluated(
+    opened: Checkpoint, drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a busy machine the steps of so small a model come faster than they are read, and have no time.
+    monkeypatch.setattr("draftwerk.training.evaluation.step_seconds", lambda *_: 0.01)
     prompts = tmp_path / "prompts.jsonl"
     entries = [{"prompt": f"Say {i}", "category": "[even]" if i % 2 == 0 else "odd"} for i in range(4)]
     prompts.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
@@ -276,11 +455,18 @@ def test_a_drafter_is_evaluated(opened: Checkpoint, drafter: Path, tmp_path: Pat
         *f"--timed 1 -t 1 --json {tmp_path / 'out.json'}".split(),
     )
     assert result.exit_code == 0, result.stderr
-    for shown in ("greedy", "draft 1", "sampled: temperature 1", "[even]", "drafter and lookup", "4 prompts"):
+    for shown in ("greedy", "depth 1", "sampled: temperature 1", "[even]", "drafter and lookup", "4 prompts"):
         assert shown in result.stdout
     values = json.loads((tmp_path / "out.json").read_text())
     assert list(values["acceptance"][0]["by_category"]) == ["[even]", "odd"]
     assert len(values["speeds"]) == 6
+    tokens_per_step = {its["sampling"]: its["tokens_per_step"] for its in values["acceptance"]}
+    assert values["expected"]
+    for expected in values["expected"]:
+        best, sampling = expected["best_draft_length"], expected["sampling"]
+        assert f"expected of {best} drafts a step, {sampling}: " in result.stdout
+        assert f" times as fast ({tokens_per_step[sampling][best]:.2f} tokens/step)" in result.stdout
+    assert "depth: how deep in the tree that the 2 drafts of a step form" in " ".join(result.stdout.split())
 
 
 def test_figures_alone_go_to_stdout(opened: Checkpoint, drafter: Path) -> None:
@@ -301,7 +487,12 @@ def test_figures_that_a_full_disk_has_no_room_for_are_one_line(opened: Checkpoin
     [
         ("", "no drafter goes with tiny: give one by --drafter"),
         ("-d lookup", "--drafter lookup is no MTP drafter"),
-        ("-d ./nowhere", "drafter = './nowhere': must be one of"),
+        ("-d none", "--drafter none is no MTP drafter"),
+        (
+            "-d ./nowhere",
+            "--drafter ./nowhere: no such file or directory; give a directory, a GGUF file or a hub name\n",
+        ),
+        ("-d nowhere.gguf", "--drafter nowhere.gguf: no such file or directory; give"),
         ("-d ./nowhere --chat", "--chat is for --prompts"),
         ("-d ./nowhere --max-tokens 5", "max_tokens = 5: must be 32 to"),
         ("-d ./nowhere --draft-length 9", "draft_length = 9: must be 1 to 7"),
