@@ -11,22 +11,31 @@ namespace {
 
 using testing::expect_nothing_left;
 using testing::kPlenty;
-using testing::kTight;
 using testing::make_request;
 using testing::Outcome;
 using testing::random_tokens;
 using testing::Reference;
-using testing::TinyModel;
+using testing::SmallModel;
 using testing::Tokens;
 using testing::operator+;
+
+/// How much there is of everything.
+struct Sizes {
+  unsigned seeds;
+  int commands;
+  int most_tokens;   ///< of an output
+  int most_added;    ///< to the text of a conversation
+  int longest_text;  ///< after which it starts anew
+  std::size_t tight_pages;
+};
 
 /// Random commands against an engine, with everything that came back checked against the reference at the end.
 class RandomCommands {
  public:
-  RandomCommands(unsigned seed, Engine& engine) : random_(seed), engine_(engine) {}
+  RandomCommands(unsigned seed, const Sizes& sizes, Engine& engine) : random_(seed), sizes_(sizes), engine_(engine) {}
 
-  void run(int commands) {
-    for (int i = 0; i < commands; ++i) {
+  void run() {
+    for (int i = 0; i < sizes_.commands; ++i) {
       act();
       // By steps and not by time, so that much comes to its end however slow the engine is.
       if (pick(0, 2) > 0) read();
@@ -96,18 +105,18 @@ class RandomCommands {
 
   void submit() {
     if (open_.size() > 10) return;
-    Request request = make_request({}, pick(1, 30), random_());
+    Request request = make_request({}, pick(1, sizes_.most_tokens), random_());
     if (pick(0, 1) == 0) request.sampling.temperature = 0.0F;
     Conversation* conversation = nullptr;
     if (!conversations_.empty() && pick(0, 3) > 0) {
       conversation = &conversations_[pick(0, static_cast<int>(conversations_.size()) - 1)];
       if (conversation->running != 0 && pick(0, 9) > 0) return;
-      if (conversation->text.size() > 120) conversation->text.resize(pick(0, 40));
+      if (std::ssize(conversation->text) > sizes_.longest_text) conversation->text.resize(pick(0, sizes_.most_added));
       request.conversation = conversation->id;
       request.prompt = conversation->text;
       if (!request.prompt.empty() && pick(0, 5) == 0) request.prompt[random_() % request.prompt.size()] = 1;
     }
-    request.prompt = request.prompt + random_tokens(pick(1, 40), pick(0, 5));
+    request.prompt = request.prompt + random_tokens(pick(1, sizes_.most_added), pick(0, 5));
     const RequestId id = engine_.submit(request);
     if (conversation != nullptr) conversation->running = id;
     requests_[id] = request;
@@ -136,6 +145,7 @@ class RandomCommands {
   }
 
   std::mt19937 random_;
+  const Sizes& sizes_;
   Engine& engine_;
   std::map<RequestId, Request> requests_;
   std::map<RequestId, Outcome> outcomes_;
@@ -145,23 +155,25 @@ class RandomCommands {
 };
 
 TEST(EngineCommandsTest, RandomCommandsChangeNoToken) {
-  TinyModel tiny;
+  const bool few = testing::test_backend_is_emulated();
+  const Sizes sizes = few ? Sizes{3, 20, 12, 16, 30, 9} : Sizes{8, 150, 30, 40, 120, 27};
+  SmallModel small;
   Reference reference;
   int finished = 0;
   int cancelled = 0;
   int taken_over = 0;
   std::int64_t preemptions = 0;
-  for (unsigned seed = 0; seed < 8 && !::testing::Test::HasFailure(); ++seed) {
+  for (unsigned seed = 0; seed < sizes.seeds && !::testing::Test::HasFailure(); ++seed) {
     SCOPED_TRACE(seed);
     EngineOptions options;
-    options.kv_memory_bytes = seed % 3 == 0 ? kPlenty : kTight * 2 / 3;
+    options.kv_memory_bytes = seed % 3 == 0 ? kPlenty : sizes.tight_pages * SmallModel::kPage;
     options.prefix_cache = seed % 2 == 0;
     options.max_sequences = seed % 4 == 3 ? 2 : 16;
     options.prefill_chunk = seed % 4 == 2 ? 7 : 64;
     options.draft_length = 3;
-    Engine engine(tiny.model(), options, tiny.drafters(seed % 5 == 0 ? "lookup" : "random"), {});
-    RandomCommands commands(seed, engine);
-    commands.run(150);
+    Engine engine(small.model(), options, small.drafters(seed % 5 == 0 ? "lookup" : "random"), {});
+    RandomCommands commands(seed, sizes, engine);
+    commands.run();
     commands.check(reference);
     preemptions += engine.statistics().preemptions;
     finished += commands.finished;
@@ -169,11 +181,13 @@ TEST(EngineCommandsTest, RandomCommandsChangeNoToken) {
     taken_over += commands.taken_over;
     expect_nothing_left(engine);
   }
-  // The commands must have been where it is interesting.
-  EXPECT_GT(finished, 200);
-  EXPECT_GT(cancelled, 20);
-  EXPECT_GT(taken_over, 10);
-  EXPECT_GT(preemptions, 0);
+  // The commands must have been where it is interesting; so few need not have been everywhere.
+  EXPECT_GT(finished, few ? 10 : 200);
+  EXPECT_GT(cancelled, few ? 0 : 20);
+  if (!few) {
+    EXPECT_GT(taken_over, 10);
+    EXPECT_GT(preemptions, 0);
+  }
 }
 
 }  // namespace

@@ -9,30 +9,31 @@ namespace {
 
 using testing::expect_nothing_left;
 using testing::Gate;
-using testing::kTight;
 using testing::make_request;
 using testing::Outcome;
 using testing::random_tokens;
 using testing::Reference;
-using testing::TinyModel;
+using testing::small_options;
+using testing::SmallModel;
 using testing::Tokens;
 using testing::operator+;
 
 TEST(EnginePauseTest, PausedRequestsHoldNoPlaceAndGetNoEvents) {
-  TinyModel tiny;
-  EngineOptions options;
+  SmallModel small;
+  EngineOptions options = small_options();
   options.max_sequences = 1;
   options.prefix_cache = false;
   Gate gate(1);
-  Engine engine(tiny.model(), options, gate.drafter(), {});
+  Engine engine(small.model(), options, gate.drafter(), {});
   Reference reference;
-  const Request slow = make_request(random_tokens(40, 1), 60, 1);
-  Request quick = make_request(random_tokens(20, 2), 20, 2);
+  const Request slow = make_request(random_tokens(40, 1), 40, 1);
+  Request quick = make_request(random_tokens(5, 2), 5, 2);
   quick.drafting = false;
+  const Tokens quick_output = reference(quick);
   const RequestId paused = engine.submit(slow);
   Tokens output;
   // Tokens that it has when the pause comes; the step that is on its way still yields one.
-  const std::vector<int> pauses = {1, 7, 30, 50};
+  const std::vector<int> pauses = {1, 7, 24, 30};
   for (std::size_t i = 0; i < pauses.size(); ++i) {
     gate.wait_until_held();
     engine.pause(paused);
@@ -50,7 +51,7 @@ TEST(EnginePauseTest, PausedRequestsHoldNoPlaceAndGetNoEvents) {
         ended = event.finish_reason != FinishReason::none;
       }
     }
-    EXPECT_EQ(second, reference(quick));
+    EXPECT_EQ(second, quick_output);
     EXPECT_EQ(output.size(), static_cast<std::size_t>(pauses[i]) + 1);
     EXPECT_EQ(engine.statistics().paused, 1);
     EXPECT_EQ(engine.statistics().running, 0);
@@ -61,17 +62,17 @@ TEST(EnginePauseTest, PausedRequestsHoldNoPlaceAndGetNoEvents) {
   const Outcome outcome = testing::collect(engine, {paused})[paused];
   EXPECT_EQ(output + outcome.token_ids, reference(slow));
   EXPECT_EQ(outcome.statistics.preemptions, 0);
-  EXPECT_EQ(engine.statistics().prefill_rows, 40 + 4 * 20) << "what stayed parked is not computed again";
+  EXPECT_EQ(engine.statistics().prefill_rows, 40 + 4 * 5) << "what stayed parked is not computed again";
   expect_nothing_left(engine);
 }
 
 TEST(EnginePauseTest, PausedBeforeTheFirstTokenLeavesTheQueue) {
-  TinyModel tiny;
-  EngineOptions options;
+  SmallModel small;
+  EngineOptions options = small_options();
   options.max_sequences = 1;
   options.max_queued_tokens = 50;
   Gate gate(1);
-  Engine engine(tiny.model(), options, gate.drafter(), {});
+  Engine engine(small.model(), options, gate.drafter(), {});
   const RequestId blocker = engine.submit(make_request({1}, 1000));
   gate.wait_until_held();
   const Request request = make_request(random_tokens(40, 1), 5);
@@ -94,38 +95,41 @@ TEST(EnginePauseTest, PausedBeforeTheFirstTokenLeavesTheQueue) {
 }
 
 TEST(EnginePauseTest, PagesOfPausedRequestsGoToThoseThatRun) {
-  TinyModel tiny;
-  EngineOptions options;
-  options.kv_memory_bytes = kTight;
+  SmallModel small;
+  EngineOptions options = small_options();
+  options.kv_memory_bytes = 10 * SmallModel::kPage;
   options.prefix_cache = false;
   Gate gate(10);
-  Engine engine(tiny.model(), options, gate.drafter(), {});
+  Engine engine(small.model(), options, gate.drafter(), {});
   Reference reference;
-  const Request small = make_request(random_tokens(60, 1), 40, 1);
-  Request large = make_request(random_tokens(440, 2), 1, 2);
-  large.drafting = false;
-  const RequestId paused = engine.submit(small);
+  const Request shorter = make_request(random_tokens(30, 1), 20, 1);
+  Request longer = make_request(random_tokens(60, 2), 1, 2);
+  longer.drafting = false;
+  const RequestId paused = engine.submit(shorter);
   gate.wait_until_held();
   engine.pause(paused);
-  const RequestId running = engine.submit(large);
+  const RequestId running = engine.submit(longer);
   gate.let_pass();
   auto outcomes = testing::collect(engine, {running});
-  EXPECT_EQ(outcomes[running].token_ids, reference(large));
+  EXPECT_EQ(outcomes[running].token_ids, reference(longer));
   EXPECT_EQ(engine.statistics().paused, 1);
   EXPECT_EQ(engine.statistics().parked_bytes, 0U);
   EXPECT_EQ(engine.statistics().preemptions, 0);
   engine.resume(paused);
   const Outcome rest = testing::collect(engine, {paused})[paused];
-  EXPECT_EQ(outcomes[paused].token_ids + rest.token_ids, reference(small));
-  EXPECT_EQ(engine.statistics().prefill_rows, 60 + 440 + 71) << "prompt and output are computed again";
+  EXPECT_EQ(outcomes[paused].token_ids + rest.token_ids, reference(shorter));
+  EXPECT_EQ(engine.statistics().prefill_rows, 30 + 60 + 41) << "prompt and output are computed again";
   expect_nothing_left(engine);
 }
 
 TEST(EnginePauseTest, CloseEndsPausedRequests) {
-  TinyModel tiny;
-  Engine engine(tiny.model(), {}, {}, {});
+  SmallModel small;
+  Gate gate(1);
+  Engine engine(small.model(), small_options(), gate.drafter(), {});
   const RequestId id = engine.submit(make_request({1, 2, 3}, 1000));
+  gate.wait_until_held();
   engine.pause(id);
+  gate.let_pass();
   engine.close();
   EXPECT_EQ(testing::collect(engine, {id})[id].finish_reason, FinishReason::cancelled);
   engine.pause(id);

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "engine/evaluation.h"
+#include "gate.h"
 #include "reference_engine.h"
 
 namespace draftwerk {
@@ -102,8 +103,12 @@ TEST(EngineTest, TightMemoryReallyPreempts) {
   TinyModel tiny(WeightType::q8_0);
   EngineOptions options;
   options.kv_memory_bytes = kTight / 2;
-  Engine engine(tiny.model(), options, {}, {});
-  run_all(engine, mixed_requests());
+  testing::Gate gate(1);  // the first ones must not have ended before the last are there
+  Engine engine(tiny.model(), options, gate.drafter(), {});
+  std::vector<RequestId> ids;
+  for (const Request& request : mixed_requests()) ids.push_back(engine.submit(request));
+  gate.let_pass();
+  testing::collect(engine, ids);
   EXPECT_GT(engine.statistics().preemptions, 0);
   EXPECT_LE(engine.statistics().kv.peak_bytes, options.kv_memory_bytes);
 }

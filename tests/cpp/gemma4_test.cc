@@ -15,7 +15,6 @@ namespace draftwerk {
 namespace {
 
 using testing::collect;
-using testing::kPlenty;
 using testing::Outcome;
 using testing::run_all;
 using testing::TinyModel;
@@ -69,7 +68,7 @@ std::vector<Request> requests() {
 /// The specification: one request at a time, nothing drafted, nothing cached, one thread.
 std::vector<std::vector<TokenId>> expected_tokens(Kind kind, WeightType type) {
   TinyModel tiny(type, 1, 128, config_of(kind));
-  EngineOptions options;
+  EngineOptions options = testing::small_options();
   options.prefix_cache = false;
   Engine engine(tiny.model(), options, {}, {});
   std::vector<std::vector<TokenId>> expected;
@@ -96,7 +95,7 @@ TEST_P(Gemma4Promise, TokensDoNotDependOnHowTheyAreComputed) {
   if (tokens.empty()) tokens = expected_tokens(kind, type);
 
   TinyModel tiny(type, variant.threads, 128, config_of(kind));
-  EngineOptions options;
+  EngineOptions options = testing::small_options();
   options.draft_length = variant.draft_length;
   options.prefill_chunk = variant.prefill_chunk;
   options.max_sequences = variant.max_sequences;
@@ -142,7 +141,7 @@ TEST(MtpDrafter, ReadsTheStateOfTheRowThatChoseTheToken) {
   const bool emulated = testing::test_backend_is_emulated();
   for (const int drafts : emulated ? std::vector{4} : std::vector{1, 4, 8}) {
     TinyModel tiny(WeightType::f32, 1, 128, testing::tiny_edge_config());
-    EngineOptions options;
+    EngineOptions options = testing::small_options();
     options.draft_length = drafts;
     Engine engine(tiny.model(), options, tiny.drafters("mtp"), {});
     Request request = requests()[0];

@@ -12,10 +12,34 @@ namespace draftwerk::testing {
 
 using Tokens = std::vector<TokenId>;
 
-// A page of this model takes 16 positions * 2 heads * 32 values * 2 (K, V) * 2 layers = 4096 values per layer type, so
-// kTight is a few sequences' worth.
+// A page of tiny_config() takes 16 positions * 2 heads * 32 values * 2 (K, V) * 2 layers = 4096 values per layer type,
+// so kTight is a few sequences' worth.
 constexpr std::size_t kTight = std::size_t{330} << 10;
-constexpr std::size_t kPlenty = std::size_t{64} << 20;
+constexpr std::size_t kPlenty = std::size_t{16} << 20;
+
+/// As by default, in no more memory than such texts take: an emulated device fills all of it at the start.
+inline EngineOptions small_options() {
+  EngineOptions options;
+  options.kv_memory_bytes = kPlenty;
+  return options;
+}
+
+/// The smallest with layers of both types, for what is up to the engine more than to the model.
+class SmallModel : public TinyModel {
+ public:
+  SmallModel() : TinyModel(WeightType::q8_0, 1, 128, config()) {}
+  /// 16 positions * 32 values * 2 (K, V) of 2 bytes, for each layer type.
+  static constexpr std::size_t kPage = std::size_t{2} << 10;
+
+ private:
+  static ModelConfig config() {
+    ModelConfig config = tiny_config();
+    config.hidden = 32;
+    config.attention_scale = 1.0F;  // few positions have most of a row's attention, so that each of them matters
+    config.layers = {{LayerType::sliding, 2, 1, 32, 32}, {LayerType::full, 2, 1, 32, 32}};
+    return config;
+  }
+};
 
 inline Request make_request(Tokens prompt, std::int64_t max_tokens, std::uint64_t seed = 0) {
   Request request;
@@ -55,7 +79,7 @@ inline std::vector<Tokens> run_all(Engine& engine, const std::vector<Request>& r
   return tokens;
 }
 
-/// The specification: the same request alone, in an engine that keeps nothing.
+/// The specification: the same request alone, in an engine of a SmallModel that keeps nothing.
 class Reference {
  public:
   Tokens operator()(Request request) {
@@ -65,12 +89,12 @@ class Reference {
 
  private:
   static EngineOptions options() {
-    EngineOptions options;
+    EngineOptions options = small_options();
     options.prefix_cache = false;
     return options;
   }
-  TinyModel tiny_;
-  Engine engine_{tiny_.model(), options(), {}, {}};
+  SmallModel small_;
+  Engine engine_{small_.model(), options(), {}, {}};
 };
 
 /// Every sequence has ended and nothing is parked: only the prefix cache may have pages.

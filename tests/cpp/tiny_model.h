@@ -138,6 +138,10 @@ class TensorMaker {
   }
 
  private:
+  /// What attention adds to a row, in units of what each MLP does. At 1 hardly a token depends on which keys and values
+  /// were read: tests of whole texts then pass with those of another sequence.
+  static constexpr float kAttention = 8.0F;
+
   void layers(const ModelConfig& config) {
     const int hidden = config.hidden;
     for (std::size_t i = 0; i < config.layers.size(); ++i) {
@@ -156,10 +160,11 @@ class TensorMaker {
       matrix("mlp.gate_proj.weight", layer.mlp, hidden, 0.2F);
       matrix("mlp.up_proj.weight", layer.mlp, hidden, 0.2F);
       matrix("mlp.down_proj.weight", hidden, layer.mlp, 0.2F);
-      for (const char* norm : {"input_layernorm.weight", "post_attention_layernorm.weight",
-                               "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"}) {
+      for (const char* norm :
+           {"input_layernorm.weight", "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"}) {
         vector(norm, hidden);
       }
+      vector("post_attention_layernorm.weight", hidden, kAttention);
       if (config.layer_scalars) vector("layer_scalar", 1);
       if (config.per_layer_width > 0) {
         matrix("per_layer_input_gate.weight", config.per_layer_width, hidden, 0.2F);
@@ -196,10 +201,10 @@ class TensorMaker {
     weights_.upload_rows(prefix_ + name, 0, rows, WeightType::f32, std::as_bytes(std::span(values)));
   }
 
-  void vector(const char* name, int length) {
+  void vector(const char* name, int length, float scale = 1.0F) {
     std::uniform_real_distribution<float> uniform(0.5F, 1.5F);
     std::vector<float> values(static_cast<std::size_t>(length));
-    for (float& v : values) v = uniform(random_);
+    for (float& v : values) v = scale * uniform(random_);
     weights_.set_vector(prefix_ + name, values);
   }
 

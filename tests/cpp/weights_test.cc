@@ -70,7 +70,8 @@ TEST_F(WeightsTest, IndicesAreDistinctAndInRange) {
   weights_.set_indices("twice", std::vector<std::int32_t>{1, 3, 1});
   EXPECT_EQ(message_of([&] { (void)weights_.index_values("twice", 3, 5); }), "tensor twice holds 1 twice");
   weights_.set_indices("negative", std::vector<std::int32_t>{0, -1});
-  EXPECT_EQ(message_of([&] { (void)weights_.index_values("negative", 2, 5); }), "tensor negative holds -1, allowed: 0 to 4");
+  EXPECT_EQ(message_of([&] { (void)weights_.index_values("negative", 2, 5); }),
+            "tensor negative holds -1, allowed: 0 to 4");
   EXPECT_NE(message_of([&] { (void)weights_.index_values("x", 1, 1); }).find("x is missing"), std::string::npos);
   EXPECT_NE(message_of([&] { weights_.set_indices("order", std::vector<std::int32_t>{0}); }), "");
   EXPECT_NE(message_of([&] { weights_.set_indices("none", {}); }), "");

@@ -29,7 +29,7 @@ TEST_F(DeviceFailureTest, AnErrorAfterWhichTheDeviceWorksIsNone) {
 
 TEST_F(DeviceFailureTest, AnErrorAfterWhichTheDeviceWorksEndsWhatRunsAlone) {
   TinyModel tiny(WeightType::bf16);
-  EngineOptions options;
+  EngineOptions options = testing::small_options();
   options.prefix_cache = false;
   Engine engine(tiny.model(), options, {}, {});
   const Request request = make_request(random_tokens(5, 1), 9);
@@ -46,7 +46,7 @@ TEST_F(DeviceFailureTest, AnErrorAfterWhichTheDeviceWorksEndsWhatRunsAlone) {
 // A step goes to the device in pieces, and each may be the one that fails.
 TEST_F(DeviceFailureTest, AFailureInAnyPieceOfAStepLeavesNothingForTheNext) {
   TinyModel tiny(WeightType::bf16, 1, 128, testing::tiny_edge_config());
-  EngineOptions options;
+  EngineOptions options = testing::small_options();
   options.prefix_cache = false;
   options.draft_length = 4;
   Engine engine(tiny.model(), options, tiny.drafters("mtp"), {});
@@ -66,7 +66,7 @@ TEST_F(DeviceFailureTest, AFailureInAnyPieceOfAStepLeavesNothingForTheNext) {
 
 TEST_F(DeviceFailureTest, AStepWithoutAGraphIsLaunchedKernelByKernel) {
   TinyModel tiny(WeightType::bf16);
-  Engine engine(tiny.model(), {}, {}, {});
+  Engine engine(tiny.model(), testing::small_options(), {}, {});
   const Request request = make_request(random_tokens(5, 1), 9);
   const std::vector<TokenId> expected = testing::run(engine, request).token_ids;
   Request longer = request;  // contexts that there is no graph of yet
@@ -79,7 +79,7 @@ TEST_F(DeviceFailureTest, AStepWithoutAGraphIsLaunchedKernelByKernel) {
 
 TEST_F(DeviceFailureTest, AllThatRunsEndsAndNothingMoreIsTaken) {
   TinyModel tiny(WeightType::bf16);
-  Engine engine(tiny.model(), {}, {}, {});
+  Engine engine(tiny.model(), testing::small_options(), {}, {});
   EXPECT_EQ(testing::run(engine, make_request(random_tokens(5, 1), 3)).finish_reason, FinishReason::length);
   EXPECT_EQ(engine.failure(), "");
   emulation::fail_launch(40, cudaErrorIllegalAddress);

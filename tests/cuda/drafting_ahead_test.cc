@@ -159,11 +159,11 @@ TEST(DraftingAhead, TheTargetFollowsAtOnce) {
   }
   std::vector<std::vector<TokenId>> without;
   {
-    Engine engine(tiny.model(), {}, {}, {});
+    Engine engine(tiny.model(), testing::small_options(), {}, {});
     without = testing::run_all(engine, requests);
   }
   for (const int draft_length : {-1, 1, 6}) {
-    EngineOptions options;
+    EngineOptions options = testing::small_options();
     options.draft_length = draft_length;
     std::vector<std::unique_ptr<Drafter>> drafters;
     drafters.push_back(make_mtp_drafter(mtp));
