@@ -18,8 +18,9 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Known, and of architectures that the kernels are not tuned for.
-ALLOWED = {"sm_80"}
+# Bytes that are known to be spilled, by architecture and part of a kernel's name: products of one tile of int4 and
+# attention with heads of 512 over float16, on an architecture that they are not tuned for.
+ALLOWED = {("sm_80", "multiply_fewILNS0_12WeightFormatE2ELi1EE"): 4, ("sm_80", "attend_spansILi512ELi1EtEE"): 156}
 
 
 def main() -> int:
@@ -40,6 +41,8 @@ def main() -> int:
     }
     wheels = arguments.directory.resolve() / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
+    for compiled in arguments.directory.resolve().rglob("*.cu.o"):
+        compiled.unlink()  # ptxas tells of what it compiles
     build: list[str | Path] = [binaries / "python", "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
     build += ["-w", wheels, "-C", f"build-dir={arguments.directory.resolve()}"]
     build += ["-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={';'.join(arguments.architectures)}", ROOT / "cuda"]
@@ -51,10 +54,19 @@ def main() -> int:
     print(f"nvcc: {kernels} kernels, {len(spilling)} of them spill registers")
     for kernel, architecture, stores in spilling:
         print(f"  {architecture} {stores} bytes: {kernel}")
+    if kernels == 0:
+        print("ptxas told of no kernel: what became of -Xptxas -v?")
+        return 1
     if problem := what_is_wrong_with(next(wheels.glob("*.whl")), wheels / "installed", binaries / "python"):
         print(problem)
         return 1
-    return 1 if any(architecture not in ALLOWED for _, architecture, _ in spilling) else 0
+    return 0 if all(map(is_allowed, spilling)) else 1
+
+
+def is_allowed(spilling: tuple[str, str, int]) -> bool:
+    """Whether it is known that a kernel spills so many bytes."""
+    name, architecture, stores = spilling
+    return any(architecture == known and part in name and stores <= most for (known, part), most in ALLOWED.items())
 
 
 def what_is_wrong_with(wheel: Path, directory: Path, python: Path) -> str:
