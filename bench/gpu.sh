@@ -118,12 +118,13 @@ run configure 60 cmake -S . -B "$build" -G Ninja -DDRAFTWERK_BUILD_CUDA=ON -DDRA
   -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" || exit
 # Of tests that do not compile, speed can be measured all the same.
 run build 240 cmake --build "$build" --target _core draftwerk_cuda draftwerk_gpu_tests draftwerk_gpu_arithmetic_tests \
-  -- -k 0 || run library 120 cmake --build "$build" --target _core draftwerk_cuda || exit
+  draftwerk_gpu_kernel_tests -- -k 0 || run library 120 cmake --build "$build" --target _core draftwerk_cuda || exit
 cp "$build"/_core*.so service/draftwerk/
 
 # --- the stages: what is right, what is fast, what explains it ------------------------------------------------------
 
 stage arithmetic 15 "$build/draftwerk_gpu_arithmetic_tests"
+stage kernels 60 "$build/draftwerk_gpu_kernel_tests" --gtest_brief=1
 stage tests 60 "$build/draftwerk_gpu_tests" --gtest_brief=1
 measure passes-E2B 60 "$python" bench/gpu_passes.py E2B --rounds 1 --json "$results/passes-E2B.json"
 measure passes-31B 120 "$python" bench/gpu_passes.py 31B --rounds 1 --json "$results/passes-31B.json"

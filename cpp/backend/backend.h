@@ -90,7 +90,7 @@ struct Tensor {
   [[nodiscard]] int row_stride() const { return stride == 0 ? columns : stride; }
 };
 
-/// RMSNorm: x * rsqrt(mean(x^2) + epsilon) * scale, in float32. `scale` is a host-visible device pointer to
+/// RMSNorm: x * rsqrt(mean(x^2) + epsilon) * scale, in float32. `scale` is a device pointer to
 /// [columns] float32 that already holds 1 + w where the checkpoint's convention is that, and ones where a norm has no
 /// weight (multiplying by one is exact).
 struct Norm {
@@ -115,7 +115,7 @@ struct Rope {
 struct Router {
   const Weight* weight = nullptr;  ///< [experts, hidden]
   Norm norm;
-  const float* expert_scale = nullptr;  ///< [experts], host-visible device pointer
+  const float* expert_scale = nullptr;  ///< [experts], device pointer
   int chosen = 0;                       ///< experts per row
 };
 
@@ -132,7 +132,7 @@ struct Experts {
 /// lower cluster first) get logits: row i belongs to cluster i / (rows / clusters).
 struct SparseHead {
   const Weight* weight = nullptr;        ///< [rows, columns]
-  const std::int32_t* tokens = nullptr;  ///< [rows], host-visible device pointer: distinct tokens
+  const std::int32_t* tokens = nullptr;  ///< [rows], device pointer: distinct tokens
   const std::int32_t* row_of = nullptr;  ///< [vocabulary], likewise: the row of each token, -1 where it has none
   const Weight* centroids = nullptr;     ///< [clusters, columns]; null: there are no clusters
   int chosen = 0;                        ///< clusters
