@@ -50,7 +50,7 @@ test-cuda: $(STAMPS)/cpp-tests
 	$(BIN)/python tests/run_cpp_tests.py $(BUILD)/tests/cuda/draftwerk_cuda_tests
 	DRAFTWERK_CUDA_LIBRARY=$(abspath $(BUILD))/tests/cuda/libdraftwerk_cuda_emulated.so \
 	  DRAFTWERK_PROMISE_EXAMPLES=2 DRAFTWERK_PROMISE_CASES=9 DRAFTWERK_PROMISE_TOKENS=12 \
-	  $(BIN)/python -m pytest $(CUDA_PYTHON_TESTS)
+	  $(BIN)/python -m pytest $(CUDA_PYTHON_TESTS) tests/python/service/test_serve_on_a_gpu.py
 
 lint: $(STAMPS)/dev $(STAMPS)/package
 	$(BIN)/ruff check
