@@ -27,12 +27,6 @@ EVALUATION = EvaluationOptions(max_tokens=40, draft_length=3, timed_prompts=1)
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    model = tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, logit_scale=0.5)
-    return with_tokenizer(tiny_checkpoint.save(model, tmp_path_factory.mktemp("model") / "tiny"))
-
-
-@pytest.fixture(scope="module")
 def trained(target: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run from a file of prompts, with a report."""
     where = tmp_path_factory.mktemp("runs")

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import tiny_training
-from tiny_writer import tiny_engine, with_tokenizer
+from tiny_writer import tiny_engine
 
-import tiny_checkpoint
 from draftwerk import Engine
 from draftwerk.drafters import SyntheticDrafter
 from draftwerk.loading import Checkpoint
@@ -28,12 +27,6 @@ from fake_checkpoint import VOCABULARY
 
 OPTIONS = EvaluationOptions(max_tokens=60, draft_length=3, timed_prompts=2, threads=1, seed=4)
 PROMPTS = [EvaluationPrompt((2, 40 + i, 70, 90), "even" if i % 2 == 0 else "odd") for i in range(6)]
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    model = tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, logit_scale=0.5)
-    return with_tokenizer(tiny_checkpoint.save(model, tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 from full_disk import full_disk
 from tiny_run import OPTIONS, Notes, log, run, weights
-from tiny_writer import with_tokenizer
 
-import tiny_checkpoint
 from draftwerk.cli.failures import file_error
 from draftwerk.loading import Checkpoint
 from draftwerk.training.conclusion import conclude
@@ -24,7 +22,6 @@ from draftwerk.training.errors import TrainingError, WriteError
 from draftwerk.training.evaluation import EvaluationOptions
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import begin, read_options
-from fake_checkpoint import VOCABULARY
 
 # What a run writes, apart from features; "initial" and "drafter" are the weights of both.
 FILES = {"run.json", "text.json", "vocabulary.npz", "initial", "drafter", "evaluation.json", "report.html", "log.jsonl"}
@@ -34,12 +31,6 @@ STATES = {f"step-{step:08}.safetensors" for step in (6, 12, 15)}
 
 class Killed(BaseException):
     """What does not let anything else happen."""
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    model = tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, logit_scale=0.5)
-    return with_tokenizer(tiny_checkpoint.save(model, tmp_path_factory.mktemp("model") / "tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,7 @@ import safetensors.torch
 import tiny_run
 import torch
 from tiny_run import OPTIONS, Notes, log, run, weights
-from tiny_writer import with_tokenizer
 
-import tiny_checkpoint
 from draftwerk.loading import Checkpoint
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.run import Run
@@ -29,18 +27,6 @@ from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, begin, read_options
 from draftwerk.training.shards import count_shards
 from draftwerk.training.text import TextOptions
-from fake_checkpoint import VOCABULARY
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, logit_scale=0.5)
-    return tiny_checkpoint.save(model, tmp_path_factory.mktemp("model") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def target(model: Path) -> Checkpoint:
-    return with_tokenizer(model)
 
 
 @pytest.fixture(scope="module")

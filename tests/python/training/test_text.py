@@ -18,7 +18,7 @@ import pytest
 import tiny_writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_writer import OPTIONS, tiny_engine, with_tokenizer
+from tiny_writer import OPTIONS, tiny_engine
 
 import tiny_checkpoint
 from draftwerk import Engine
@@ -38,11 +38,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint.save(
         tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, logit_scale=0.3), tmp_path_factory.mktemp("model") / "tiny"
     )
-
-
-@pytest.fixture(scope="module")
-def target(model: Path) -> Checkpoint:
-    return with_tokenizer(model)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ import torch
 from tiny_writer import with_tokenizer
 from typer.testing import CliRunner
 
-import tiny_checkpoint
 from draftwerk.cli.main import app
 from draftwerk.cli.training_display import TrainingDisplay
 from draftwerk.loading import Checkpoint, open_assistant, open_checkpoint
@@ -30,17 +29,10 @@ from draftwerk.training.evaluation import EvaluationOptions
 from draftwerk.training.export import write_drafter
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, begin, read_options
-from fake_checkpoint import VOCABULARY
 
 
 def run_command(*arguments: str) -> Any:
     return CliRunner(env={"COLUMNS": "200", "TERM": "dumb"}).invoke(app, list(arguments))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, logit_scale=0.5)
-    return tiny_checkpoint.save(model, tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="module")
