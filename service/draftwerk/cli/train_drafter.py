@@ -56,6 +56,7 @@ _SETTLED = {
     "learning_rate": "learning_rate",
     "accumulate": "accumulate",
     "weights": "weights",
+    "precision": "precision",
 }
 _LEARNING_RATE = 5e-4
 _FINE_TUNING_RATE = 1e-4
@@ -154,6 +155,14 @@ def train_drafter(
             metavar="TYPE",
         ),
     ] = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            help="auto, bf16 or f32: what training computes in. auto: bf16 where the device multiplies it by itself.",
+            metavar="TYPE",
+        ),
+    ] = "auto",
     device: Annotated[
         str, typer.Option("--device", help="auto, cpu or cuda: what trains. Text is written on the CPU.", metavar="D")
     ] = "auto",
@@ -200,6 +209,7 @@ def train_drafter(
                 learning_rate=learning_rate,
                 accumulate=accumulate,
                 weights=weights,
+                precision=precision,
             )
         with options.loading_progress(told.model) as progress:
             from draftwerk.weights import open_model

@@ -32,6 +32,7 @@ from draftwerk.training.head_sizes import MOST_COMPARED, HeadSizes
 from draftwerk.training.initial import fit_pre_projection, start_centroids, start_from_target
 from draftwerk.training.kept_features import KeptFeatures
 from draftwerk.training.options import TrainingOptions
+from draftwerk.training.precision import DTYPES, choose_precision
 from draftwerk.training.prompts import set_aside
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, prompts_of_run
@@ -225,7 +226,7 @@ class Run:
         )
         first = self._shard(writer, 0)
         self._observer.phase("loading the target")
-        target = FrozenTarget(self._checkpoint, device=self._device)
+        target = FrozenTarget(self._checkpoint, device=self._device, dtype=DTYPES[self._precision()])
         vocabulary = self._vocabulary(target, first)
         drafter = self._new_drafter(target, vocabulary, first)
         compared = None if vocabulary is None else torch.from_numpy(vocabulary.most_frequent(MOST_COMPARED))
@@ -353,6 +354,15 @@ class Run:
         if start is not None and not is_hub_name(start):
             start = Path(start).name
         write_drafter(drafter, weights, directory, target_name=self._checkpoint.name, started_from=start)
+
+    def _precision(self) -> str:
+        """What the run began with: it is the same wherever it is gone on with."""
+        values = self._directory.read()
+        if "precision" not in values:
+            values["precision"] = choose_precision(self._options.precision, self._device)
+            self._directory.write(values)
+        precision: str = values["precision"]
+        return precision
 
     # --- how long -----------------------------------------------------------------------------------------------
 

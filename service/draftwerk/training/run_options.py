@@ -10,6 +10,7 @@ from typing import Any
 
 from draftwerk.training.atomic_file import atomic_file
 from draftwerk.training.errors import TrainingError
+from draftwerk.training.precision import DTYPES
 from draftwerk.training.prompts import PromptsFile, read_prompts
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.text import TextOptions
@@ -39,6 +40,7 @@ class RunOptions:
         tokens_per_batch: most tokens of a batch, padding included.
         accumulate: batches of an optimizer step.
         weights: how the engine that writes text holds the target's, as draftwerk.Engine takes it.
+        precision: what training computes in, as choose_precision() takes it.
         text: how text is written; its seed is `seed`.
     """
 
@@ -59,6 +61,7 @@ class RunOptions:
     tokens_per_batch: int = 2048
     accumulate: int = 1
     weights: str = "auto"
+    precision: str = "auto"
     text: TextOptions = dataclasses.field(default_factory=TextOptions)
 
     def __post_init__(self) -> None:
@@ -72,13 +75,15 @@ class RunOptions:
             raise TrainingError(f"accumulate = {self.accumulate}: must be 1 to {1 << 20}")
         if self.weights not in WEIGHT_CHOICES:
             raise TrainingError(f"weights = {self.weights}: must be one of {', '.join(WEIGHT_CHOICES)}")
+        if self.precision not in ("auto", *DTYPES):
+            raise TrainingError(f"precision = {self.precision}: must be auto, {' or '.join(DTYPES)}")
         if self.chat and self.prompts is None:
             raise TrainingError("chat is for prompts of one's own: the built-in openings use a chat template anyway")
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> RunOptions:
         """From asdict(). What a run of an earlier version does not know is as it was then, by default."""
-        return cls(**{**values, "text": TextOptions(**values["text"])})
+        return cls(**{"precision": "bf16", **values, "text": TextOptions(**values["text"])})
 
 
 def begin(

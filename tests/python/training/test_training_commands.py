@@ -106,18 +106,19 @@ def test_what_it_is_told_is_what_is_run(opened: Checkpoint, trains: Any, tmp_pat
     result = run_command(
         *f"train-drafter -m tiny --out {out} --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64".split(),
         *"--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --accumulate 3 --device cpu -t 2".split(),
-        *"--weights int8".split(),
+        *"--weights int8 --precision f32".split(),
     )
     assert result.exit_code == 0, result.stderr
     (directory, told, checkpoint, rest), conclusion = calls
     sizes = {"layers": 1, "draft_vocab_size": 64, "clusters": 8, "chosen_clusters": 2}
-    assert told == RunOptions("tiny", tokens=500, seed=7, learning_rate=0.001, accumulate=3, weights="int8", **sizes)
+    forms = {"weights": "int8", "precision": "f32"}
+    assert told == RunOptions("tiny", tokens=500, seed=7, learning_rate=0.001, accumulate=3, **forms, **sizes)
     assert told == read_options(directory)
     assert checkpoint is opened
     assert (rest["device"], rest["threads"]) == ("cpu", 2)
     assert conclusion["command"] == (
         f"draftwerk train-drafter --out {out} --model tiny --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64 "
-        "--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --accumulate 3 --weights int8"
+        "--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --accumulate 3 --weights int8 --precision f32"
     )
     assert conclusion["evaluation"] == EvaluationOptions(weights="int8")
     assert f"the drafter is {out / 'drafter'}" in result.stderr
@@ -340,6 +341,7 @@ def test_a_reader_of_messages_that_goes_away_is_no_file_of_the_run(trains: Any, 
         ("--tokens 5 --accumulate 0", "error: --accumulate 0: must be"),
         ("--tokens 5 --seed -1", "error: --seed -1: must be"),
         ("--tokens 5 --weights int3", "error: --weights int3: must be one of auto, int8, int4"),
+        ("--tokens 5 --precision f16", "error: --precision f16: must be auto, bf16 or f32"),
         ("--tokens 5 --draft-vocabulary 64 --device tpu", "error: --device tpu: must be auto, cpu or cuda"),
         ("--tokens 5 --prompts /nowhere", "/nowhere: No such file or directory"),
         (
