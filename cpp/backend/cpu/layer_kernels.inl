@@ -8,13 +8,25 @@
 namespace draftwerk::cpu::DRAFTWERK_ISA {
 namespace {
 
+// Sixteen lanes as registers.
+constexpr int kLaneRegisters = kLanes / kRegisterLanes;
+f32x16 together(const Register (&registers)[kLaneRegisters]) {
+  f32x16 lanes;
+  std::memcpy(&lanes, registers, sizeof lanes);
+  return lanes;
+}
+
 float reciprocal_rms(const float* x, float epsilon, int columns) {
-  f32x16 squares = {};
+  Register sums[kLaneRegisters] = {};
   int i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
-    const f32x16 v = load(x + i);
-    squares = fma(v, v, squares);
+#pragma GCC unroll 4
+    for (int r = 0; r < kLaneRegisters; ++r) {
+      const Register v = register_load(x + i + r * kRegisterLanes);
+      sums[r] = register_fma(v, v, sums[r]);
+    }
   }
+  f32x16 squares = together(sums);
   if (i < columns) {
     const f32x16 v = load_partial(x + i, columns - i);
     squares = fma(v, v, squares);
@@ -99,17 +111,22 @@ void gelu_multiply(const float* gate, const float* up, int columns, float* y) {
 }
 
 float softcap_max(float* x, int columns, float softcap) {
-  const f32x16 lowest = splat(-__builtin_inff());
-  f32x16 largest = lowest;
+  Register most[kLaneRegisters];
+  for (Register& v : most) v = register_splat(-__builtin_inff());
   int i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
-    f32x16 v = load(x + i);
-    if (softcap != 0.0F) {
-      v = softcap * tanh(v / softcap);
-      store(x + i, v);
+#pragma GCC unroll 4
+    for (int r = 0; r < kLaneRegisters; ++r) {
+      float* p = x + i + r * kRegisterLanes;
+      Register v = register_load(p);
+      if (softcap != 0.0F) {
+        v = softcap * register_tanh(v / softcap);
+        register_store(p, v);
+      }
+      most[r] = v > most[r] ? v : most[r];  // NaN is none
     }
-    largest = max(v, largest);
   }
+  f32x16 largest = together(most);
   if (i < columns) {
     const int rest = columns - i;
     f32x16 v = load_partial(x + i, rest);
@@ -118,7 +135,7 @@ float softcap_max(float* x, int columns, float softcap) {
       store_partial(x + i, v, rest);
     }
     float lanes[kLanes];
-    store(lanes, lowest);
+    store(lanes, splat(-__builtin_inff()));
     store_partial(lanes, v, rest);
     largest = max(load(lanes), largest);
   }

@@ -1,14 +1,18 @@
 // The matrix kernels, written once over the primitives that matmul_<isa>.cc defines before including this file, in
 // namespace draftwerk::cpu::DRAFTWERK_ISA:
-//   Float              sixteen f32 lanes, one per row of a panel; Integers: sixteen int32 lanes
-//   zero_lanes, splat_lanes, load_lanes<WeightType>, lanes_from_u8, lanes_from_i8, store_lanes, multiply,
-//   multiply_add (fused if the machine can), to_lanes
-//   kTile              rows of activations that share one pass over a panel
+//   Float              sixteen f32 lanes, one per row of a panel: those of a float matrix
+//   kParts             passes over a panel of a quantised matrix, each of which computes kPanel / kParts of its rows;
+//                      Part: as many f32 lanes, which is one register where there are registers, Integers: int32 lanes
+//   splat_lanes<Lanes>, load_lanes<type, Lanes> (of a float type), store_lanes, multiply, multiply_add (fused if the
+//   machine can)       for Float and Part
+//   part_from_u8, part_from_i8, to_lanes   Parts of bytes and of Integers
+//   tile_rows<type>()  rows of activations that share one pass over a panel
 //   zero_point<type>() what dot_block's unsigned weights are too large by; 0 where it takes care of that itself
-//   dot_block<type, R>(block, quants, stride, starts, start_stride, dot)   dot[r] = starts[r * start_stride] + sum over
-//                      the block's 32 columns of unsigned weight * quants[r * stride + column], exact; `block` points
-//                      behind the scales; no starts where the zero point is 0
-//   dot_half<half, R>  the same over half a block of q6_k
+//   dot_block<type, part, R>(block, quants, stride, starts, start_stride, dot)   dot[r] = starts[r * start_stride] +
+//   sum
+//                      over the block's 32 columns of unsigned weight * quants[r * stride + column], exact, for the
+//                      rows of that part; `block` points behind the scales; no starts where the zero point is 0
+//   dot_half<half, part, R>   the same over half a block of q6_k
 // Every float operation on an output is written here, once, for any number of rows: that is what makes rows invariant.
 
 // Rows of quantised activations whose int8 values fit in a quarter of the smallest L2 that we expect (512 KiB); they
@@ -44,138 +48,182 @@ void fill_starts(const Activations& x, std::int64_t first, std::int64_t end, std
   }
 }
 
-template <WeightType type, int R>
+constexpr int kPartRows = kPanel / kParts;
+
+// Where the part's rows begin in sixteen elements of `bytes` bytes each.
+template <int part>
+[[gnu::always_inline]] inline const std::byte* of_part(const std::byte* elements, std::size_t bytes) {
+  return elements + part * kPartRows * bytes;
+}
+
+template <WeightType type, int part, int R>
 [[gnu::always_inline]] inline void add_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
                                              const float* scales, std::int64_t block_stride, const Start* starts,
-                                             std::int64_t start_stride, Float (&y)[R]) {
-  const Float weight_scale = load_lanes<WeightType::f16>(block);
+                                             std::int64_t start_stride, Part (&y)[R]) {
+  const Part weight_scale = load_lanes<WeightType::f16, Part>(of_part<part>(block, 2));
   Integers dot[R];
-  dot_block<type, R>(block + layout::kHalves, quants, stride, starts, start_stride, dot);
+  dot_block<type, part>(block + layout::kHalves, quants, stride, starts, start_stride, dot);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes(scales[r * block_stride])), y[r]);
+    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes<Part>(scales[r * block_stride])), y[r]);
   }
 }
 
-template <int R>
-[[gnu::always_inline]] inline void add_block_q4_k(const std::byte* block, Float d, Float negative_dmin,
+template <int part, int R>
+[[gnu::always_inline]] inline void add_block_q4_k(const std::byte* block, Part d, Part negative_dmin,
                                                   const std::int8_t* quants, std::int64_t stride, const float* scales,
                                                   std::int64_t block_stride, const Start* starts,
-                                                  std::int64_t start_stride, Float (&y)[R]) {
-  const Float weight_scale = multiply(d, lanes_from_u8(block));
-  const Float weight_min = multiply(negative_dmin, lanes_from_u8(block + kPanel));
+                                                  std::int64_t start_stride, Part (&y)[R]) {
+  const Part weight_scale = multiply(d, part_from_u8(of_part<part>(block, 1)));
+  const Part weight_min = multiply(negative_dmin, part_from_u8(of_part<part>(block + kPanel, 1)));
   Integers dot[R];
-  dot_block<WeightType::q4_k, R>(block + 2 * kPanel, quants, stride, nullptr, 0, dot);
+  dot_block<WeightType::q4_k, part>(block + 2 * kPanel, quants, stride, nullptr, 0, dot);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes(scales[r * block_stride])), y[r]);
-    y[r] = multiply_add(weight_min, splat_lanes(starts[r * start_stride].scaled), y[r]);
+    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes<Part>(scales[r * block_stride])), y[r]);
+    y[r] = multiply_add(weight_min, splat_lanes<Part>(starts[r * start_stride].scaled), y[r]);
   }
 }
 
-template <int R, int half>
-[[gnu::always_inline]] inline void add_half_q6_k(const std::byte* block, Float d, const std::int8_t* quants,
+template <int half, int part, int R>
+[[gnu::always_inline]] inline void add_half_q6_k(const std::byte* block, Part d, const std::int8_t* quants,
                                                  std::int64_t stride, const float* scales, std::int64_t block_stride,
-                                                 const Start* starts, std::int64_t start_stride, Float (&y)[R]) {
-  const Float weight_scale = multiply(d, lanes_from_i8(block + half * kPanel));
+                                                 const Start* starts, std::int64_t start_stride, Part (&y)[R]) {
+  const Part weight_scale = multiply(d, part_from_i8(of_part<part>(block + half * kPanel, 1)));
   Integers dot[R];
-  dot_half<half, R>(block + 2 * kPanel, quants, stride, starts + half, start_stride, dot);
+  dot_half<half, part>(block + 2 * kPanel, quants, stride, starts + half, start_stride, dot);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes(scales[r * block_stride])), y[r]);
+    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes<Part>(scales[r * block_stride])), y[r]);
   }
 }
 
-// Asks for the bytes at `ahead` from here, if any: see multiply_tile.
+// Asks for so many bytes of the next panel, if there is one, and goes on behind them: each part of a panel asks for its
+// share of the next one, block by block, so that memory is busy as long as arithmetic is.
 template <std::size_t bytes>
-[[gnu::always_inline]] inline void prefetch_ahead(const std::byte* at, std::size_t ahead) {
-  if (ahead == 0) return;
+[[gnu::always_inline]] inline void prefetch(const std::byte*& next) {
+  if (next == nullptr) return;
 #pragma GCC unroll 16
-  for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + ahead + line, 0, 2);
+  for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+  next += bytes;
 }
 
-// R rows against one panel: y[r] of its sixteen outputs.
+constexpr bool is_float_panel(WeightType type) {
+  return type == WeightType::f32 || type == WeightType::f16 || type == WeightType::bf16;
+}
+
+// R rows against one panel of floats: y[r] of its sixteen outputs.
 template <WeightType type, int R>
-[[gnu::always_inline]] inline void add_panel(const std::byte* panel, std::int64_t columns, const Activations& x,
-                                             std::int64_t first_row, const Start* starts, std::size_t ahead,
-                                             Float (&y)[R]) {
-  if constexpr (type == WeightType::f32 || type == WeightType::f16 || type == WeightType::bf16) {
-    const float* values = x.values + first_row * x.stride;
-    const std::int64_t stride = x.stride;
-    constexpr std::size_t bytes = kPanel * (type == WeightType::f32 ? 4 : 2);
-    for (std::int64_t c = 0; c < columns; ++c, panel += bytes) {
-      if (bytes == 64 || c % 2 == 0) prefetch_ahead<64>(panel, ahead);
-      const Float w = load_lanes<type>(panel);
+[[gnu::always_inline]] inline void add_float_panel(const std::byte* panel, std::int64_t columns, const Activations& x,
+                                                   std::int64_t first_row, const std::byte* next, Float (&y)[R]) {
+  const float* values = x.values + first_row * x.stride;
+  const std::int64_t stride = x.stride;
+  constexpr std::size_t bytes = kPanel * (type == WeightType::f32 ? 4 : 2);
+  for (std::int64_t c = 0; c < columns; ++c, panel += bytes) {
+    if (bytes == 64 || c % 2 == 0) prefetch<64>(next);
+    const Float w = load_lanes<type, Float>(panel);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) y[r] = multiply_add(w, splat_lanes(values[r * stride + c]), y[r]);
+    for (int r = 0; r < R; ++r) y[r] = multiply_add(w, splat_lanes<Float>(values[r * stride + c]), y[r]);
+  }
+}
+
+// R rows against a part of a quantised panel.
+template <WeightType type, int part, int R>
+[[gnu::always_inline]] inline void add_part(const std::byte* panel, std::int64_t columns, const Activations& x,
+                                            std::int64_t first_row, const Start* starts, const std::byte* next,
+                                            Part (&y)[R]) {
+  const std::int8_t* quants = x.quants + first_row * x.quant_stride;
+  const float* scales = x.scales + first_row * x.block_stride;
+  const std::int64_t stride = x.quant_stride;
+  const std::int64_t block_stride = x.block_stride;
+  constexpr int each = starts_per_block<type>();
+  const std::int64_t start_stride = columns / kBlock * each;
+  const std::int8_t* end = quants + columns;
+  if constexpr (type == WeightType::q4_k || type == WeightType::q6_k) {
+    while (quants != end) {
+      prefetch<(type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts>(next);
+      const Part d = load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2));
+      panel += layout::kHalves;
+      Part negative_dmin = {};
+      if constexpr (type == WeightType::q4_k) {
+        negative_dmin = multiply(load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2)), splat_lanes<Part>(-1.0F));
+        panel += layout::kHalves;
+      }
+      for (int b = 0; b < layout::kBlocksPerSuper; ++b, quants += kBlock, ++scales, starts += each) {
+        if constexpr (type == WeightType::q4_k) {
+          prefetch<layout::kQ4KBlock / kParts>(next);
+          add_block_q4_k<part>(panel, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride, y);
+          panel += layout::kQ4KBlock;
+        } else {
+          prefetch<layout::kQ6KBlock / kParts>(next);
+          add_half_q6_k<0, part>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
+          add_half_q6_k<1, part>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
+          panel += layout::kQ6KBlock;
+        }
+      }
     }
   } else {
-    const std::int8_t* quants = x.quants + first_row * x.quant_stride;
-    const float* scales = x.scales + first_row * x.block_stride;
-    const std::int64_t stride = x.quant_stride;
-    const std::int64_t block_stride = x.block_stride;
-    constexpr int each = starts_per_block<type>();
-    const std::int64_t start_stride = columns / kBlock * each;
-    const std::int8_t* end = quants + columns;
-    if constexpr (type == WeightType::q4_k || type == WeightType::q6_k) {
-      while (quants != end) {
-        const Float d = load_lanes<WeightType::f16>(panel);
-        panel += layout::kHalves;
-        Float negative_dmin = zero_lanes();
-        if constexpr (type == WeightType::q4_k) {
-          negative_dmin = multiply(load_lanes<WeightType::f16>(panel), splat_lanes(-1.0F));
-          panel += layout::kHalves;
-        }
-        for (int b = 0; b < layout::kBlocksPerSuper; ++b, quants += kBlock, ++scales, starts += each) {
-          if constexpr (type == WeightType::q4_k) {
-            prefetch_ahead<layout::kQ4KBlock>(panel, ahead);
-            add_block_q4_k<R>(panel, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride, y);
-            panel += layout::kQ4KBlock;
-          } else {
-            prefetch_ahead<layout::kQ6KBlock>(panel, ahead);
-            add_half_q6_k<R, 0>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
-            add_half_q6_k<R, 1>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
-            panel += layout::kQ6KBlock;
-          }
-        }
-      }
-    } else {
-      constexpr std::size_t bytes = type == WeightType::q8_0   ? layout::kQ8Block
-                                    : type == WeightType::q4_0 ? layout::kQ4Block
-                                                               : layout::kQ5Block;
-      for (; quants != end; quants += kBlock, ++scales, starts += each, panel += bytes) {
-        prefetch_ahead<bytes>(panel, ahead);
-        add_block<type, R>(panel, quants, stride, scales, block_stride, starts, start_stride, y);
-      }
+    constexpr std::size_t bytes = type == WeightType::q8_0   ? layout::kQ8Block
+                                  : type == WeightType::q4_0 ? layout::kQ4Block
+                                                             : layout::kQ5Block;
+    for (; quants != end; quants += kBlock, ++scales, starts += each, panel += bytes) {
+      prefetch<bytes / kParts>(next);
+      add_block<type, part>(panel, quants, stride, scales, block_stride, starts, start_stride, y);
     }
   }
 }
 
+// Stores the lanes of R rows of outputs, `left` of them at most.
+template <typename Lanes, int R>
+[[gnu::always_inline]] inline void store_rows(const Lanes (&sum)[R], float* y, std::int64_t y_stride,
+                                              std::int64_t left) {
+  constexpr std::int64_t lanes = sizeof(Lanes) / sizeof(float);
+  if (left <= 0) return;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    if (left >= lanes) {
+      store_lanes(y + r * y_stride, sum[r]);
+    } else {
+      float some[lanes];
+      store_lanes(some, sum[r]);
+      std::memcpy(y + r * y_stride, some, static_cast<std::size_t>(left) * sizeof(float));
+    }
+  }
+}
+
+template <WeightType type, int part, int R>
+[[gnu::always_inline]] inline void multiply_part(const std::byte* panel, std::int64_t columns, const std::byte* next,
+                                                 const Activations& x, std::int64_t first_row, const Start* starts,
+                                                 float* y, std::int64_t y_stride, std::int64_t left) {
+  Part sum[R] = {};
+  add_part<type, part>(panel, columns, x, first_row, starts, next, sum);
+  store_rows(sum, y + part * kPartRows, y_stride, left - part * kPartRows);
+}
+
 template <WeightType type, int R>
-[[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, std::size_t ahead, const Activations& x,
+[[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, bool fetches, const Activations& x,
                                      std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride) {
   y += first_row * y_stride + p * kPanel;
   // The outputs of a head are megabytes apart and out of cache: fetched now, their stores do not stall the next tile.
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) __builtin_prefetch(y + r * y_stride, 1);
-  Float sum[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) sum[r] = zero_lanes();
-  add_panel<type, R>(w.data + static_cast<std::size_t>(p) * w.panel_bytes, w.columns, x, first_row, starts, ahead, sum);
+  const std::byte* panel = w.data + static_cast<std::size_t>(p) * w.panel_bytes;
+  const std::byte* next = fetches ? panel + w.panel_bytes : nullptr;
   const std::int64_t left = w.rows - p * kPanel;
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    if (left >= kPanel) {
-      store_lanes(y + r * y_stride, sum[r]);
-    } else {
-      float lanes[kPanel];
-      store_lanes(lanes, sum[r]);
-      std::memcpy(y + r * y_stride, lanes, static_cast<std::size_t>(left) * sizeof(float));
+  if constexpr (is_float_panel(type)) {
+    Float sum[R] = {};
+    add_float_panel<type>(panel, w.columns, x, first_row, next, sum);
+    store_rows(sum, y, y_stride, left);
+  } else {
+    multiply_part<type, 0, R>(panel, w.columns, next, x, first_row, starts, y, y_stride, left);
+    if constexpr (kParts == 2) {
+      if (fetches) next += w.panel_bytes / 2;
+      multiply_part<type, 1, R>(panel, w.columns, next, x, first_row, starts, y, y_stride, left);
     }
   }
 }
 
-using TileKernel = void (*)(const PackedMatrix& w, std::int64_t p, std::size_t ahead, const Activations& x,
+using TileKernel = void (*)(const PackedMatrix& w, std::int64_t p, bool fetches, const Activations& x,
                             std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride);
 
 template <WeightType type, int... R>
@@ -188,9 +236,10 @@ template <WeightType type>
 void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
                      int rows, float* y, std::int64_t y_stride) {
   const std::int64_t panels = panel_count(w.rows);
-  std::int64_t chunk = kActivationBytes / w.columns / kTile * kTile;
-  if (chunk < 4 * kTile) chunk = 4 * kTile;
-  constexpr bool quantized = type != WeightType::f32 && type != WeightType::f16 && type != WeightType::bf16;
+  constexpr int most = tile_rows<type>();
+  std::int64_t chunk = kActivationBytes / w.columns / most * most;
+  if (chunk < 4 * most) chunk = 4 * most;
+  constexpr bool quantized = !is_float_panel(type);
   const std::int64_t row_starts = quantized ? w.columns / kBlock * starts_per_block<type>() : 0;
   Start starts[quantized ? kStarts : 1];
   if (row_starts * chunk > kStarts) chunk = kStarts / row_starts;
@@ -202,12 +251,15 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
     }
     if constexpr (quantized) fill_starts<type>(x, first, end, w.columns / kBlock, starts);
     for (std::int64_t p = first_panel; p < last_panel; ++p) {
-      for (std::int64_t row = first; row < end; row += kTile) {
+      for (std::int64_t row = first; row < end;) {
         // Past the last panel too: a thread's next piece usually begins there.
-        const std::size_t ahead = row == first && p + 1 < panels ? w.panel_bytes : 0;
-        const int tile = static_cast<int>(end - row < kTile ? end - row : kTile);
-        tile_kernel<type>(tile, std::make_integer_sequence<int, kTile>())(
-            w, p, ahead, x, row, starts + (row - first) * row_starts, y, y_stride);
+        const bool fetches = row == first && p + 1 < panels;
+        // Tiles of like heights: a row that is left alone costs as much as three.
+        const std::int64_t tiles = (end - row + most - 1) / most;
+        const auto tile = static_cast<int>((end - row + tiles - 1) / tiles);
+        tile_kernel<type>(tile, std::make_integer_sequence<int, most>())(
+            w, p, fetches, x, row, starts + (row - first) * row_starts, y, y_stride);
+        row += tile;
       }
     }
   }
@@ -237,33 +289,65 @@ void matmul(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_p
   }
 }
 
-// Sixteen lanes folded to one in halves: the largest, or the sum, which wraps.
-template <bool largest>
-[[gnu::always_inline]] inline std::uint32_t fold(u32x16 v) {
+// The lanes folded to one in halves: the largest, or the sum, which wraps.
+template <bool largest, typename Vector>
+[[gnu::always_inline]] inline std::uint32_t fold(Vector v) {
   using Eight = std::uint32_t __attribute__((vector_size(32)));
   using Four = std::uint32_t __attribute__((vector_size(16)));
-  const Eight a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
-  const Eight b = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-  const Eight eight = largest ? (a > b ? a : b) : a + b;
-  const Four c = __builtin_shufflevector(eight, eight, 0, 1, 2, 3);
-  const Four d = __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-  const Four four = largest ? (c > d ? c : d) : c + d;
-  const Four swapped = __builtin_shufflevector(four, four, 2, 3, 0, 1);
-  const Four two = largest ? (four > swapped ? four : swapped) : four + swapped;
-  if constexpr (largest) return two[0] > two[1] ? two[0] : two[1];
-  return two[0] + two[1];
+  const auto merged = [](auto a, auto b) __attribute__((always_inline)) {
+    if constexpr (largest) {
+      return a > b ? a : b;
+    } else {
+      return a + b;
+    }
+  };
+  if constexpr (sizeof(Vector) == sizeof(u32x16)) {
+    const Eight low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+    return fold<largest>(merged(low, Eight{__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)}));
+  } else if constexpr (sizeof(Vector) == sizeof(Eight)) {
+    const Four low = __builtin_shufflevector(v, v, 0, 1, 2, 3);
+    return fold<largest>(merged(low, Four{__builtin_shufflevector(v, v, 4, 5, 6, 7)}));
+  } else {
+    const Four two = merged(v, Four{__builtin_shufflevector(v, v, 2, 3, 0, 1)});
+    return merged(two[0], two[1]);
+  }
+}
+
+// A block's quants, in registers, as bytes.
+constexpr int kBlockRegisters = kBlock / kRegisterLanes;
+[[gnu::always_inline]] inline void store_quants(std::int8_t* p, const RegisterInt (&quants)[kBlockRegisters]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Packing works within halves of a register: the dwords are put in order afterwards.
+  const auto words = [&](int i) {
+    return _mm256_packs_epi32(reinterpret_cast<__m256i>(quants[i]), reinterpret_cast<__m256i>(quants[i + 1]));
+  };
+  const __m256i bytes = _mm256_packs_epi16(words(0), words(2));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));
+#else
+  using Narrow = std::int8_t __attribute__((vector_size(kRegisterLanes)));
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlockRegisters; ++i) {
+    const Narrow narrow = __builtin_convertvector(quants[i], Narrow);
+    std::memcpy(p + i * kRegisterLanes, &narrow, sizeof narrow);
+  }
+#endif
 }
 
 void quantize_row(const float* x, int columns, std::int8_t* quants, float* scales, std::int32_t* sums) {
-  using i8x16 = std::int8_t __attribute__((vector_size(16)));
+  using Word = std::uint32_t __attribute__((vector_size(sizeof(Register))));
   constexpr float kSmallest = 0x1p-100F;
   for (int first = 0; first < columns; first += kBlock, ++scales, ++sums) {
-    const f32x16 low = load(x + first);
-    const f32x16 high = load(x + first + kLanes);
-    // The order of non-negative floats is that of their bits, in which NaN is above infinity and so not lost.
-    const u32x16 low_bits = reinterpret_cast<u32x16>(abs(low));
-    const u32x16 high_bits = reinterpret_cast<u32x16>(abs(high));
-    std::uint32_t bits = fold<true>(low_bits > high_bits ? low_bits : high_bits);
+    Register values[kBlockRegisters];
+    Word largest = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockRegisters; ++i) {
+      values[i] = register_load(x + first + i * kRegisterLanes);
+      // The order of non-negative floats is that of their bits, in which NaN is above infinity and so not lost.
+      const Word magnitude = reinterpret_cast<Word>(values[i]) & 0x7FFFFFFFU;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    std::uint32_t bits = fold<true>(largest);
     // A NaN scale spoils every product, whatever the quants.
     if (bits >= 0x7F800000U) bits = 0x7FC00000U;
     float bound;
@@ -271,12 +355,15 @@ void quantize_row(const float* x, int columns, std::int8_t* quants, float* scale
     const bool zero = bound < kSmallest;
     const float inverse = zero ? 0.0F : 127.0F / bound;
     *scales = zero ? 0.0F : bound / 127.0F;
-    const i32x16 low_quants = truncate(round(low * inverse));
-    const i32x16 high_quants = truncate(round(high * inverse));
-    const i8x16 narrow[2] = {__builtin_convertvector(low_quants, i8x16), __builtin_convertvector(high_quants, i8x16)};
-    std::memcpy(quants + first, narrow, sizeof narrow);
-    // Both sums at once; a negative low one has borrowed from the high one.
-    const u32x16 both = reinterpret_cast<u32x16>(low_quants) + (reinterpret_cast<u32x16>(high_quants) << 16);
+    RegisterInt whole[kBlockRegisters];
+    // Both halves' sums at once; a negative low one has borrowed from the high one.
+    Word both = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockRegisters; ++i) {
+      whole[i] = register_truncate(register_round(values[i] * inverse));
+      both += reinterpret_cast<Word>(whole[i]) << (i < kBlockRegisters / 2 ? 0 : 16);
+    }
+    store_quants(quants + first, whole);
     std::uint32_t sum = fold<false>(both);
     sum += (sum & 0x8000U) << 1;
     std::memcpy(sums, &sum, sizeof sum);

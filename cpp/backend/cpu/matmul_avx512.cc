@@ -15,20 +15,27 @@ namespace avx512 {
 namespace {
 
 using Float = __m512;
+using Part = Float;
 using Integers = __m512i;
 
 // 8 int32 and 8 f32 accumulators, a weight register and the constants fit in 32 registers.
-constexpr int kTile = 8;
+template <WeightType type>
+constexpr int tile_rows() {
+  return 8;
+}
+constexpr int kParts = 1;
 
-[[gnu::always_inline]] inline Float zero_lanes() { return _mm512_setzero_ps(); }
-[[gnu::always_inline]] inline Float splat_lanes(float x) { return _mm512_set1_ps(x); }
+template <typename Lanes>
+[[gnu::always_inline]] inline Lanes splat_lanes(float x) {
+  return _mm512_set1_ps(x);
+}
 [[gnu::always_inline]] inline Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
 [[gnu::always_inline]] inline Float multiply_add(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 [[gnu::always_inline]] inline Float to_lanes(Integers v) { return _mm512_cvtepi32_ps(v); }
 [[gnu::always_inline]] inline void store_lanes(float* p, Float v) { _mm512_storeu_ps(p, v); }
 
-template <WeightType type>
-[[gnu::always_inline]] inline Float load_lanes(const std::byte* p) {
+template <WeightType type, typename Lanes>
+[[gnu::always_inline]] inline Lanes load_lanes(const std::byte* p) {
   if constexpr (type == WeightType::f32) {
     return _mm512_loadu_ps(p);
   } else {
@@ -41,10 +48,10 @@ template <WeightType type>
 [[gnu::always_inline]] inline __m128i load_bytes(const std::byte* p) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
 }
-[[gnu::always_inline]] inline Float lanes_from_u8(const std::byte* p) {
+[[gnu::always_inline]] inline Float part_from_u8(const std::byte* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_bytes(p)));
 }
-[[gnu::always_inline]] inline Float lanes_from_i8(const std::byte* p) {
+[[gnu::always_inline]] inline Float part_from_i8(const std::byte* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bytes(p)));
 }
 
@@ -120,7 +127,7 @@ template <WeightType type, int R>
   }
 }
 
-template <WeightType type, int R>
+template <WeightType type, int part, int R>
 [[gnu::always_inline]] inline void dot_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
                                              const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
   start_dot<type, R>(starts, start_stride, dot);
@@ -134,7 +141,7 @@ template <WeightType type, int R>
   add_group<type, 7>(block, quants, stride, dot);
 }
 
-template <int half, int R>
+template <int half, int part, int R>
 [[gnu::always_inline]] inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
   constexpr auto type = WeightType::q6_k;

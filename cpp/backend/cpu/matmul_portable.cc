@@ -12,20 +12,27 @@ namespace portable {
 namespace {
 
 using Float = f32x16;
+using Part = Float;
 using Integers = i32x16;
 using Bytes = std::uint8_t __attribute__((vector_size(16)));
 
-constexpr int kTile = 4;
+constexpr int kParts = 1;
+template <WeightType type>
+constexpr int tile_rows() {
+  return 4;
+}
 
-inline Float zero_lanes() { return Float{}; }
-inline Float splat_lanes(float x) { return splat(x); }
+template <typename Lanes>
+inline Lanes splat_lanes(float x) {
+  return splat(x);
+}
 inline Float multiply(Float a, Float b) { return a * b; }
 inline Float multiply_add(Float a, Float b, Float c) { return fma(a, b, c); }
 inline Float to_lanes(Integers v) { return to_float(v); }
 inline void store_lanes(float* p, Float v) { store(p, v); }
 
-template <WeightType type>
-inline Float load_lanes(const std::byte* p) {
+template <WeightType type, typename Lanes>
+inline Lanes load_lanes(const std::byte* p) {
   if constexpr (type == WeightType::f32) {
     Float v;
     std::memcpy(&v, p, sizeof v);
@@ -38,12 +45,12 @@ inline Float load_lanes(const std::byte* p) {
   }
 }
 
-inline Float lanes_from_u8(const std::byte* p) {
+inline Float part_from_u8(const std::byte* p) {
   Bytes bytes;
   std::memcpy(&bytes, p, sizeof bytes);
   return to_float(__builtin_convertvector(bytes, Integers));
 }
-inline Float lanes_from_i8(const std::byte* p) {
+inline Float part_from_i8(const std::byte* p) {
   using SignedBytes = std::int8_t __attribute__((vector_size(16)));
   SignedBytes bytes;
   std::memcpy(&bytes, p, sizeof bytes);
@@ -100,13 +107,13 @@ constexpr int zero_point() {
   return 0;
 }
 
-template <WeightType type, int R>
+template <WeightType type, int part, int R>
 inline void dot_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
                       std::int64_t /*start_stride*/, Integers (&dot)[R]) {
   dot_groups<type, R>(block, 0, layout::kGroups, quants, stride, dot);
 }
 
-template <int half, int R>
+template <int half, int part, int R>
 inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
                      std::int64_t /*start_stride*/, Integers (&dot)[R]) {
   dot_groups<WeightType::q6_k, R>(block, half * 4, half * 4 + 4, quants, stride, dot);

@@ -75,15 +75,8 @@ inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 
 inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 inline f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
-inline f32x16 abs(f32x16 a) { return reinterpret_cast<f32x16>(reinterpret_cast<i32x16>(a) & (i32x16{} + 0x7FFFFFFF)); }
 
 inline f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
-inline i32x16 truncate(f32x16 v) { return __builtin_convertvector(v, i32x16); }
-/// Nearest integer, ties to even, for |v| < 2^22.
-inline f32x16 round(f32x16 v) {
-  const f32x16 magic = splat(12582912.0F);  // 1.5 * 2^23
-  return (v + magic) - magic;
-}
 
 /// The sum of the lanes, folded in halves: a fixed order.
 inline float reduce_add(f32x16 v) {
@@ -137,6 +130,14 @@ inline Register register_fma(Register a, Register b, Register c) {
 #else
   return a * b + c;
 #endif
+}
+
+inline RegisterInt register_truncate(Register v) { return __builtin_convertvector(v, RegisterInt); }
+
+/// Nearest integer, ties to even, for |v| < 2^22.
+inline Register register_round(Register v) {
+  const Register magic = register_splat(12582912.0F);  // 1.5 * 2^23
+  return (v + magic) - magic;
 }
 
 /// function(x) for all lanes, register by register.
