@@ -347,6 +347,9 @@ class Backend {
   virtual void head(Tensor states, const Weight& weight, float softcap) = 0;
   /// The same for some tokens only, for propose() alone, which takes time for these and not for the vocabulary.
   virtual void head(Tensor states, const SparseHead& head) = 0;
+  /// Begins what verify() of the same groups, which is next, will give. Where operations are asynchronous the device
+  /// has all of the step then, and the host has time to itself until it calls verify().
+  virtual void begin_verify(std::span<const VerifyGroup> /*groups*/) {}
   /// Chooses the target's token at every output row and accepts drafts while they agree. Waits for the step.
   /// `results` has one entry per group; vectors in it are reused.
   virtual void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) = 0;
@@ -368,12 +371,13 @@ class Backend {
     throw std::logic_error("this backend does not draft ahead");
   }
   /// What the passes have found, `count` candidates for each row, pass by pass. Either at the end of their own step,
-  /// for which it waits then; or once the next step, which may have grown trees of it meanwhile, was verified.
+  /// for which it waits then; or in the next step, which may have grown trees of it meanwhile, from begin_verify() on:
+  /// then it waits for the passes alone.
   virtual void proposed(std::span<const ProposeRow> /*rows*/, int /*count*/, std::span<Candidate> /*candidates*/) {
     throw std::logic_error("this backend does not draft ahead");
   }
-  /// Seconds that the device took for passes which the host did not wait for, as the step that was verified last
-  /// followed them at once.
+  /// Seconds that the device took for passes which the host did not wait for, as the step that came next followed them
+  /// at once. After proposed() alone.
   [[nodiscard]] virtual double proposing_seconds() const { return 0.0; }
   /// Moves keys and values of some layers, in the arena of the last begin(), in each layer one move after the other.
   virtual void move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <utility>
 
 namespace draftwerk {
 namespace {
@@ -38,6 +39,7 @@ void DraftTree::start(int count, std::span<const double> row_prices, double pass
   pass_price_ = pass_price;
   depth_ = 0;
   best_onward_ = 0.0F;
+  known_ = 0;
   nodes_.clear();
   ranked_.clear();
   frontier_.clear();
@@ -125,14 +127,12 @@ bool DraftTree::advance(int width) {
 }
 
 bool DraftTree::advance_ahead() {
-  const bool found = !nodes_.empty() && nodes_.back().depth == depth_ + 1;
-  rank();
+  const auto first = static_cast<int>(std::exchange(known_, nodes_.size()));
   ++depth_;
   frontier_.clear();
   best_onward_ = 0.0F;
-  if (!found || depth_ == kDeepestDraft) return false;
-  const auto first = std::find_if(nodes_.begin(), nodes_.end(), [this](const Node& n) { return n.depth == depth_; });
-  frontier_.push_back(static_cast<int>(first - nodes_.begin()));
+  if (static_cast<std::size_t>(first) == nodes_.size() || depth_ == kDeepestDraft) return false;
+  frontier_.push_back(first);
   return true;
 }
 
@@ -153,6 +153,7 @@ int DraftTree::before(int index) const {
 }
 
 DraftTree::Size DraftTree::take(TokenId* drafts, std::int32_t* parents) {
+  rank();
   place_.assign(nodes_.size(), -1);
   Size size;
   size.drafts = best_size();

@@ -38,8 +38,8 @@ struct DraftLimits {
   SchedulerLimits step;
 };
 
-/// Used from the engine thread alone, but for open(). Per step: propose(); once the step is verified, settle(),
-/// observe_step() and, before the sequences grow, observe() for each that decided.
+/// Used from the engine thread alone, but for open(). Per step: propose(); once verification has begun, settle();
+/// after it, observe_step() and, before the sequences grow, observe() for each that decided.
 class DraftRounds {
  public:
   /// `parked` and `arena` are those of the sequences that will come. Throws std::invalid_argument: too many drafters.

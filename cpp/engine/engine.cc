@@ -282,8 +282,9 @@ void Engine::step() {
   model_.forward(rows, {static_cast<std::byte*>(arena_->data())});
   if (model_.backend().asynchronous()) publish();  // what the step before gave
   if (results_.size() < batch_.groups().size()) results_.resize(batch_.groups().size());
+  model_.backend().begin_verify(batch_.groups());
+  const double drafting = drafts_.settle();  // a device is at the target's pass meanwhile
   model_.backend().verify(batch_.groups(), std::span(results_).first(batch_.groups().size()));
-  const double drafting = drafts_.settle();
   const double seconds = std::max(seconds_since(start) - drafting, 0.0);
 
   totals_.draft_seconds += drafting;

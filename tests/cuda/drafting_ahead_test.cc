@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -22,8 +23,11 @@ using testing::TinyModel;
 
 constexpr int kDrafts = 8;
 
-/// The target's pass over the first `known` tokens of a text.
-void compute(Gemma& model, const std::vector<TokenId>& text, int known, const SingleSequenceKv& kv) {
+/// The target's pass over the first `known` tokens of a text, and what the host does while the device is at it.
+template <typename Meanwhile = void (*)()>
+void compute(
+    Gemma& model, const std::vector<TokenId>& text, int known, const SingleSequenceKv& kv,
+    Meanwhile&& meanwhile = [] {}) {
   std::vector<std::int64_t> positions(static_cast<std::size_t>(known));
   std::iota(positions.begin(), positions.end(), 0);
   const Segment segment = kv.segment(known, 0);
@@ -34,6 +38,8 @@ void compute(Gemma& model, const std::vector<TokenId>& text, int known, const Si
   group.sampling = &greedy;
   VerifyResult result;
   model.forward({std::span(text).first(positions.size()), positions, {&segment, 1}, {&last, 1}}, kv.arena());
+  model.backend().begin_verify({&group, 1});
+  meanwhile();
   model.backend().verify({&group, 1}, {&result, 1});
 }
 
@@ -80,8 +86,12 @@ struct Round {
                  .drafts = drafts.data(),
                  .parents = parents.data()};
     passes = drafter_->propose({&job, 1});
-    meanwhile();
-    drafter_->settle();
+    if constexpr (std::is_invocable_v<Meanwhile, Drafter&>) {
+      meanwhile(*drafter_);  // which has it settle
+    } else {
+      meanwhile();
+      drafter_->settle();
+    }
     drafts.resize(static_cast<std::size_t>(job.produced));
     parents.resize(drafts.size());
   }
@@ -143,6 +153,31 @@ TEST(DraftingAhead, AStepThatFollowsAtOnceChangesNothingOfIt) {
   followed.run(known->context(sampling), 0.0, [&] { compute(tiny.model(), other_text, 30, other); });
   EXPECT_EQ(followed.drafts, alone.drafts);
   EXPECT_EQ(followed.parents, alone.parents);
+}
+
+TEST(DraftingAhead, DraftsAreToldWhileTheDeviceIsAtTheStepThatFollows) {
+  TinyModel tiny(WeightType::bf16, 1, 128, testing::tiny_edge_config());
+  MtpModel& mtp = tiny.mtp();
+  const std::vector<TokenId> tokens = text();
+  const SamplingParams sampling = sampled();
+  const SingleSequenceKv other(tiny.model(), 40);
+  const std::vector<TokenId> other_text = testing::random_tokens(40, 6);
+  std::optional<Known> known(std::in_place, tiny.model(), tokens);
+  Round round(mtp, known->context(sampling), 0.0);
+  const std::vector<TokenId> drafts = round.drafts;
+  known.emplace(tiny.model(), tokens);
+  std::size_t before = 0;
+  std::size_t after = 0;
+  round.run(known->context(sampling), 0.0, [&](Drafter& drafter) {
+    compute(tiny.model(), other_text, 30, other, [&] {
+      before = emulation::operations_ahead();
+      drafter.settle();
+      after = emulation::operations_ahead();
+    });
+  });
+  EXPECT_EQ(round.drafts, drafts);
+  EXPECT_GT(before, after) << "it waits for the passes";
+  EXPECT_GT(after, 0) << "and for nothing else";
 }
 
 TEST(DraftingAhead, TheTargetFollowsAtOnce) {

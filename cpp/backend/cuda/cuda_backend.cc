@@ -173,6 +173,7 @@ void CudaBackend::begin(const StepRows& rows, KvArena arena) {
   copies_in_.clear();
   copies_out_.clear();
   step_outputs_ = static_cast<int>(rows.output_rows.size());
+  verifying_ = false;
   logits_ = {};
   grows_ = !rows.growths.empty();
   if (!grows_) return;
@@ -325,7 +326,7 @@ void CudaBackend::head(Tensor states, const SparseHead& head) {
   logits_ = sparse_.record(list_for_others(), projections_, outputs(), states, head, vocabulary_);
 }
 
-void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
+void CudaBackend::begin_verify(std::span<const VerifyGroup> groups) {
   check_groups(kName, groups);
   if (!groups.empty()) {
     require(logits_.values != nullptr && logits_.tokens == nullptr, "a head of all tokens before a choice is verified");
@@ -333,6 +334,12 @@ void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyRe
     sampler_.record_verify(list_for_others(), logits_, outputs(), grows_ ? &upload_.view() : nullptr, copies_out_);
   }
   run();
+  verifying_ = true;
+}
+
+void CudaBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
+  if (!verifying_) begin_verify(groups);
+  verifying_ = false;
   wait();
   if (!groups.empty()) sampler_.finish_verify(groups, outputs(), results);
 }
@@ -368,8 +375,14 @@ void CudaBackend::run_passes() {
 }
 
 void CudaBackend::proposed(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) {
-  if (passes_ > 0) run_passes();
-  if (in_flight_) wait();
+  if (passes_ > 0) {
+    run_passes();
+    wait();
+  } else if (unwaited_) {
+    check(cudaEventSynchronize(found_at_.get()), "waiting for drafts");
+  } else if (in_flight_) {
+    wait();
+  }
   const std::size_t of_pass = rows.size() * static_cast<std::size_t>(count);
   require(static_cast<int>(rows.size()) <= found_.outputs &&
               candidates.size() >= static_cast<std::size_t>(found_.passes) * of_pass,

@@ -67,6 +67,7 @@ class CudaBackend final : public Backend {
   void gather_outputs(Tensor hidden, const Norm& norm, Tensor states) override;
   void head(Tensor states, const Weight& weight, float softcap) override;
   void head(Tensor states, const SparseHead& head) override;
+  void begin_verify(std::span<const VerifyGroup> groups) override;
   void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) override;
   void propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) override;
   [[nodiscard]] bool asynchronous() const override { return true; }
@@ -116,6 +117,7 @@ class CudaBackend final : public Backend {
   int passes_ = 0;                    ///< of propose_ahead(), in this step
   FoundDrafts found_;                 ///< by the last passes that were run
   bool grows_ = false;                ///< trees of drafts, in this step
+  bool verifying_ = false;            ///< verification has begun
   bool in_flight_ = false;            ///< what run() began may not be done yet
   bool unwaited_ = false;             ///< found_ was in flight when this step began
   Event proposing_ = Event::timed();  ///< before the passes, while they are unwaited, and after them

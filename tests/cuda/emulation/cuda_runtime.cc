@@ -443,6 +443,13 @@ std::int64_t waits() {
   return runtime().waits;
 }
 
+std::size_t operations_ahead() {
+  const Lock lock(runtime().mutex);
+  std::size_t count = runtime().default_stream.waiting.size();
+  for (const EmulatedStream* stream : runtime().streams) count += stream->waiting.size();
+  return count;
+}
+
 HostTimes take_host_times() {
   const Lock lock(runtime().mutex);
   return std::exchange(runtime().host, {});

@@ -153,6 +153,8 @@ std::int64_t allocations();
 std::int64_t launches_that_prefer_cache();
 /// How often somebody has waited for a stream.
 std::int64_t waits();
+/// Operations of all streams that nobody has waited for.
+std::size_t operations_ahead();
 /// What a device would have waited for, in seconds, each time that somebody had waited for a stream: until the next
 /// launch was there, and until somebody waited again, which is when the host had done all its work.
 struct HostTimes {
