@@ -1,8 +1,8 @@
 // AVX2: a register holds eight of a panel's sixteen rows, so a quantised panel is passed over twice, which leaves room
-// for four rows of activations (with both halves at once, all of it would lie on the stack). There is no four-way int8
-// dot product: vpmaddubsw makes int16 sums of two products, and vpmaddwd widens them. The int16 sums never saturate:
-// they are widened before 2 * groups * (largest weight) * 127 could pass 32767. Bytes of q8_0 are multiplied as two
-// nibbles, whose products may be summed over a whole block.
+// for up to eight rows of activations (with both halves at once, all of it would lie on the stack). There is no
+// four-way int8 dot product: vpmaddubsw makes int16 sums of two products, and vpmaddwd widens them. The int16 sums
+// never saturate: they are widened before 2 * groups * (largest weight) * 127 could pass 32767. Bytes of q8_0 are
+// multiplied as two nibbles, whose products may be summed over a whole block.
 #if defined(__x86_64__)
 
 #define DRAFTWERK_ISA avx2
