@@ -348,7 +348,8 @@ class Backend {
   /// The same for some tokens only, for propose() alone, which takes time for these and not for the vocabulary.
   virtual void head(Tensor states, const SparseHead& head) = 0;
   /// Begins what verify() of the same groups, which is next, will give. Where operations are asynchronous the device
-  /// has all of the step then, and the host has time to itself until it calls verify().
+  /// has all of the step then, and the host has time to itself until it calls verify(), which reads nothing more of the
+  /// groups' drafts and parents: from here on they may change. A backend of several passes_ahead() has its own.
   virtual void begin_verify(std::span<const VerifyGroup> /*groups*/) {}
   /// Chooses the target's token at every output row and accepts drafts while they agree. Waits for the step.
   /// `results` has one entry per group; vectors in it are reused.

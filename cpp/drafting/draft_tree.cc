@@ -153,7 +153,7 @@ int DraftTree::before(int index) const {
 }
 
 DraftTree::Size DraftTree::take(TokenId* drafts, std::int32_t* parents) {
-  rank();
+  rank();  // a chain that went ahead was not ranked before
   place_.assign(nodes_.size(), -1);
   Size size;
   size.drafts = best_size();

@@ -93,9 +93,8 @@ class Drafter {
   /// preceding outlook(). Returns the passes that it took; 0 if it does not work in passes.
   virtual int propose(std::span<DraftJob> jobs) = 0;
   /// Fills what the last propose() could not know yet, once verification of the step that its drafts are for has begun;
-  /// its jobs are still where they were, and the step's groups keep their spans. Without such a step it waits for the
-  /// drafts. Returns the seconds that the device took for
-  /// what the host did not wait for.
+  /// its jobs are still where they were. Without such a step it waits for the drafts. Returns the seconds that the
+  /// device took for what the host did not wait for.
   virtual double settle() { return 0.0; }
   /// How many of the last positions, that of the last token included, must keep their K/V in sliding layers for it; 0:
   /// it reads none.

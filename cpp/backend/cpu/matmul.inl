@@ -8,10 +8,10 @@
 //   part_from_u8, part_from_i8, to_lanes   Parts of bytes and of Integers
 //   tile_rows<type>()  rows of activations that share one pass over a panel
 //   zero_point<type>() what dot_block's unsigned weights are too large by; 0 where it takes care of that itself
-//   dot_block<type, part, R>(block, quants, stride, starts, start_stride, dot)   dot[r] = starts[r * start_stride] +
-//   sum
-//                      over the block's 32 columns of unsigned weight * quants[r * stride + column], exact, for the
-//                      rows of that part; `block` points behind the scales; no starts where the zero point is 0
+//   dot_block<type, part, R>(block, quants, stride, starts, start_stride, dot)
+//                      dot[r] = starts[r * start_stride] + sum over the block's 32 columns of unsigned weight *
+//                      quants[r * stride + column], exact, for the rows of that part; `block` points behind the scales;
+//                      no starts where the zero point is 0
 //   dot_half<half, part, R>   the same over half a block of q6_k
 // Every float operation on an output is written here, once, for any number of rows: that is what makes rows invariant.
 
@@ -254,7 +254,7 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
       for (std::int64_t row = first; row < end;) {
         // Past the last panel too: a thread's next piece usually begins there.
         const bool fetches = row == first && p + 1 < panels;
-        // Tiles of like heights: a row that is left alone costs as much as three.
+        // Tiles of like heights: with AVX2 a row that is left alone costs as much as three.
         const std::int64_t tiles = (end - row + most - 1) / most;
         const auto tile = static_cast<int>((end - row + tiles - 1) / tiles);
         tile_kernel<type>(tile, std::make_integer_sequence<int, most>())(

@@ -380,9 +380,7 @@ void CudaBackend::proposed(std::span<const ProposeRow> rows, int count, std::spa
     wait();
   } else if (unwaited_) {
     check(cudaEventSynchronize(found_at_.get()), "waiting for drafts");
-  } else if (in_flight_) {
-    wait();
-  }
+  }  // else begin() has waited for them
   const std::size_t of_pass = rows.size() * static_cast<std::size_t>(count);
   require(static_cast<int>(rows.size()) <= found_.outputs &&
               candidates.size() >= static_cast<std::size_t>(found_.passes) * of_pass,

@@ -21,7 +21,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     """
     if name != "auto":
         return name
-    if device.type != "cpu":
-        return "bf16"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "f32"
     capabilities = torch.cpu.get_capabilities()
     return "bf16" if any(capabilities.get(known) for known in _BF16_CAPABILITIES) else "f32"

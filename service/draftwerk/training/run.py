@@ -217,6 +217,7 @@ class Run:
 
     def _train(self, writer: TextWriter) -> None:
         options = self._options
+        precision = self._precision()
         batches = TextBatches(
             lambda number: self._shard(writer, number),
             identity=writer.identity,
@@ -226,7 +227,7 @@ class Run:
         )
         first = self._shard(writer, 0)
         self._observer.phase("loading the target")
-        target = FrozenTarget(self._checkpoint, device=self._device, dtype=DTYPES[self._precision()])
+        target = FrozenTarget(self._checkpoint, device=self._device, dtype=DTYPES[precision])
         vocabulary = self._vocabulary(target, first)
         drafter = self._new_drafter(target, vocabulary, first)
         compared = None if vocabulary is None else torch.from_numpy(vocabulary.most_frequent(MOST_COMPARED))

@@ -33,8 +33,16 @@ def test_a_processor_computes_in_what_it_multiplies_by_itself(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert choose_precision("auto", torch.device("cpu")) == expected
-    assert choose_precision("auto", torch.device("cuda")) == "bf16"
     assert [choose_precision(name, torch.device("cpu")) for name in ("bf16", "f32")] == ["bf16", "f32"]
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bf16"), (False, "f32")])
+def test_a_gpu_does_too(has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of one without such units PyTorch says that it has them, unless it is asked for more.
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or has_bf16
+    )
+    assert choose_precision("auto", torch.device("cuda")) == expected
 
 
 def test_what_there_is_not_is_refused() -> None:
