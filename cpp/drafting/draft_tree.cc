@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <utility>
 
 namespace draftwerk {
 namespace {
@@ -39,7 +38,6 @@ void DraftTree::start(int count, std::span<const double> row_prices, double pass
   pass_price_ = pass_price;
   depth_ = 0;
   best_onward_ = 0.0F;
-  known_ = 0;
   nodes_.clear();
   ranked_.clear();
   frontier_.clear();
@@ -127,12 +125,13 @@ bool DraftTree::advance(int width) {
 }
 
 bool DraftTree::advance_ahead() {
-  const auto first = static_cast<int>(std::exchange(known_, nodes_.size()));
   ++depth_;
   frontier_.clear();
   best_onward_ = 0.0F;
-  if (static_cast<std::size_t>(first) == nodes_.size() || depth_ == kDeepestDraft) return false;
-  frontier_.push_back(first);
+  std::size_t first = nodes_.size();
+  while (first > 0 && nodes_[first - 1].depth == depth_) --first;
+  if (first == nodes_.size() || depth_ == kDeepestDraft) return false;
+  frontier_.push_back(static_cast<int>(first));
   return true;
 }
 

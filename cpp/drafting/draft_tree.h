@@ -8,7 +8,6 @@
 #pragma once
 
 #include <array>
-#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -75,7 +74,6 @@ class DraftTree {
   double pass_price_ = 0.0;
   int depth_ = 0;             ///< of the drafts found last
   float best_onward_ = 0.0F;  ///< how likely the best of what may follow was, on average, in the last pass
-  std::size_t known_ = 0;     ///< nodes that were there before the pass, where drafting goes ahead
   std::vector<Node> nodes_;
   std::vector<int> ranked_;    ///< the likeliest nodes, at most count_, likeliest first
   std::vector<int> frontier_;  ///< nodes

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -76,8 +75,10 @@ struct Round {
       : drafts(kDrafts), parents(kDrafts), drafter_(make_mtp_drafter(mtp)) {
     run(context, pass_price);
   }
-  template <typename Meanwhile = void (*)()>
-  void run(const DraftContext& context, double pass_price, Meanwhile&& meanwhile = [] {}) {
+  /// `settle` has the drafter settle, and may do something else before.
+  template <typename Settle = void (*)(Drafter&)>
+  void run(
+      const DraftContext& context, double pass_price, Settle&& settle = [](Drafter& drafter) { drafter.settle(); }) {
     drafts.resize(kDrafts);
     parents.resize(kDrafts);
     DraftJob job{.context = context,
@@ -86,12 +87,7 @@ struct Round {
                  .drafts = drafts.data(),
                  .parents = parents.data()};
     passes = drafter_->propose({&job, 1});
-    if constexpr (std::is_invocable_v<Meanwhile, Drafter&>) {
-      meanwhile(*drafter_);  // which has it settle
-    } else {
-      meanwhile();
-      drafter_->settle();
-    }
+    settle(*drafter_);
     drafts.resize(static_cast<std::size_t>(job.produced));
     parents.resize(drafts.size());
   }
@@ -150,32 +146,26 @@ TEST(DraftingAhead, AStepThatFollowsAtOnceChangesNothingOfIt) {
   known.emplace(tiny.model(), tokens);
   Round followed(mtp, known->context(sampling), 0.0);
   known.emplace(tiny.model(), tokens);
-  followed.run(known->context(sampling), 0.0, [&] { compute(tiny.model(), other_text, 30, other); });
-  EXPECT_EQ(followed.drafts, alone.drafts);
-  EXPECT_EQ(followed.parents, alone.parents);
-}
-
-TEST(DraftingAhead, DraftsAreToldWhileTheDeviceIsAtTheStepThatFollows) {
-  TinyModel tiny(WeightType::bf16, 1, 128, testing::tiny_edge_config());
-  MtpModel& mtp = tiny.mtp();
-  const std::vector<TokenId> tokens = text();
-  const SamplingParams sampling = sampled();
-  const SingleSequenceKv other(tiny.model(), 40);
-  const std::vector<TokenId> other_text = testing::random_tokens(40, 6);
-  std::optional<Known> known(std::in_place, tiny.model(), tokens);
-  Round round(mtp, known->context(sampling), 0.0);
-  const std::vector<TokenId> drafts = round.drafts;
-  known.emplace(tiny.model(), tokens);
   std::size_t before = 0;
   std::size_t after = 0;
-  round.run(known->context(sampling), 0.0, [&](Drafter& drafter) {
+  const auto told_meanwhile = [&](Drafter& drafter) {
     compute(tiny.model(), other_text, 30, other, [&] {
       before = emulation::operations_ahead();
       drafter.settle();
       after = emulation::operations_ahead();
     });
-  });
-  EXPECT_EQ(round.drafts, drafts);
+  };
+  const auto told_afterwards = [&](Drafter& drafter) {
+    compute(tiny.model(), other_text, 30, other);
+    drafter.settle();
+  };
+  followed.run(known->context(sampling), 0.0, told_afterwards);
+  EXPECT_EQ(followed.drafts, alone.drafts);
+  EXPECT_EQ(followed.parents, alone.parents);
+  known.emplace(tiny.model(), tokens);
+  followed.run(known->context(sampling), 0.0, told_meanwhile);
+  EXPECT_EQ(followed.drafts, alone.drafts);
+  EXPECT_EQ(followed.parents, alone.parents);
   EXPECT_GT(before, after) << "it waits for the passes";
   EXPECT_GT(after, 0) << "and for nothing else";
 }
