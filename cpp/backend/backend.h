@@ -298,6 +298,10 @@ class Backend {
   virtual void reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) = 0;
   /// Makes room for head() with a head that scores some tokens only, for as many outputs as reserve() was last told.
   virtual void reserve_head(const SparseHead& head) = 0;
+  /// Lets verify() choose without computing all logits of this head of the whole vocabulary, where that is faster and
+  /// gives the same tokens; `norm` is that of the states it is multiplied with. After reserve(), before the first step.
+  /// The weight's values stay what they are, and embed() and head() alone take it from then on.
+  virtual void screen_head(const Weight& /*head*/, const Norm& /*norm*/) {}
   /// Makes room for experts() in steps of up to max_rows rows.
   virtual void reserve_experts(int max_rows, int chosen, const Experts& experts) = 0;
   /// Bytes that a layer's keys (and as many again for its values) take in a page.

@@ -172,9 +172,10 @@ PyModel::PyModel(const py::dict& config, const PyGpu* gpu, int threads, int max_
   weights_ = std::make_unique<PyWeights>(*backend_);
 }
 
-void PyModel::finish() {
+void PyModel::finish(bool full_head) {
   weights_->seal();
   model_.emplace(*backend_, config_, weights_->weights(), max_rows_, max_outputs_);
+  if (!full_head) model_->screen_head();
   trim_heap();
 }
 
@@ -211,10 +212,15 @@ py::array_t<float> PyModel::logits(const std::vector<TokenId>& tokens, int chunk
   return out;
 }
 
+std::span<const TokenId> PyModel::text() {
+  if (text_.empty()) text_ = written_text(*model_);
+  return text_;
+}
+
 std::vector<double> PyModel::time_rows(int rows, int repeats, int context) {
   const Use use(*this);
   const py::gil_scoped_release release;
-  return time_passes(*model_, rows, repeats, context);
+  return time_passes(*model_, text(), rows, repeats, context);
 }
 
 // --- drafter -----------------------------------------------------------------------------------------------------
@@ -263,7 +269,7 @@ std::vector<double> PyMtpModel::time_drafts(int sequences, int count, int repeat
   MtpModel& drafter = model();
   const PyModel::Use use(*target_);
   const py::gil_scoped_release release;
-  return draftwerk::time_drafts(drafter, sequences, count, repeats, context);
+  return draftwerk::time_drafts(drafter, target_->text(), sequences, count, repeats, context);
 }
 
 // --- bindings ----------------------------------------------------------------------------------------------------
@@ -304,7 +310,6 @@ void bind_tensors(Class& bound) {
             m.weights().set_vector(name, values);
           },
           py::arg("name"), py::arg("values"))
-      .def("finish", &Model::finish)
       .def_property_readonly("weight_bytes", &Model::weight_bytes);
 }
 
@@ -322,7 +327,7 @@ void bind_models(py::module_& m) {
             py::arg("gpu").none(true) = nullptr, py::arg("threads") = 0, py::arg("max_step_rows") = 512,
             py::arg("max_outputs") = 0);
   bind_tensors<PyModel>(model);
-  model
+  model.def("finish", &PyModel::finish, py::arg("full_head") = false)
       .def(
           "map_table",
           [](PyModel& target, const std::string& name, const std::string& type, std::int64_t rows, std::int64_t columns,
@@ -336,13 +341,14 @@ void bind_models(py::module_& m) {
   py::class_<PyMtpModel, std::shared_ptr<PyMtpModel>> mtp(m, "MtpModel", "The MTP drafter of a finished model.");
   mtp.def(py::init<std::shared_ptr<PyModel>, const py::dict&>(), py::arg("target"), py::arg("config"));
   bind_tensors<PyMtpModel>(mtp);
-  mtp.def(
-         "set_indices",
-         [](PyMtpModel& drafter, const std::string& name,
-            const py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>& values) {
-           drafter.weights().set_indices(name, values);
-         },
-         py::arg("name"), py::arg("values"))
+  mtp.def("finish", &PyMtpModel::finish)
+      .def(
+          "set_indices",
+          [](PyMtpModel& drafter, const std::string& name,
+             const py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>& values) {
+            drafter.weights().set_indices(name, values);
+          },
+          py::arg("name"), py::arg("values"))
       .def("draft", &PyMtpModel::draft, py::arg("token_ids"), py::arg("count"), py::kw_only(), py::arg("chunk") = 0,
            py::arg("temperature") = 0.0F, py::arg("top_k") = 0, py::arg("top_p") = 1.0F, py::arg("seed") = 0)
       .def("time_drafts", &PyMtpModel::time_drafts, py::arg("sequences"), py::arg("count"), py::arg("repeats"),

@@ -61,7 +61,8 @@ class PyModel {
   PyModel(const pybind11::dict& config, const PyGpu* gpu, int threads, int max_step_rows, int max_outputs);
 
   [[nodiscard]] PyWeights& weights() { return *weights_; }
-  void finish();
+  /// `full_head`: every logit is computed in every step, see Gemma::screen_head.
+  void finish(bool full_head);
   Gemma& model();
 
   /// Keeps evaluation and a running engine apart: the model has one set of activations.
@@ -70,6 +71,8 @@ class PyModel {
 
   pybind11::array_t<float> logits(const std::vector<TokenId>& tokens, int chunk);
   std::vector<double> time_rows(int rows, int repeats, int context);
+  /// What is timed, written when it is first asked for. The model must be held.
+  std::span<const TokenId> text();
 
   [[nodiscard]] std::string description() const { return backend_->description(); }
   /// (free, total) bytes of a GPU's memory; None on the processor.
@@ -100,6 +103,7 @@ class PyModel {
   std::optional<Gemma> model_;
   std::mutex mutex_;
   bool in_use_ = false;
+  std::vector<TokenId> text_;
 };
 
 /// The MTP drafter of a target that is ready.

@@ -30,13 +30,12 @@ int checked_chunk(int chunk, int largest) {
   return chunk == 0 ? largest : std::min(chunk, largest);
 }
 
-/// Any tokens do to measure time: they only choose rows of the embedding. Spread over the table, so that reading them
-/// misses the CPU's caches as it would in real text.
-std::vector<TokenId> spread_tokens(const Gemma& model, std::size_t count) {
+const SamplingParams kGreedy;
+
+/// So many tokens of a text over and over.
+std::vector<TokenId> repeated(std::span<const TokenId> text, std::size_t count) {
   std::vector<TokenId> tokens(count);
-  for (std::size_t i = 0; i < count; ++i) {
-    tokens[i] = static_cast<TokenId>((i * 7919 + 2) % static_cast<std::size_t>(model.config().vocabulary));
-  }
+  for (std::size_t i = 0; i < count; ++i) tokens[i] = text[i % text.size()];
   return tokens;
 }
 
@@ -45,7 +44,7 @@ std::vector<TokenId> spread_tokens(const Gemma& model, std::size_t count) {
 class Pass {
  public:
   Pass(Gemma& model, const SingleSequenceKv& kv, std::span<const TokenId> tokens, std::int64_t first, int rows,
-       int outputs)
+       int outputs, const SamplingParams& sampling = kGreedy)
       : model_(model),
         arena_(kv.arena()),
         tokens_(tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows))),
@@ -54,10 +53,10 @@ class Pass {
         output_rows_(static_cast<std::size_t>(outputs)) {
     std::iota(positions_.begin(), positions_.end(), first);
     std::iota(output_rows_.begin(), output_rows_.end(), rows - outputs);
-    // Greedy verification against the text itself: what a step of the engine does with these rows.
+    // Verification against the text itself: what a step of the engine does with these rows.
     group_.drafts = tokens_.last(static_cast<std::size_t>(outputs) - 1);
     group_.position = first + rows - outputs + 1;
-    group_.sampling = &greedy_;
+    group_.sampling = &sampling;
   }
   Pass(const Pass&) = delete;
   Pass& operator=(const Pass&) = delete;
@@ -65,10 +64,14 @@ class Pass {
   Pass& operator=(Pass&&) = delete;
   ~Pass() = default;
 
+  void forward() { model_.forward({tokens_, positions_, std::span(&segment_, 1), output_rows_}, arena_); }
   void run() {
-    model_.forward({tokens_, positions_, std::span(&segment_, 1), output_rows_}, arena_);
+    forward();
     model_.backend().verify(std::span(&group_, 1), std::span(&result_, 1));
   }
+
+  /// What the last row chose, if all rows before it agreed.
+  [[nodiscard]] TokenId chosen() const { return result_.tokens.back(); }
 
  private:
   Gemma& model_;
@@ -77,7 +80,6 @@ class Pass {
   const Segment segment_;
   std::vector<std::int64_t> positions_;
   std::vector<int> output_rows_;
-  const SamplingParams greedy_;
   VerifyGroup group_;
   VerifyResult result_;
 };
@@ -97,20 +99,37 @@ void score(Gemma& model, std::span<const TokenId> tokens, int chunk, std::span<f
   const SingleSequenceKv kv(model, length);
   for (std::int64_t first = 0; first < length; first += chunk) {
     const auto rows = static_cast<int>(std::min<std::int64_t>(chunk, length - first));
-    Pass(model, kv, tokens, first, rows, rows).run();
+    Pass pass(model, kv, tokens, first, rows, rows);
+    pass.forward();
     model.backend().read_logits(out.subspan(static_cast<std::size_t>(first * vocabulary),
                                             static_cast<std::size_t>(rows) * static_cast<std::size_t>(vocabulary)));
   }
 }
 
-std::vector<double> time_passes(Gemma& model, int rows, int repeats, int context) {
+std::vector<TokenId> written_text(Gemma& model) {
+  const auto count = static_cast<int>(std::min<std::int64_t>(32, model.config().max_positions));
+  SamplingParams sampling;
+  sampling.temperature = 1.0F;
+  sampling.top_k = 64;
+  sampling.top_p = 0.95F;
+  const SingleSequenceKv kv(model, count);
+  std::vector<TokenId> text(static_cast<std::size_t>(count), 2 % model.config().vocabulary);
+  for (int i = 0; i + 1 < count; ++i) {
+    Pass pass(model, kv, text, i, 1, 1, sampling);
+    pass.run();
+    text[static_cast<std::size_t>(i) + 1] = pass.chosen();
+  }
+  return text;
+}
+
+std::vector<double> time_passes(Gemma& model, std::span<const TokenId> text, int rows, int repeats, int context) {
   require(rows >= 1 && rows <= model.max_rows(),
           "rows is " + std::to_string(rows) + ", allowed: 1 to " + std::to_string(model.max_rows()));
   require(repeats >= 1 && repeats <= 100000, "repeats is " + std::to_string(repeats) + ", allowed: 1 to 100000");
   require(context >= 0 && context + rows <= model.config().max_positions,
           "context is " + std::to_string(context) + ", allowed: 0 to " +
               std::to_string(model.config().max_positions - rows));
-  const std::vector<TokenId> tokens = spread_tokens(model, static_cast<std::size_t>(context + rows));
+  const std::vector<TokenId> tokens = repeated(text, static_cast<std::size_t>(context + rows));
   const SingleSequenceKv kv(model, context + rows);
   for (int first = 0; first < context; first += model.max_rows()) {
     Pass(model, kv, tokens, first, std::min(model.max_rows(), context - first), 1).run();
@@ -166,7 +185,8 @@ DraftRound draft(MtpModel& model, std::span<const TokenId> tokens, int count, co
   return round;
 }
 
-std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int repeats, int context) {
+std::vector<double> time_drafts(MtpModel& model, std::span<const TokenId> text, int sequences, int count, int repeats,
+                                int context) {
   Gemma& target = model.target();
   require(sequences >= 1 && sequences <= target.max_outputs(),
           "sequences is " + std::to_string(sequences) + ", allowed: 1 to " + std::to_string(target.max_outputs()));
@@ -175,7 +195,7 @@ std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int r
   require(
       context >= 1 && context < target.config().max_positions,
       "context is " + std::to_string(context) + ", allowed: 1 to " + std::to_string(target.config().max_positions - 1));
-  const std::vector<TokenId> tokens = spread_tokens(target, static_cast<std::size_t>(context) + 1);
+  const std::vector<TokenId> tokens = repeated(text, static_cast<std::size_t>(context) + 1);
   const SingleSequenceKv kv(target, context + 1);
   for (int first = 0; first < context; first += target.max_rows()) {
     Pass(target, kv, tokens, first, std::min(target.max_rows(), context - first), 1).run();

@@ -16,10 +16,14 @@ namespace draftwerk {
 /// is out of range. The model must not be in use by an engine.
 void score(Gemma& model, std::span<const TokenId> tokens, int chunk, std::span<float> out);
 
-/// Seconds of each of `repeats` passes over `rows` rows of one sequence that already holds `context` positions,
-/// logits and greedy verification of all rows included. With `rows` above the model's outputs, only the last row has
-/// logits, as in prefill. Throws std::invalid_argument for sizes out of range.
-std::vector<double> time_passes(Gemma& model, int rows, int repeats, int context);
+/// Some tokens that the model has written by itself, sampled: what there is to choose in them takes as long as it does
+/// in text. The model must not be in use by an engine.
+std::vector<TokenId> written_text(Gemma& model);
+
+/// Seconds of each of `repeats` passes over `rows` rows of one sequence that already holds `context` positions, all of
+/// them of `text` over and over; logits and greedy verification of all rows included. With `rows` above the model's
+/// outputs, only the last row has logits, as in prefill. Throws std::invalid_argument for sizes out of range.
+std::vector<double> time_passes(Gemma& model, std::span<const TokenId> text, int rows, int repeats, int context);
 
 /// One round of drafting.
 struct DraftRound {
@@ -34,7 +38,8 @@ DraftRound draft(MtpModel& model, std::span<const TokenId> tokens, int count, co
                  int chunk);
 
 /// Seconds of each of `repeats` rounds of `count` drafts for each of `sequences` sequences that share `context`
-/// positions of K/V. Throws std::invalid_argument for sizes out of range.
-std::vector<double> time_drafts(MtpModel& model, int sequences, int count, int repeats, int context);
+/// positions of K/V, of `text` over and over. Throws std::invalid_argument for sizes out of range.
+std::vector<double> time_drafts(MtpModel& model, std::span<const TokenId> text, int sequences, int count, int repeats,
+                                int context);
 
 }  // namespace draftwerk

@@ -23,6 +23,9 @@ class Gemma {
   Gemma& operator=(Gemma&&) = delete;
   ~Gemma() = default;
 
+  /// Lets the backend choose tokens without all of their logits where it can: the same tokens, sooner. Before the first
+  /// pass.
+  void screen_head() { backend_.screen_head(*head_, final_norm_); }
   /// Enqueues one pass over the step's rows; their K/V lands in the pages, the logits of the output rows stay with
   /// the backend for verify(), their final states in states().
   void forward(const StepRows& rows, KvArena arena);

@@ -84,6 +84,8 @@ class Engine:
         prefill_chunk: most prompt tokens of one pass; default: max_step_rows.
         max_queued_tokens: prompt tokens that may wait; beyond that submit() raises QueueFull.
         max_context: longest sequence; default: the model's.
+        full_head: compute all logits of every step. By default those that cannot be chosen are left out on the
+            processor, where nothing but temperature, top_k, top_p and min_p matters; the tokens are the same.
         prefix_cache: keep the keys and values of finished prompts for requests that begin alike.
         progress: called while loading with (what, bytes done, bytes in all).
 
@@ -110,6 +112,7 @@ class Engine:
         prefill_chunk: int | None = None,
         max_queued_tokens: int = 1 << 20,
         max_context: int | None = None,
+        full_head: bool = False,
         prefix_cache: bool = True,
         progress: Progress | None = None,
     ) -> None:
@@ -122,7 +125,13 @@ class Engine:
         # Before the weights are read: what does not fit fails at once.
         drafters = choose_drafters(drafter, checkpoint, lookup=lookup)
         core_model = load_model(
-            checkpoint, weights=weights, gpu=gpu, threads=threads, max_step_rows=max_step_rows, progress=progress
+            checkpoint,
+            weights=weights,
+            gpu=gpu,
+            threads=threads,
+            max_step_rows=max_step_rows,
+            full_head=full_head,
+            progress=progress,
         )
         mtp = drafters.load(checkpoint, core_model, weights=weights, progress=progress)
         model_fingerprint = fingerprint(checkpoint, weights, core_model.description.partition(",")[0])

@@ -59,6 +59,7 @@ def load_model(
     gpu: _core.Gpu | None = None,
     threads: int = 0,
     max_step_rows: int = 512,
+    full_head: bool = False,
     progress: Progress | None = None,
 ) -> _core.Model:
     """Builds the native model of a checkpoint.
@@ -73,6 +74,7 @@ def load_model(
             and both the others, the head among them, to int8. All three leave quantised matrices as they are; "f32",
             "f16" and "bf16" convert float matrices. Routers of experts always stay as they are.
         gpu: where it computes; None: on the processor, with so many `threads`.
+        full_head: compute every logit of every step, even where the token is the same without.
 
     Raises:
         CheckpointError: the core does not support the model's sizes.
@@ -91,7 +93,7 @@ def load_model(
         rows, columns = table.shape
         model.map_table(table.name, table.dtype, rows, columns, table.data)
     _upload(model, [tensor for tensor in tensors if tensor.name != _PER_LAYER_TABLE], weights, progress)
-    model.finish()
+    model.finish(full_head)
     return model
 
 

@@ -30,14 +30,18 @@ class Allocations : public ::testing::TestWithParam<std::tuple<ModelConfig (*)()
 TEST_P(Allocations, APassOfTheTargetMakesNone) {
   const auto& [config, type] = GetParam();
   TinyModel tiny(type, kThreads, 64, config());
-  for (const int rows : {1, 4, kRows}) {
-    const auto passes = [&](int repeats) {
-      return allocations_of([&] { time_passes(tiny.model(), rows, repeats, 50); });
-    };
-    passes(2);
-    const std::int64_t few = passes(2);
-    EXPECT_GT(few, 0);  // what surrounds the passes
-    EXPECT_EQ(passes(12), few) << rows << " rows";
+  const std::vector<TokenId> text = written_text(tiny.model());
+  for (const bool screened : {false, true}) {
+    if (screened) tiny.model().screen_head();
+    for (const int rows : {1, 4, kRows}) {
+      const auto passes = [&](int repeats) {
+        return allocations_of([&] { time_passes(tiny.model(), text, rows, repeats, 50); });
+      };
+      passes(2);
+      const std::int64_t few = passes(2);
+      EXPECT_GT(few, 0);  // what surrounds the passes
+      EXPECT_EQ(passes(12), few) << rows << " rows";
+    }
   }
 }
 
@@ -46,9 +50,10 @@ TEST_P(Allocations, ARoundOfDraftsMakesNone) {
   for (const auto& [clusters, draft_vocabulary] : {std::pair(0, 0), {10, 0}, {0, 150}, {10, 150}}) {
     TinyModel tiny(type, kThreads, 64, config());
     MtpModel& mtp = tiny.mtp(clusters, draft_vocabulary);
+    const std::vector<TokenId> text = written_text(tiny.model());
     for (const int sequences : {1, 5}) {
       const auto rounds = [&](int repeats) {
-        return allocations_of([&] { time_drafts(mtp, sequences, 6, repeats, 50); });
+        return allocations_of([&] { time_drafts(mtp, text, sequences, 6, repeats, 50); });
       };
       // The drafter that makes the rounds is made anew, and takes what it needs in its first one.
       rounds(2);

@@ -54,7 +54,7 @@ class Model:
     def map_table(self, name: str, dtype: str, rows: int, columns: int, data: Any) -> None:
         self.tables[name] = {"type": dtype, "rows": rows, "columns": columns, "data": data}
 
-    def finish(self) -> None:
+    def finish(self, full_head: bool = False) -> None:
         self.finished = True
 
     def time_rows(self, rows: int, repeats: int, context: int) -> list[float]:

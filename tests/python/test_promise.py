@@ -1,9 +1,10 @@
 """The promise: token ids are a function of weights, prompt, sampling parameters and seed, and of nothing else.
 
-The reference of every request is that request alone in an engine without drafts, without a prefix cache, on one thread.
-Everything else must give the same ids: any drafter and draft length, any company in the batch, any cut of the prompt,
-a warm prefix cache, preemption, any number of threads. Where log-probabilities are asked for they must be the same to
-the last bit: a token hides a sum whose order depends on the batch, a log-probability shows it.
+The reference of every request is that request alone in an engine without drafts, without a prefix cache, on one
+thread, which computes all logits of every step. Everything else must give the same ids: any drafter and draft length,
+any company in the batch, any cut of the prompt, a warm prefix cache, preemption, any number of threads, logits that are
+left out. Where log-probabilities are asked for they must be the same to the last bit: a token hides a sum whose order
+depends on the batch, a log-probability shows it.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Setup:
     prefix_cache: bool = False
     kv_memory: int = 64 << 20
     threads: int = 2
+    full_head: bool = False
     rounds: int = 1  # the second one finds the prefix cache warm
     order_seed: int = 0
 
@@ -64,12 +66,12 @@ class Setup:
 class Subject:
     """A model under test: builds engines over it and remembers the reference outputs.
 
-    The native model is built once per (threads, max_step_rows): only those two belong to it, all else to an engine.
+    The native model is built once for each way to build it; all else belongs to an engine.
     """
 
     checkpoint: Checkpoint
     weights: str = "auto"
-    models: dict[tuple[int, int], Any] = field(default_factory=dict)
+    models: dict[tuple[int, int, bool], Any] = field(default_factory=dict)
     references: dict[str, Output] = field(default_factory=dict)
 
     def engine(self, setup: Setup) -> Engine:
@@ -83,19 +85,22 @@ class Subject:
             prefix_cache=setup.prefix_cache,
             kv_memory=setup.kv_memory,
             threads=setup.threads,
+            full_head=setup.full_head,
             weights=self.weights,
         )
 
-    def load(self, checkpoint: Checkpoint, *, threads: int, max_step_rows: int, **options: Any) -> Any:
-        key = (threads, max_step_rows)
+    def load(self, checkpoint: Checkpoint, *, threads: int, max_step_rows: int, full_head: bool, **options: Any) -> Any:
+        key = (threads, max_step_rows, full_head)
         if key not in self.models:
-            self.models[key] = load_model(checkpoint, threads=threads, max_step_rows=max_step_rows, **options)
+            self.models[key] = load_model(
+                checkpoint, threads=threads, max_step_rows=max_step_rows, full_head=full_head, **options
+            )
         return self.models[key]
 
     def reference(self, case: Case) -> Output:
         key = repr(case)
         if key not in self.references:
-            with self.engine(Setup(threads=1)) as engine:
+            with self.engine(Setup(threads=1, full_head=True)) as engine:
                 self.references[key] = output_of(engine.generate(list(case.prompt), case.params))
         return self.references[key]
 

@@ -30,6 +30,11 @@ class ActivationScratch {
                          sums_.data() + block);
   }
 
+  /// Brings the quantised form of a row into the order of split columns.
+  void split(const SplitColumns& order, std::int64_t row, int columns) const {
+    split_activations(order, quants_.data() + row * columns, sums_.data() + row * columns / kBlock);
+  }
+
   /// Copies the quantised form of row `from` to row `to`.
   void copy_quantized(std::int64_t from, std::int64_t to, int columns) const {
     const std::int64_t blocks = columns / kBlock;

@@ -15,7 +15,59 @@ void exclude(TokenId token, float* z, const std::int32_t* tokens, int count) {
   z[std::find(tokens, tokens + count, token) - tokens] = kMinusInfinity;
 }
 
+/// Of the tokens with z == value, the one that is the n-th in id order, n >= 1.
+TokenId nth_equal(const LogitRow& row, float value, int n) {
+  for (int token = 0; token < row.vocabulary; ++token) {
+    if (token % kLogitChunk == 0 && !(scaled(row.chunk_max[token / kLogitChunk], row.scale) >= value)) {
+      token += kLogitChunk - 1;
+      continue;
+    }
+    if (scaled(row.values[token], row.scale) == value && --n == 0) return token;
+  }
+  return INT_MAX;
+}
+
 }  // namespace
+
+float row_maximum(const LogitRow& row) {
+  float top = kMinusInfinity;
+  for (int c = 0; c < chunks_of(row); ++c) top = row.chunk_max[c] > top ? row.chunk_max[c] : top;
+  return top;
+}
+
+Candidate largest(const LogitRow& row) {
+  const float top = row_maximum(row);
+  if (!(top > kMinusInfinity)) return kNoCandidate;
+  for (int c = 0; c < chunks_of(row); ++c) {
+    if (row.chunk_max[c] != top) continue;
+    const int end = std::min((c + 1) * kLogitChunk, row.vocabulary);
+    for (int token = c * kLogitChunk; token < end; ++token) {
+      if (row.values[token] == top) return {token, top};
+    }
+  }
+  return kNoCandidate;
+}
+
+Cut row_cut(const SamplerKernels& kernels, const LogitRow& row, int k, float bound) {
+  const float top = scaled(row_maximum(row), row.scale);
+  const Threshold found =
+      find_threshold(k, bound, top, [&](float threshold) { return kernels.row_count_at_least(row, threshold); });
+  return {found.value, found.exact ? INT_MAX : nth_equal(row, found.value, k - found.above)};
+}
+
+int collect_top(const SamplerKernels& kernels, const LogitRow& row, int k, float* z, std::int32_t* tokens) {
+  // The k-th largest chunk maximum bounds the k-th largest token from below, if there are so many chunks.
+  float bound = -FLT_MAX;
+  const float top = scaled(row_maximum(row), row.scale);
+  if (k <= chunks_of(row) && top > -FLT_MAX) {
+    bound = find_threshold(k, -FLT_MAX, top, [&](float threshold) {
+              return kernels.count_at_least(row.chunk_max, chunks_of(row), row.scale, threshold);
+            }).value;
+  }
+  const int count = kernels.row_collect(row, {bound, INT_MAX}, kListCapacity, z, tokens);
+  if (count <= kListCapacity) return count;
+  return kernels.row_collect(row, row_cut(kernels, row, k, bound), kListCapacity, z, tokens);
+}
 
 Cut list_cut(const SamplerKernels& kernels, const LogitList& list, int k, float top) {
   const Threshold found = find_threshold(

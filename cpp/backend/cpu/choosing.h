@@ -174,6 +174,23 @@ Winner choose_among(const Contenders& contenders, Cut cut, const SamplingParams&
 inline constexpr int kListCapacity = 2048;
 inline constexpr Candidate kNoCandidate{-1, kMinusInfinity};
 
+inline bool keeps(Cut cut, float z, TokenId token) { return z > cut.value || (z == cut.value && token <= cut.last); }
+
+inline int chunks_of(const LogitRow& row) { return (row.vocabulary + kLogitChunk - 1) / kLogitChunk; }
+
+/// The largest logit of a row; minus infinity if there is none.
+float row_maximum(const LogitRow& row);
+
+/// Step 4 for a whole row.
+Candidate largest(const LogitRow& row);
+
+/// Keeps the k tokens of the largest z of a row, given a bound that at least k tokens reach, or the lowest number.
+Cut row_cut(const SamplerKernels& kernels, const LogitRow& row, int k, float bound);
+
+/// Puts the k tokens of the largest z of a row, k <= kListCapacity, into lists of that capacity, perhaps among others.
+/// Returns how many there are.
+int collect_top(const SamplerKernels& kernels, const LogitRow& row, int k, float* z, std::int32_t* tokens);
+
 /// Keeps the k tokens of the largest z, of which `top` is the largest.
 Cut list_cut(const SamplerKernels& kernels, const LogitList& list, int k, float top);
 

@@ -101,7 +101,18 @@ void CpuBackend::reserve(int max_rows, int max_outputs, int max_columns, int voc
   attention_ = std::make_unique<Attention>(layer_, pool_, max_rows_);
   sparse_ = std::make_unique<SparseLogits>(matmul_, layer_, pool_, max_outputs_, vocabulary);
   sampler_ = std::make_unique<Sampler>(isa_, vocabulary, max_outputs_, pool_.size());
+  if (split_head_ != nullptr) {
+    screened_ = std::make_unique<ScreenedHead>(*split_head_, isa_, matmul_, layer_, pool_, max_outputs_);
+  }
   head_logits_ = {};
+}
+
+void CpuBackend::screen_head(const Weight& head, const Norm& norm) {
+  const auto& weight = static_cast<const CpuWeight&>(head);
+  require(weight.rows() == vocabulary_, "a head of the reserved vocabulary");
+  if (weight.type() != WeightType::q8_0 || split_head_ != nullptr) return;
+  split_head_ = std::make_unique<SplitHead>(weight, norm.scale, weights_, pool_);
+  screened_ = std::make_unique<ScreenedHead>(*split_head_, isa_, matmul_, layer_, pool_, max_outputs_);
 }
 
 void CpuBackend::reserve_experts(int max_rows, int chosen, const Experts& experts) {

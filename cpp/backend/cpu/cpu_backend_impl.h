@@ -20,6 +20,7 @@
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/memory.h"
 #include "backend/cpu/sampler.h"
+#include "backend/cpu/screened_head.h"
 #include "backend/cpu/sparse_head.h"
 #include "backend/cpu/sparse_sampler.h"
 #include "backend/cpu/worker_pool.h"
@@ -43,6 +44,7 @@ class CpuBackend final : public Backend {
                                       std::shared_ptr<const void> owner) override;
   void reserve(int max_rows, int max_outputs, int max_columns, int vocabulary) override;
   void reserve_head(const SparseHead&) override {}  // as large as a vocabulary's logits, at most
+  void screen_head(const Weight& head, const Norm& norm) override;
   void reserve_experts(int max_rows, int chosen, const Experts& experts) override;
   [[nodiscard]] std::size_t kv_bytes(int heads, int head_dim, KvType type) const override;
   [[nodiscard]] std::size_t activation_bytes() const override { return sizeof(float); }
@@ -79,6 +81,11 @@ class CpuBackend final : public Backend {
     int head_dim = 0;
     ScratchArray<float> angles;  ///< [max_rows, kMaxHeadDim]
   };
+  /// What head() was told of a split head: verify() says how much of it is needed.
+  struct PendingHead {
+    Tensor states;
+    float softcap = 0.0F;
+  };
   // Distinct rotary embeddings (one per layer type) whose angles are kept during a step.
   static constexpr int kRopeSlots = 4;
 
@@ -95,6 +102,9 @@ class CpuBackend final : public Backend {
     });
   }
   Activations prepare(Tensor input, const Norm* norm, int rows, bool quantized, bool floats);
+  Activations prepare_split(Tensor states);
+  LogitRows logit_rows() const;
+  void compute_pending();
   [[nodiscard]] std::int64_t panel_grain(const PackedMatrix& matrix, std::int64_t panels, int rows) const;
   const float* angles(const Rope& rope, int head_dim);
   void prepare_query(Tensor query, std::int64_t row, int heads, const Norm& norm, int head_dim, const float* angles);
@@ -125,13 +135,16 @@ class CpuBackend final : public Backend {
   std::unique_ptr<Attention> attention_;
   std::unique_ptr<SparseLogits> sparse_;
   std::unique_ptr<Sampler> sampler_;
+  std::unique_ptr<SplitHead> split_head_;
+  std::unique_ptr<ScreenedHead> screened_;  ///< null where split_head_ is
   ExpertMixture experts_;
 
   // The step.
   StepRows step_;
   KvArena arena_;
-  std::vector<int> row_segment_;                                          ///< [rows] index of the segment
-  std::variant<std::monostate, LogitRows, SparseLogitRows> head_logits_;  ///< what the last head() computed
+  std::vector<int> row_segment_;  ///< [rows] index of the segment
+  /// What the last head() computed, or would have to.
+  std::variant<std::monostate, LogitRows, SparseLogitRows, PendingHead> head_logits_;
 };
 
 }  // namespace draftwerk::cpu

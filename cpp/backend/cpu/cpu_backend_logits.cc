@@ -4,46 +4,55 @@
 
 #include "backend/backend_checks.h"
 #include "backend/cpu/cpu_backend_impl.h"
+#include "backend/cpu/head_product.h"
 #include "backend/cpu/operands.h"
 #include "backend/cpu/sampler_kernels.h"
 
 namespace draftwerk::cpu {
-namespace {
 
-constexpr std::int64_t kLogitChunkBytes = kLogitChunk * sizeof(float);
-// A quarter of an L2 of 512 KiB.
-constexpr std::int64_t kLogitBytesTogether = 128 * 1024;
-
-}  // namespace
+LogitRows CpuBackend::logit_rows() const {
+  return {logits_.data(), logit_stride_, vocabulary_, logit_maxima_.data(), logit_chunks_};
+}
 
 void CpuBackend::head(Tensor states, const Weight& weight, float softcap) {
   const PackedMatrix& matrix = packed(weight);
   require(matrix.columns == states.columns && matrix.rows == vocabulary_, "a head of the reserved vocabulary");
-  head_logits_ = LogitRows{logits_.data(), logit_stride_, vocabulary_, logit_maxima_.data(), logit_chunks_};
+  if (matrix.split != nullptr) {
+    require(split_head_ != nullptr && &split_head_->weight() == &weight, "the head that was split");
+    head_logits_ = PendingHead{states, softcap};
+    return;
+  }
+  head_logits_ = logit_rows();
   const int outputs = step_outputs();
   if (outputs == 0) return;
   const bool quantized = takes_quantized(matrix.type);
-  const Activations x = prepare(states, nullptr, outputs, quantized, !quantized);
-  constexpr std::int64_t kPanels = kLogitChunk / kPanel;
-  const std::int64_t panels = panel_count(matrix.rows);
-  // Chunks that one product covers: so many that its start (nothing is prefetched before the first panel) does not
-  // count, so few that their logits are still in cache when the maxima are taken.
-  const std::int64_t together = std::clamp<std::int64_t>(kLogitBytesTogether / (outputs * kLogitChunkBytes), 1, 16);
-  pool_.parallel_for(logit_chunks_, 2, [&](std::int64_t begin, std::int64_t end, int) {
-    for (std::int64_t chunk = begin; chunk < end;) {
-      const std::int64_t past = std::min(chunk + together, end);
-      matmul_.matmul(matrix, chunk * kPanels, std::min(past * kPanels, panels), x, outputs, logits_.data(),
-                     logit_stride_);
-      for (; chunk < past; ++chunk) {
-        const std::int64_t first = chunk * kLogitChunk;
-        const int count = static_cast<int>(std::min<std::int64_t>(kLogitChunk, vocabulary_ - first));
-        for (int r = 0; r < outputs; ++r) {
-          logit_maxima_[r * logit_chunks_ + chunk] =
-              layer_.softcap_max(logits_.data() + r * logit_stride_ + first, count, softcap);
-        }
-      }
-    }
-  });
+  multiply_head(pool_, matmul_.matmul, matrix, prepare(states, nullptr, outputs, quantized, !quantized), outputs,
+                logit_rows(), [&](float* values, int /*row*/, std::int64_t /*first*/, int count) {
+                  return layer_.softcap_max(values, count, softcap);
+                });
+}
+
+/// The states of the output rows in the order of the split head's columns.
+Activations CpuBackend::prepare_split(Tensor states) {
+  const int outputs = step_outputs();
+  const Activations x = prepare(states, nullptr, outputs, true, false);
+  for (int row = 0; row < outputs; ++row) inputs_.split(split_head_->columns(), row, states.columns);
+  return x;
+}
+
+/// All logits of a split head, if it has been left pending.
+void CpuBackend::compute_pending() {
+  const auto* pending = std::get_if<PendingHead>(&head_logits_);
+  if (pending == nullptr) return;
+  const float softcap = pending->softcap;
+  const int outputs = step_outputs();
+  if (outputs > 0) {
+    multiply_head(pool_, matmul_.matmul, split_head_->matrix(), prepare_split(pending->states), outputs, logit_rows(),
+                  [&](float* values, int /*row*/, std::int64_t /*first*/, int count) {
+                    return layer_.softcap_max(values, count, softcap);
+                  });
+  }
+  head_logits_ = logit_rows();
 }
 
 void CpuBackend::head(Tensor states, const SparseHead& head) {
@@ -58,9 +67,17 @@ void CpuBackend::head(Tensor states, const SparseHead& head) {
 }
 
 void CpuBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
+  check_groups("cpu backend", groups);
+  const auto* pending = std::get_if<PendingHead>(&head_logits_);
+  if (pending != nullptr && step_outputs() > 0 && screened_->takes(groups)) {
+    screened_->bound(prepare_split(pending->states), step_outputs(), pending->softcap, logit_rows());
+    sampler_->verify_logits(logit_rows(), groups, results, pool_, screened_.get());
+    head_logits_ = {};  // what is there now is no row's logits
+    return;
+  }
+  compute_pending();
   const auto* logits = std::get_if<LogitRows>(&head_logits_);
   require(logits != nullptr, "a head of all tokens before a choice is verified");
-  check_groups("cpu backend", groups);
   sampler_->verify_logits(*logits, groups, results, pool_);
 }
 
@@ -68,6 +85,7 @@ void CpuBackend::propose(std::span<const ProposeRow> rows, int count, std::span<
   require(rows.size() == static_cast<std::size_t>(step_outputs()) && count >= 1 &&
               candidates.size() >= rows.size() * static_cast<std::size_t>(count),
           "a row to propose for and room for its candidates for every output");
+  compute_pending();
   if (const auto* sparse = std::get_if<SparseLogitRows>(&head_logits_)) {
     propose_sparse(sampler_kernels(isa_), *sparse, rows, count, candidates, pool_);
     return;
@@ -80,6 +98,7 @@ void CpuBackend::propose(std::span<const ProposeRow> rows, int count, std::span<
 void CpuBackend::read_logits(std::span<float> out) {
   const std::int64_t columns = vocabulary_;
   const std::int64_t outputs = step_outputs();
+  compute_pending();
   require(head_logits_.index() != 0, "a head before its logits are read");
   require(out.size() >= static_cast<std::size_t>(outputs * columns), "room for the logits of every output");
   for (std::int64_t r = 0; r < outputs; ++r) {

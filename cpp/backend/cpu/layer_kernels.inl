@@ -142,6 +142,23 @@ float softcap_max(float* x, int columns, float softcap) {
   return reduce_max(largest);
 }
 
+float raise_max(float* x, const float* errors, float reach, float slack, int columns) {
+  Register most = register_splat(-__builtin_inff());
+  int i = 0;
+  for (; i + kRegisterLanes <= columns; i += kRegisterLanes) {
+    const Register v = register_load(x + i) + (register_load(errors + i) * reach + slack);
+    register_store(x + i, v);
+    most = v > most ? v : most;
+  }
+  float largest = most[0];
+  for (int lane = 1; lane < kRegisterLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+  for (; i < columns; ++i) {
+    x[i] += errors[i] * reach + slack;
+    largest = x[i] > largest ? x[i] : largest;
+  }
+  return largest;
+}
+
 void rotate(float* x, const float* cosine, const float* sine, int head_dim) {
   const int half = head_dim / 2;
   float* y = x + half;
@@ -186,8 +203,8 @@ void store_value(const float* value, int head_dim, KvType type, int slot, std::b
 }  // namespace
 
 extern const LayerKernels kLayerKernels;
-const LayerKernels kLayerKernels = {rms_norm,      add_rms_norm, mix_rms_norm,    widen,     weighted_sum,
-                                    gelu_multiply, softcap_max,  rotate,          store_key, store_value,
-                                    attend_chunk,  merge_chunk,  finish_attention};
+const LayerKernels kLayerKernels = {rms_norm,      add_rms_norm, mix_rms_norm, widen,           weighted_sum,
+                                    gelu_multiply, softcap_max,  raise_max,    rotate,          store_key,
+                                    store_value,   attend_chunk, merge_chunk,  finish_attention};
 
 }  // namespace draftwerk::cpu::DRAFTWERK_ISA

@@ -59,6 +59,10 @@ struct MatmulKernels {
   /// the weights come from memory.
   void (*matmul)(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
                  int rows, float* y, std::int64_t y_stride);
+  /// The same with the coarse part of a matrix of split columns alone, as if all that it lacks were in the middle of
+  /// what it may be: lower halves are 8. Both take activations in the order of split_activations().
+  void (*matmul_coarse)(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
+                        int rows, float* y, std::int64_t y_stride);
   /// out[0 .. columns) = scale * dequantised row: the embedding lookup.
   void (*unpack_row)(const PackedMatrix& w, std::int64_t row, float scale, float* out);
 };

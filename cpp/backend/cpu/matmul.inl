@@ -13,6 +13,9 @@
 //                      quants[r * stride + column], exact, for the rows of that part; `block` points behind the scales;
 //                      no starts where the zero point is 0
 //   dot_half<half, part, R>   the same over half a block of q6_k
+//   dot_split<coarse, whole, part, R>(block, rest, quants, stride, starts, start_stride, dot)
+//                      the same over a block of split columns (split_columns.h) with so many whole groups, all of it or
+//                      its coarse part; zero points are those of q8_0, and 120 for what a coarse part has in four bits
 // Every float operation on an output is written here, once, for any number of rows: that is what makes rows invariant.
 
 // Rows of quantised activations whose int8 values fit in a quarter of the smallest L2 that we expect (512 KiB); they
@@ -23,12 +26,15 @@ constexpr std::int64_t kActivationBytes = 128 * 1024;
 constexpr std::int64_t kStarts = 16384;
 static_assert(kMaxQuantizedColumns / kBlock * 2 <= kStarts);  // two for each block of q6_k
 
+// How a matrix lies: as packing.h has it, or in split columns, of which all is read or the coarse part.
+enum class Form { packed, split, coarse };
+
 template <WeightType type>
 constexpr int starts_per_block() {
   return type == WeightType::q6_k ? 2 : 1;
 }
 
-template <WeightType type>
+template <WeightType type, Form form>
 void fill_starts(const Activations& x, std::int64_t first, std::int64_t end, std::int64_t blocks, Start* starts) {
   for (std::int64_t r = first; r < end; ++r) {
     const std::int32_t* sums = x.sums + r * x.block_stride;
@@ -41,6 +47,9 @@ void fill_starts(const Activations& x, std::int64_t first, std::int64_t end, std
         (starts++)->whole = -zero_point<type>() * high;
       } else if constexpr (type == WeightType::q4_k) {
         (starts++)->scaled = scales[b] * static_cast<float>(low + high);
+      } else if constexpr (form == Form::coarse) {
+        constexpr int zero = zero_point<type>();
+        (starts++)->whole = -zero * low - (zero - zero / 16) * high;
       } else {
         (starts++)->whole = -zero_point<type>() * (low + high);
       }
@@ -100,12 +109,15 @@ template <int half, int part, int R>
 
 // Asks for so many bytes of the next panel, if there is one, and goes on behind them: each part of a panel asks for its
 // share of the next one, block by block, so that memory is busy as long as arithmetic is.
-template <std::size_t bytes>
-[[gnu::always_inline]] inline void prefetch(const std::byte*& next) {
+[[gnu::always_inline]] inline void prefetch(const std::byte*& next, std::size_t bytes) {
   if (next == nullptr) return;
 #pragma GCC unroll 16
   for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
   next += bytes;
+}
+template <std::size_t bytes>
+[[gnu::always_inline]] inline void prefetch(const std::byte*& next) {
+  prefetch(next, bytes);
 }
 
 constexpr bool is_float_panel(WeightType type) {
@@ -173,6 +185,52 @@ template <WeightType type, int part, int R>
   }
 }
 
+// R rows against a part of panel p of a matrix of split columns.
+template <bool coarse, int part, int R>
+[[gnu::always_inline]] inline void add_split_part(const PackedMatrix& w, std::int64_t p, const std::byte* panel,
+                                                  const Activations& x, std::int64_t first_row, const Start* starts,
+                                                  const std::byte* next, Part (&y)[R]) {
+  const SplitColumns& split = *w.split;
+  const std::byte* rest = split.rest + static_cast<std::size_t>(p) * split.rest_bytes;
+  const std::int64_t blocks = w.columns / kBlock;
+  const auto shares = static_cast<std::size_t>(blocks * kParts);
+  const std::byte* next_rest = next == nullptr || coarse ? nullptr : rest + (part + kParts) * split.rest_bytes / kParts;
+  const std::int8_t* quants = x.quants + first_row * x.quant_stride;
+  const float* scales = x.scales + first_row * x.block_stride;
+  for (std::int64_t b = 0; b < blocks; ++b, quants += kBlock, ++scales, ++starts) {
+    prefetch(next, split.coarse_bytes / shares);
+    prefetch(next_rest, split.rest_bytes / shares);
+    const int whole = split.whole[static_cast<std::size_t>(b)];
+    const Part weight_scale = load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2));
+    panel += layout::kHalves;
+    Integers dot[R];
+    switch (whole) {
+      case 0:
+        dot_split<coarse, 0, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
+        break;
+      case 2:
+        dot_split<coarse, 2, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
+        break;
+      case 4:
+        dot_split<coarse, 4, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
+        break;
+      case 6:
+        dot_split<coarse, 6, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
+        break;
+      default:
+        dot_split<coarse, 8, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      y[r] =
+          multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes<Part>(scales[r * x.block_stride])), y[r]);
+    }
+    const auto halved = static_cast<std::size_t>(layout::kGroups - whole) / 2 * layout::kGroupBytes;
+    panel += static_cast<std::size_t>(whole) * layout::kGroupBytes + halved;
+    rest += halved;
+  }
+}
+
 // Stores the lanes of R rows of outputs, `left` of them at most.
 template <typename Lanes, int R>
 [[gnu::always_inline]] inline void store_rows(const Lanes (&sum)[R], float* y, std::int64_t y_stride,
@@ -191,16 +249,21 @@ template <typename Lanes, int R>
   }
 }
 
-template <WeightType type, int part, int R>
-[[gnu::always_inline]] inline void multiply_part(const std::byte* panel, std::int64_t columns, const std::byte* next,
-                                                 const Activations& x, std::int64_t first_row, const Start* starts,
-                                                 float* y, std::int64_t y_stride, std::int64_t left) {
+template <WeightType type, Form form, int part, int R>
+[[gnu::always_inline]] inline void multiply_part(const PackedMatrix& w, std::int64_t p, const std::byte* panel,
+                                                 const std::byte* next, const Activations& x, std::int64_t first_row,
+                                                 const Start* starts, float* y, std::int64_t y_stride,
+                                                 std::int64_t left) {
   Part sum[R] = {};
-  add_part<type, part>(panel, columns, x, first_row, starts, next, sum);
+  if constexpr (form == Form::packed) {
+    add_part<type, part>(panel, w.columns, x, first_row, starts, next, sum);
+  } else {
+    add_split_part<form == Form::coarse, part>(w, p, panel, x, first_row, starts, next, sum);
+  }
   store_rows(sum, y + part * kPartRows, y_stride, left - part * kPartRows);
 }
 
-template <WeightType type, int R>
+template <WeightType type, Form form, int R>
 [[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, bool fetches, const Activations& x,
                                      std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride) {
   y += first_row * y_stride + p * kPanel;
@@ -215,10 +278,10 @@ template <WeightType type, int R>
     add_float_panel<type>(panel, w.columns, x, first_row, next, sum);
     store_rows(sum, y, y_stride, left);
   } else {
-    multiply_part<type, 0, R>(panel, w.columns, next, x, first_row, starts, y, y_stride, left);
+    multiply_part<type, form, 0, R>(w, p, panel, next, x, first_row, starts, y, y_stride, left);
     if constexpr (kParts == 2) {
       if (fetches) next += w.panel_bytes / 2;
-      multiply_part<type, 1, R>(panel, w.columns, next, x, first_row, starts, y, y_stride, left);
+      multiply_part<type, form, 1, R>(w, p, panel, next, x, first_row, starts, y, y_stride, left);
     }
   }
 }
@@ -226,13 +289,13 @@ template <WeightType type, int R>
 using TileKernel = void (*)(const PackedMatrix& w, std::int64_t p, bool fetches, const Activations& x,
                             std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride);
 
-template <WeightType type, int... R>
+template <WeightType type, Form form, int... R>
 TileKernel tile_kernel(int rows, std::integer_sequence<int, R...>) {
-  static constexpr TileKernel kernels[] = {multiply_tile<type, R + 1>...};
+  static constexpr TileKernel kernels[] = {multiply_tile<type, form, R + 1>...};
   return kernels[rows - 1];
 }
 
-template <WeightType type>
+template <WeightType type, Form form = Form::packed>
 void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
                      int rows, float* y, std::int64_t y_stride) {
   const std::int64_t panels = panel_count(w.rows);
@@ -249,7 +312,7 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
       const std::byte* panel = w.data + static_cast<std::size_t>(first_panel) * w.panel_bytes;
       for (std::size_t line = 0; line < w.panel_bytes; line += 64) __builtin_prefetch(panel + line, 0, 2);
     }
-    if constexpr (quantized) fill_starts<type>(x, first, end, w.columns / kBlock, starts);
+    if constexpr (quantized) fill_starts<type, form>(x, first, end, w.columns / kBlock, starts);
     for (std::int64_t p = first_panel; p < last_panel; ++p) {
       for (std::int64_t row = first; row < end;) {
         // Past the last panel too: a thread's next piece usually begins there.
@@ -257,7 +320,7 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
         // Tiles of like heights: with AVX2 a row that is left alone costs as much as three.
         const std::int64_t tiles = (end - row + most - 1) / most;
         const auto tile = static_cast<int>((end - row + tiles - 1) / tiles);
-        tile_kernel<type>(tile, std::make_integer_sequence<int, most>())(
+        tile_kernel<type, form>(tile, std::make_integer_sequence<int, most>())(
             w, p, fetches, x, row, starts + (row - first) * row_starts, y, y_stride);
         row += tile;
       }
@@ -275,6 +338,9 @@ void matmul(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_p
     case WeightType::bf16:
       return multiply_panels<WeightType::bf16>(w, first_panel, last_panel, x, rows, y, y_stride);
     case WeightType::q8_0:
+      if (w.split != nullptr) {
+        return multiply_panels<WeightType::q8_0, Form::split>(w, first_panel, last_panel, x, rows, y, y_stride);
+      }
       return multiply_panels<WeightType::q8_0>(w, first_panel, last_panel, x, rows, y, y_stride);
     case WeightType::q4_0:
       return multiply_panels<WeightType::q4_0>(w, first_panel, last_panel, x, rows, y, y_stride);
@@ -287,6 +353,11 @@ void matmul(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_p
     case WeightType::f8_e4m3:  // no panel holds it
       return;
   }
+}
+
+void matmul_coarse(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
+                   int rows, float* y, std::int64_t y_stride) {
+  multiply_panels<WeightType::q8_0, Form::coarse>(w, first_panel, last_panel, x, rows, y, y_stride);
 }
 
 // The lanes folded to one in halves: the largest, or the sum, which wraps.
@@ -370,4 +441,4 @@ void quantize_row(const float* x, int columns, std::int8_t* quants, float* scale
   }
 }
 
-constexpr MatmulKernels kKernels = {quantize_row, matmul, unpack_row};
+constexpr MatmulKernels kKernels = {quantize_row, matmul, matmul_coarse, unpack_row};

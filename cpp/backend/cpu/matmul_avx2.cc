@@ -246,6 +246,52 @@ template <int half, int part, int R>
   dot_groups<WeightType::q6_k, part, R, half * 4>(block, quants, stride, starts, start_stride, dot, groups);
 }
 
+template <bool coarse, int whole, int part, int R>
+[[gnu::always_inline]] inline void dot_split(const std::byte* block, const std::byte* rest, const std::int8_t* quants,
+                                             std::int64_t stride, const Start* starts, std::int64_t start_stride,
+                                             Integers (&dot)[R]) {
+  __m256i low[R];
+  __m256i high[R];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) low[r] = high[r] = _mm256_setzero_si256();
+  const auto add = [&](__m256i nibbles, int group, __m256i(&sum)[R]) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const __m256i four = broadcast_four(quants + r * stride + group * 4);
+      sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(nibbles, four));
+      settle(sum[r]);
+    }
+  };
+  block += part * 32;
+  rest += part * 32;
+#pragma GCC unroll 8
+  for (int g = 0; g < whole; ++g) {
+    const __m256i bytes = load_32(block + g * layout::kGroupBytes);
+    add(low_nibbles(bytes), g, low);
+    add(high_nibbles(bytes), g, high);
+  }
+  block += whole * layout::kGroupBytes;
+  constexpr int pairs = (layout::kGroups - whole) / 2;
+#pragma GCC unroll 4
+  for (int j = 0; j < pairs; ++j) {
+    const __m256i upper = load_32(block + j * layout::kGroupBytes);
+    add(low_nibbles(upper), whole + j, high);
+    add(high_nibbles(upper), whole + pairs + j, high);
+    if constexpr (!coarse) {
+      const __m256i lower = load_32(rest + j * layout::kGroupBytes);
+      add(low_nibbles(lower), whole + j, low);
+      add(high_nibbles(lower), whole + pairs + j, low);
+    }
+  }
+  start_dot<WeightType::q8_0>(starts, start_stride, dot);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const __m256i sixteenfold = _mm256_madd_epi16(high[r], _mm256_set1_epi16(16));
+    dot[r] = _mm256_add_epi32(dot[r], sixteenfold);
+    if constexpr (whole > 0 || !coarse) dot[r] = _mm256_add_epi32(dot[r], widen(low[r]));
+  }
+}
+
 #include "backend/cpu/matmul.inl"
 
 }  // namespace

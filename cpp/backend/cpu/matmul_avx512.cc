@@ -152,6 +152,44 @@ template <int half, int part, int R>
   add_group<type, half * 4 + 3>(block, quants, stride, dot);
 }
 
+// The bits of `a` where `mask` has ones, those of `b` elsewhere.
+[[gnu::always_inline]] inline __m512i select(__m512i mask, __m512i a, __m512i b) {
+  return _mm512_ternarylogic_epi32(a, b, mask, 0xE4);
+}
+
+template <bool coarse, int whole, int part, int R>
+[[gnu::always_inline]] inline void dot_split(const std::byte* block, const std::byte* rest, const std::int8_t* quants,
+                                             std::int64_t stride, const Start* starts, std::int64_t start_stride,
+                                             Integers (&dot)[R]) {
+  start_dot<WeightType::q8_0>(starts, start_stride, dot);
+  const auto add = [&](__m512i w, int group) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      std::int32_t four;
+      std::memcpy(&four, quants + r * stride + group * 4, sizeof four);
+      dot[r] = _mm512_dpbusd_epi32(dot[r], w, _mm512_set1_epi32(four));
+    }
+  };
+#pragma GCC unroll 8
+  for (int g = 0; g < whole; ++g) add(load_group(block + g * layout::kGroupBytes), g);
+  block += whole * layout::kGroupBytes;
+  constexpr int pairs = (layout::kGroups - whole) / 2;
+  const __m512i high = _mm512_set1_epi8(static_cast<char>(0xF0));
+#pragma GCC unroll 4
+  for (int j = 0; j < pairs; ++j) {
+    const __m512i upper = load_group(block + j * layout::kGroupBytes);
+    const __m512i first = _mm512_slli_epi16(upper, 4);
+    if constexpr (coarse) {
+      add(_mm512_and_si512(first, high), whole + j);
+      add(_mm512_and_si512(upper, high), whole + pairs + j);
+    } else {
+      const __m512i lower = load_group(rest + j * layout::kGroupBytes);
+      add(select(high, first, lower), whole + j);
+      add(select(high, upper, _mm512_srli_epi16(lower, 4)), whole + pairs + j);
+    }
+  }
+}
+
 #include "backend/cpu/matmul.inl"
 
 }  // namespace

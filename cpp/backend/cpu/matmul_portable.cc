@@ -119,6 +119,31 @@ inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int
   dot_groups<WeightType::q6_k, R>(block, half * 4, half * 4 + 4, quants, stride, dot);
 }
 
+template <bool coarse, int whole, int part, int R>
+inline void dot_split(const std::byte* block, const std::byte* rest, const std::int8_t* quants, std::int64_t stride,
+                      const Start* /*starts*/, std::int64_t /*start_stride*/, Integers (&dot)[R]) {
+  std::int32_t sum[R][kPanel] = {};
+  constexpr int pairs = (layout::kGroups - whole) / 2;
+  const std::byte* halves = block + whole * layout::kGroupBytes;
+  for (int g = 0; g < layout::kGroups; ++g) {
+    const int shift = g < whole + pairs ? 0 : 4;
+    const std::size_t vector =
+        g < whole ? 0 : static_cast<std::size_t>((g - whole) % (pairs > 0 ? pairs : 1)) * layout::kGroupBytes;
+    for (int i = 0; i < static_cast<int>(layout::kGroupBytes); ++i) {
+      int value;
+      if (g < whole) {
+        value = std::to_integer<int>(block[g * layout::kGroupBytes + i]) - 128;
+      } else {
+        const int upper = std::to_integer<int>(halves[vector + i]) >> shift & 15;
+        const int lower = coarse ? 8 : std::to_integer<int>(rest[vector + i]) >> shift & 15;
+        value = upper * 16 + lower - 128;
+      }
+      for (int r = 0; r < R; ++r) sum[r][i / 4] += value * quants[r * stride + g * 4 + i % 4];
+    }
+  }
+  for (int r = 0; r < R; ++r) std::memcpy(&dot[r], sum[r], sizeof dot[r]);
+}
+
 #include "backend/cpu/matmul.inl"
 
 }  // namespace

@@ -34,6 +34,12 @@ MappedMemory::MappedMemory(std::size_t bytes, std::size_t alignment) : bytes_(by
 
 MappedMemory::~MappedMemory() { ::munmap(mapping_, mapped_); }
 
+void MappedMemory::discard(std::byte* first, std::byte* last) {
+  const std::size_t begin = round_up(reinterpret_cast<std::uintptr_t>(first), kSmallPage);
+  const std::size_t end = reinterpret_cast<std::uintptr_t>(last) / kSmallPage * kSmallPage;
+  if (begin < end) static_cast<void>(::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED));
+}
+
 std::shared_ptr<MappedMemory> MappedMemory::huge(std::size_t bytes) {
   std::shared_ptr<MappedMemory> memory(new MappedMemory(bytes, kHugePage));
   // Refused where huge pages are switched off; that costs speed only.

@@ -23,6 +23,9 @@ class MappedMemory final : public Buffer {
   [[nodiscard]] void* data() const override { return data_; }
   [[nodiscard]] std::size_t bytes() const override { return bytes_; }
 
+  /// Gives the pages that lie wholly in [first, last) back to the system; they are zero from then on.
+  void discard(std::byte* first, std::byte* last);
+
   /// Its first `bytes` start at a multiple of 2 MB and the system is asked for huge pages: a step streams every
   /// weight, and with 4 KB pages the walks of the page table show.
   static std::shared_ptr<MappedMemory> huge(std::size_t bytes);
@@ -39,6 +42,10 @@ class MappedMemory final : public Buffer {
 struct MemorySlice {
   std::shared_ptr<MappedMemory> mapping;
   std::byte* data = nullptr;
+  /// Gives what lies in [first, last) of it back, which nobody reads any more, if nothing else is in the mapping.
+  void discard(std::byte* first, std::byte* last) const {
+    if (mapping.use_count() == 1) mapping->discard(first, last);
+  }
 };
 
 /// Hands out slices for weights. Small ones share mappings, because many weights are well below the 2 MB of a huge

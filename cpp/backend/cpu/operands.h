@@ -31,15 +31,30 @@ class CpuWeight final : public Weight {
   [[nodiscard]] std::int64_t rows() const override { return matrix_.rows; }
   [[nodiscard]] std::int64_t columns() const override { return matrix_.columns; }
   [[nodiscard]] std::size_t bytes() const override {
-    return static_cast<std::size_t>(panel_count(matrix_.rows)) * matrix_.panel_bytes;
+    const std::size_t rest = split_ == nullptr ? 0 : split_->rest_bytes;
+    return static_cast<std::size_t>(panel_count(matrix_.rows)) * (matrix_.panel_bytes + rest);
   }
   [[nodiscard]] const PackedMatrix& matrix() const { return matrix_; }
   [[nodiscard]] std::byte* data() const { return memory_.data; }
+  /// From now on what it holds are split columns: of the same values, the coarse panels at its beginning and the rest
+  /// in `rest`.
+  void split(std::unique_ptr<SplitColumns> columns, MemorySlice rest) const {
+    const std::size_t before = bytes();
+    split_ = std::move(columns);
+    rest_ = std::move(rest);
+    matrix_.panel_bytes = split_->coarse_bytes;
+    matrix_.split = split_.get();
+    memory_.discard(memory_.data + static_cast<std::size_t>(panel_count(matrix_.rows)) * matrix_.panel_bytes,
+                    memory_.data + before);
+  }
 
  private:
   WeightType type_;
-  PackedMatrix matrix_;
+  // How the values lie is the backend's affair, not that of who holds the weight.
+  mutable PackedMatrix matrix_;
   MemorySlice memory_;
+  mutable std::unique_ptr<SplitColumns> split_;
+  mutable MemorySlice rest_;
 };
 
 /// Rows as a file stores them, read where they are.

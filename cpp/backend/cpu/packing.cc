@@ -384,6 +384,10 @@ void unpack_q6_k(const std::byte* super, int row, float scale, float* out) {
 void unpack_row(const PackedMatrix& matrix, std::int64_t row, float scale, float* out) {
   const std::byte* panel = matrix.data + static_cast<std::size_t>(row / kPanel) * matrix.panel_bytes;
   const int lane = static_cast<int>(row % kPanel);
+  if (matrix.split != nullptr) {
+    const std::byte* rest = matrix.split->rest + static_cast<std::size_t>(row / kPanel) * matrix.split->rest_bytes;
+    return unpack_split_row(*matrix.split, panel, rest, lane, scale, out);
+  }
   const std::size_t bytes = packed_block(matrix.type).bytes;
   const int columns = block_columns(matrix.type);
   for (std::int64_t c = 0; c < matrix.columns; c += columns, panel += bytes, out += columns) {

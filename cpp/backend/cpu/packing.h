@@ -21,6 +21,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/isa.h"
+#include "backend/cpu/split_columns.h"
 
 namespace draftwerk::cpu {
 
@@ -47,13 +48,15 @@ inline constexpr std::size_t kQ6KSuper = kHalves + kBlocksPerSuper * kQ6KBlock;
 }  // namespace layout
 
 /// A matrix [rows, columns] in panels; a view. Panel p holds rows 16p .. 16p + 15 (absent rows are zero) and starts at
-/// data + p * panel_bytes. `data` is aligned to 32 bytes.
+/// data + p * panel_bytes. `data` is aligned to 32 bytes. A q8_0 matrix may have
+/// split columns (split_columns.h): then that is what its panels are.
 struct PackedMatrix {
   WeightType type = WeightType::f32;
   std::int64_t rows = 0;
   std::int64_t columns = 0;
   std::size_t panel_bytes = 0;
   const std::byte* data = nullptr;
+  const SplitColumns* split = nullptr;
 };
 
 [[nodiscard]] constexpr std::int64_t panel_count(std::int64_t rows) { return (rows + kPanel - 1) / kPanel; }

@@ -27,36 +27,8 @@ namespace {
 
 /// A greedy row takes a microsecond, about what it costs to wake a worker.
 constexpr std::int64_t kGreedyGrain = 8;
-int chunks_of(const LogitRow& row) { return (row.vocabulary + kLogitChunk - 1) / kLogitChunk; }
-
-/// The largest logit; minus infinity if there is none.
-float row_maximum(const LogitRow& row) {
-  float top = kMinusInfinity;
-  for (int c = 0; c < chunks_of(row); ++c) top = row.chunk_max[c] > top ? row.chunk_max[c] : top;
-  return top;
-}
-
-bool keeps(Cut cut, float z, TokenId token) { return z > cut.value || (z == cut.value && token <= cut.last); }
-
-/// Of the tokens with z == value, the one that is the n-th in id order, n >= 1.
-TokenId nth_equal(const LogitRow& row, float value, int n) {
-  for (int token = 0; token < row.vocabulary; ++token) {
-    if (token % kLogitChunk == 0 && !(scaled(row.chunk_max[token / kLogitChunk], row.scale) >= value)) {
-      token += kLogitChunk - 1;
-      continue;
-    }
-    if (scaled(row.values[token], row.scale) == value && --n == 0) return token;
-  }
-  return INT_MAX;
-}
-
-/// Keeps the k tokens of the largest z, given a bound that at least k tokens reach, or the lowest number.
-Cut row_cut(const SamplerKernels& kernels, const LogitRow& row, int k, float bound) {
-  const float top = scaled(row_maximum(row), row.scale);
-  const Threshold found =
-      find_threshold(k, bound, top, [&](float threshold) { return kernels.row_count_at_least(row, threshold); });
-  return {found.value, found.exact ? INT_MAX : nth_equal(row, found.value, k - found.above)};
-}
+/// What a screen could not choose.
+constexpr TokenId kUndecided = -2;
 
 /// The draft that a draft follows; -1: the last known token.
 int parent_of(const VerifyGroup& group, int draft) {
@@ -124,10 +96,10 @@ Sampler::Sampler(Isa isa, int vocabulary, int max_rows, int workers)
 Sampler::~Sampler() = default;
 
 void Sampler::verify_logits(const LogitRows& logits, std::span<const VerifyGroup> groups,
-                            std::span<VerifyResult> results, WorkerPool& pool) {
+                            std::span<VerifyResult> results, WorkerPool& pool, RowScreen* screen) {
   // Rows in the order of their place in the group: a later row is needed only if the drafts before it were right.
   tasks_.clear();
-  bool heavy = false;
+  bool heavy = screen != nullptr;
   std::size_t longest = 0;
   for (const VerifyGroup& group : groups) longest = std::max(longest, group.drafts.size());
   for (std::size_t row = 0; row <= longest; ++row) {
@@ -151,13 +123,40 @@ void Sampler::verify_logits(const LogitRows& logits, std::span<const VerifyGroup
                         const Task task = tasks_[static_cast<std::size_t>(i)];
                         const VerifyGroup& group = groups[static_cast<std::size_t>(task.group)];
                         if (is_out(group, task.row)) continue;
-                        const auto output = static_cast<std::size_t>(group.first_output + task.row);
-                        Choice& choice = choices_[output];
-                        choose(logits, group, task.row, scratch_[static_cast<std::size_t>(worker)], choice);
-                        chosen_[output].store(choice.token, std::memory_order_relaxed);
+                        choose_row(logits, group, task.row, scratch_[static_cast<std::size_t>(worker)], screen, worker);
                       }
                     });
+  if (screen != nullptr && std::any_of(tasks_.begin(), tasks_.end(), [&](const Task& task) {
+        return is_undecided(groups[static_cast<std::size_t>(task.group)], task.row);
+      })) {
+    screen->complete();
+    for (const Task& task : tasks_) {
+      const VerifyGroup& group = groups[static_cast<std::size_t>(task.group)];
+      if (is_undecided(group, task.row)) choose_row(logits, group, task.row, scratch_[0], nullptr, 0);
+    }
+  }
   for (std::size_t g = 0; g < groups.size(); ++g) record(groups[g], results[g]);
+}
+
+/// Chooses the token of a row, if need be from all of its logits unless there is a screen.
+void Sampler::choose_row(const LogitRows& logits, const VerifyGroup& group, int row, Scratch& scratch,
+                         RowScreen* screen, int worker) {
+  const auto output = static_cast<std::size_t>(group.first_output + row);
+  Choice& choice = choices_[output];
+  if (screen == nullptr) {
+    choose(logits, group, row, scratch, choice);
+  } else {
+    const NoiseKey noise{group.sampling->seed,
+                         group.position + static_cast<std::int64_t>(drafts_before(group, row, scratch.path).size())};
+    choice.token = screen->choose(group, row, noise, worker).value_or(kUndecided);
+  }
+  chosen_[output].store(choice.token, std::memory_order_relaxed);
+}
+
+/// Whether a row that may count is one of which the screen could not say what it chooses.
+bool Sampler::is_undecided(const VerifyGroup& group, int row) const {
+  const auto output = static_cast<std::size_t>(group.first_output + row);
+  return chosen_[output].load(std::memory_order_relaxed) == kUndecided && !is_out(group, row);
 }
 
 /// Whether some draft that a row stands behind is known to be wrong: then nobody asks what would be chosen there.
@@ -255,13 +254,13 @@ void Sampler::find_candidates(float* values, float* chunk_max, const ProposeRow&
   }
   const std::int64_t enough = sampling.top_k + static_cast<std::int64_t>(candidates.size()) - 1;
   if (!greedy && sampling.top_k > 0 && enough < vocabulary_ && enough <= kListCapacity) {
-    const int count = collect_top(logits, static_cast<int>(enough), scratch);
+    const int count = collect_top(kernels_, logits, static_cast<int>(enough), scratch.z.data(), scratch.tokens.data());
     cpu::choose_sampled(kernels_, scratch.z.data(), scratch.tokens.data(), count, sampling, noise_of(row), candidates);
   } else {
     std::fill(candidates.begin(), candidates.end(), kNoCandidate);
     for (std::size_t i = 0; i < candidates.size(); ++i) {
       if (i > 0) exclude(candidates[i - 1].token, values, chunk_max);
-      candidates[i] = greedy ? choose_greedy(logits) : choose_sampled(logits, sampling, noise_of(row));
+      candidates[i] = greedy ? largest(logits) : choose_sampled(logits, sampling, noise_of(row));
       if (candidates[i].token < 0) break;
     }
   }
@@ -274,7 +273,7 @@ void Sampler::record_logprobs(const LogitRow& row, int count, Scratch& scratch, 
   choice.normalizer = log_normalizer(top, kernels_.row_mass(row, kKeepAll, top));
   count = std::min({count, vocabulary_, kListCapacity});
   if (count <= 0) return;
-  const int found = collect_top(row, count, scratch);
+  const int found = collect_top(kernels_, row, count, scratch.z.data(), scratch.tokens.data());
   const Cut cut = list_cut(kernels_, {scratch.z.data(), scratch.tokens.data(), found}, count, top);
   for (int i = 0; i < found; ++i) {
     const auto at = static_cast<std::size_t>(i);
@@ -316,19 +315,6 @@ void Sampler::refresh_maximum(int chunk, const float* values, float* chunk_max) 
   chunk_max[chunk] = kernels_.maximum(values + first, std::min(kLogitChunk, vocabulary_ - first));
 }
 
-Candidate Sampler::choose_greedy(const LogitRow& row) const {
-  const float top = row_maximum(row);
-  if (!(top > kMinusInfinity)) return kNoCandidate;
-  for (int c = 0; c < chunks_of(row); ++c) {
-    if (row.chunk_max[c] != top) continue;
-    const int end = std::min((c + 1) * kLogitChunk, row.vocabulary);
-    for (int token = c * kLogitChunk; token < end; ++token) {
-      if (row.values[token] == top) return {token, top};
-    }
-  }
-  return kNoCandidate;
-}
-
 /// Steps 6 to 9 in place.
 Candidate Sampler::choose_sampled(const LogitRow& row, const SamplingParams& sampling, NoiseKey noise) const {
   const float top = scaled(row_maximum(row), row.scale);
@@ -337,24 +323,6 @@ Candidate Sampler::choose_sampled(const LogitRow& row, const SamplingParams& sam
   if (sampling.top_k > 0 && sampling.top_k < vocabulary_) cut = row_cut(kernels_, row, sampling.top_k, -FLT_MAX);
   const Winner winner = choose_among(WholeRow{kernels_, row}, cut, sampling, top, noise);
   return winner.token == INT_MAX ? kNoCandidate : Candidate{winner.token, winner.score};
-}
-
-/// Puts the k tokens of the largest z, k <= kListCapacity, into the scratch lists, perhaps among others. Returns the
-/// length of the lists.
-int Sampler::collect_top(const LogitRow& row, int k, Scratch& scratch) const {
-  // The k-th largest chunk maximum bounds the k-th largest token from below, if there are so many chunks.
-  float bound = -FLT_MAX;
-  const float top = scaled(row_maximum(row), row.scale);
-  if (k <= chunks_of(row) && top > -FLT_MAX) {
-    bound = find_threshold(k, -FLT_MAX, top, [&](float threshold) {
-              return kernels_.count_at_least(row.chunk_max, chunks_of(row), row.scale, threshold);
-            }).value;
-  }
-  float* z = scratch.z.data();
-  TokenId* tokens = scratch.tokens.data();
-  const int count = kernels_.row_collect(row, {bound, INT_MAX}, kListCapacity, z, tokens);
-  if (count <= kListCapacity) return count;
-  return kernels_.row_collect(row, row_cut(kernels_, row, k, bound), kListCapacity, z, tokens);
 }
 
 }  // namespace draftwerk::cpu

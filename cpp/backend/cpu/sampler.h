@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -25,6 +26,22 @@ struct LogitRows {
   std::int64_t chunk_stride = 0;
 };
 
+/// What may choose the tokens of rows without all of their logits.
+class RowScreen {
+ public:
+  RowScreen() = default;
+  RowScreen(const RowScreen&) = delete;
+  RowScreen& operator=(const RowScreen&) = delete;
+  RowScreen(RowScreen&&) = delete;
+  RowScreen& operator=(RowScreen&&) = delete;
+  virtual ~RowScreen() = default;
+  /// The token that row `row` of a group chooses, if that can be said. One call at a time for each worker of the pool.
+  [[nodiscard]] virtual std::optional<TokenId> choose(const VerifyGroup& group, int row, NoiseKey noise,
+                                                      int worker) = 0;
+  /// Computes all logits of all rows.
+  virtual void complete() = 0;
+};
+
 /// Chooses tokens. One call at a time; all memory it needs is taken at construction, except that the record of
 /// overwritten logits (log-probabilities together with penalties) grows to the longest history seen.
 class Sampler {
@@ -41,8 +58,9 @@ class Sampler {
   /// follows the last known token equals it, that draft's row chooses the next one, and so on until no draft does. Rows
   /// are chosen in parallel; which thread does it, and what else is in the step, changes nothing. A row without any
   /// finite logit gives token 0. Log-probabilities are filled if sampling->logprobs >= 0, `top` if it is > 0.
+  /// With a `screen` the logits are those that it completes, should it have to.
   void verify_logits(const LogitRows& logits, std::span<const VerifyGroup> groups, std::span<VerifyResult> results,
-                     WorkerPool& pool);
+                     WorkerPool& pool, RowScreen* screen = nullptr);
 
   /// Finds `count` candidates for each of the rows (Backend::propose), where verify_logits would choose in row i of the
   /// logits, were it the row behind the last draft of rows[i]. No log-probabilities are taken.
@@ -57,6 +75,9 @@ class Sampler {
     int row = 0;  ///< within the group
   };
 
+  void choose_row(const LogitRows& logits, const VerifyGroup& group, int row, Scratch& scratch, RowScreen* screen,
+                  int worker);
+  [[nodiscard]] bool is_undecided(const VerifyGroup& group, int row) const;
   [[nodiscard]] bool is_out(const VerifyGroup& group, int row) const;
   void record(const VerifyGroup& group, VerifyResult& result) const;
   void choose(const LogitRows& logits, const VerifyGroup& group, int row, Scratch& scratch, Choice& choice) const;
@@ -66,9 +87,7 @@ class Sampler {
   void adjust(float* values, float* chunk_max, const ProposeRow& row, bool keep_original, Scratch& scratch) const;
   void exclude(TokenId token, float* values, float* chunk_max) const;
   void refresh_maximum(int chunk, const float* values, float* chunk_max) const;
-  [[nodiscard]] Candidate choose_greedy(const LogitRow& row) const;
   [[nodiscard]] Candidate choose_sampled(const LogitRow& row, const SamplingParams& sampling, NoiseKey noise) const;
-  int collect_top(const LogitRow& row, int k, Scratch& scratch) const;
 
   const SamplerKernels& kernels_;
   int vocabulary_;

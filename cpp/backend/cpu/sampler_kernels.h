@@ -71,6 +71,10 @@ struct SamplerKernels {
   /// The kept token of the largest z + gumbel; token INT32_MAX if none is kept.
   Winner (*row_best)(const LogitRow& row, Cut cut, NoiseKey noise);
   Winner (*list_best)(const LogitList& list, Cut cut, NoiseKey noise);
+  /// Stores the tokens that `cut` keeps and whose z + gumbel is at least `score`, in any order, at most `capacity` of
+  /// them, and returns how many there are, or capacity + 1 if they do not fit.
+  int (*row_collect_scores)(const LogitRow& row, Cut cut, NoiseKey noise, float score, int capacity,
+                            std::int32_t* tokens);
   /// Single values, for the specification and for tests: gumbel noise of a random word, and the weight of
   /// difference = z - z_max <= 0.
   float (*gumbel)(std::uint32_t word);

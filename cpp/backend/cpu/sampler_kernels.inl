@@ -306,17 +306,24 @@ std::uint64_t row_mass(const LogitRow& row, Cut cut, float top) {
   return reduce_sum(sum);
 }
 
-/// Lets a register of tokens compete.
-void compete(Register z, RegisterInt token, RegisterWord word, Cut cut, Winner& best) {
+/// Scores of a register of tokens, where any of them is kept with at least `score`: calls take(lane, score) for these.
+template <typename Take>
+void compete(Register z, RegisterInt token, RegisterWord word, Cut cut, const float& score, Take&& take) {
   const RegisterInt mask = kept(z, token, cut);
   if (!any(mask)) return;
-  const Register score = z + gumbel(word);
-  const RegisterInt contends = mask & (score >= best.score);
+  const Register scores = z + gumbel(word);
+  const RegisterInt contends = mask & (scores >= score);
   if (!any(contends)) return;
   for (int j = 0; j < kWidth; ++j) {
-    if (contends[j] == 0) continue;
-    if (score[j] > best.score || (score[j] == best.score && token[j] < best.token)) best = {score[j], z[j], token[j]};
+    if (contends[j] != 0) take(j, scores[j]);
   }
+}
+
+/// Lets a register of tokens compete.
+void compete(Register z, RegisterInt token, RegisterWord word, Cut cut, Winner& best) {
+  compete(z, token, word, cut, best.score, [&](int j, float score) {
+    if (score > best.score || (score == best.score && token[j] < best.token)) best = {score, z[j], token[j]};
+  });
 }
 
 /// The largest random word with which a token of z = `most` might reach `score`. As -ln(1 - w) >= w, gumbel <= -ln w,
@@ -329,10 +336,12 @@ std::uint32_t largest_useful_word(float most, float score) {
   return words < 4294967040.0F ? static_cast<std::uint32_t>(words) : 0xFFFFFFFFU;
 }
 
-void compete_chunk(const LogitRow& row, int chunk, Cut cut, NoiseKey noise, Winner& best) {
+/// Calls some(z, tokens, words) for the registers of a chunk in which a token might reach `score`.
+template <typename Some>
+void visit_chunk(const LogitRow& row, int chunk, Cut cut, NoiseKey noise, float score, Some&& some) {
   const float most = scaled(row.chunk_max[chunk], row.scale);
-  if (!(most >= cut.value) || most + kGumbelMax < best.score) return;
-  const std::uint32_t limit = largest_useful_word(most, best.score);
+  if (!(most >= cut.value) || most + kGumbelMax < score) return;
+  const std::uint32_t limit = largest_useful_word(most, score);
   float padded[kLogitChunk];
   const float* values = chunk_values(row, chunk, padded);
   for (int i = 0; i < kLogitChunk; i += kPhiloxTokens) {
@@ -355,9 +364,14 @@ void compete_chunk(const LogitRow& row, int chunk, Cut cut, NoiseKey noise, Winn
     for (int half = 0; half < 2; ++half) {
       const auto word = read<RegisterWord>(pair + half * kWideWidth);
       const Register z = scaled(register_load(values + i + half * kWidth), row.scale);
-      compete(z, count_up(first + half * kWidth), word, cut, best);
+      some(z, count_up(first + half * kWidth), word);
     }
   }
+}
+
+void compete_chunk(const LogitRow& row, int chunk, Cut cut, NoiseKey noise, Winner& best) {
+  visit_chunk(row, chunk, cut, noise, best.score,
+              [&](Register z, RegisterInt token, RegisterWord word) { compete(z, token, word, cut, best); });
 }
 
 Winner row_best(const LogitRow& row, Cut cut, NoiseKey noise) {
@@ -372,6 +386,20 @@ Winner row_best(const LogitRow& row, Cut cut, NoiseKey noise) {
     if (c != top) compete_chunk(row, c, cut, noise, best);
   }
   return best;
+}
+
+int row_collect_scores(const LogitRow& row, Cut cut, NoiseKey noise, float score, int capacity, std::int32_t* tokens) {
+  int found = 0;
+  for (int c = 0; c < chunks_of(row) && found <= capacity; ++c) {
+    visit_chunk(row, c, cut, noise, score, [&](Register z, RegisterInt token, RegisterWord word) {
+      compete(z, token, word, cut, score, [&](int j, float) {
+        if (token[j] >= row.vocabulary || found > capacity) return;
+        if (found < capacity) tokens[found] = token[j];
+        ++found;
+      });
+    });
+  }
+  return found;
 }
 
 // --- candidate lists ----------------------------------------------------------------------------------------------
@@ -451,8 +479,8 @@ std::uint64_t weight_of_difference(float difference) {
 }  // namespace
 
 const SamplerKernels kSamplerKernels = {
-    maximum,   count_at_least, row_count_at_least, row_collect,    list_collect,         row_mass,
-    list_mass, row_best,       list_best,          gumbel_of_word, weight_of_difference,
+    maximum,   count_at_least, row_count_at_least, row_collect,        list_collect,   row_mass,
+    list_mass, row_best,       list_best,          row_collect_scores, gumbel_of_word, weight_of_difference,
 };
 
 }  // namespace draftwerk::cpu::DRAFTWERK_ISA

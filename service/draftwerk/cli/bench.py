@@ -46,6 +46,7 @@ _ENGINE_OPTIONS = (
     "model",
     "drafter",
     "no_lookup",
+    "full_head",
     "draft_length",
     "weights",
     "device",
@@ -73,6 +74,7 @@ def bench(
     model: options.Model = options.DEFAULT_MODEL,
     drafter: options.Drafter = "auto",
     no_lookup: options.NoLookup = False,
+    full_head: options.FullHead = False,
     prompts: Annotated[
         Optional[Path],
         typer.Option(
@@ -139,6 +141,7 @@ def bench(
             model,
             drafter=drafter,
             no_lookup=no_lookup,
+            full_head=full_head,
             draft_length=draft_length,
             device=device,
             threads=threads,
@@ -167,6 +170,7 @@ def rows(
     weights: options.Weights = "auto",
     device: options.Device = "auto",
     threads: options.Threads = 0,
+    full_head: options.FullHead = False,
     json_file: JsonFile = None,
 ) -> None:
     """Time one pass of the model at 1 to 16 rows: what verifying drafts costs."""
@@ -177,7 +181,12 @@ def rows(
     check_writable(json_file)
     with options.loading_progress(model) as progress:
         core_model = load_model(
-            open_model(model, progress), weights=weights, gpu=find_gpu(device), threads=threads, progress=progress
+            open_model(model, progress),
+            weights=weights,
+            gpu=find_gpu(device),
+            threads=threads,
+            full_head=full_head,
+            progress=progress,
         )
     time_rows(core_model, most_rows, 2, context)  # warms caches and clocks
     with options.messages.status("timing passes"):

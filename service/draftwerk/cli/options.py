@@ -32,6 +32,9 @@ Drafter = Annotated[
         metavar="D",
     ),
 ]
+FullHead = Annotated[
+    bool, typer.Option("--full-head", help="Compute all logits of every step: the same tokens, later.")
+]
 NoLookup = Annotated[bool, typer.Option("--no-lookup", help="Draft with the MTP drafter alone.")]
 DraftLength = Annotated[
     Optional[int],
@@ -147,6 +150,7 @@ def open_engine(
     *,
     drafter: str,
     no_lookup: bool,
+    full_head: bool,
     draft_length: int | None,
     device: str,
     threads: int,
@@ -162,6 +166,7 @@ def open_engine(
             model,
             drafter=drafter,
             lookup=not no_lookup,
+            full_head=full_head,
             draft_length=draft_length,
             max_draft_length=max(16, draft_length or 0),
             device=device,

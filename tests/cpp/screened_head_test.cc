@@ -1,0 +1,346 @@
+#include "backend/cpu/screened_head.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <random>
+
+#include "backend/cpu/activations.h"
+#include "backend/cpu/cpu_backend.h"
+#include "cpu_backend_fixture.h"
+#include "random_blocks.h"
+
+namespace draftwerk {
+namespace {
+
+constexpr int kColumns = 128;
+constexpr int kVocabulary = 5000;
+
+// Two backends with the same head and states, of which one screens it.
+class ScreenedChoice : public testing::TestWithParam<cpu::Isa> {
+ protected:
+  static constexpr int kRows = 12;
+
+  ScreenedChoice() {
+    scale_.resize(kColumns);
+    // As of the models: a few columns hold most of a state.
+    for (int c = 0; c < kColumns; ++c) scale_[static_cast<std::size_t>(c)] = c % 9 == 0 ? 20.0F : 1.0F;
+    blocks_ = cpu::random_blocks(WeightType::q8_0, std::int64_t{kVocabulary} * kColumns, random_);
+  }
+
+  void upload_head() {
+    for (auto* one : {&plain_, &screened_}) {
+      one->backend = make_cpu_backend(2, GetParam());
+      one->head = upload(*one->backend, WeightType::q8_0, kVocabulary, kColumns, blocks_);
+      one->backend->reserve(kRows, kRows, kColumns, kVocabulary);
+    }
+    screened_.backend->screen_head(*screened_.head, {scale_.data(), 1e-6F});
+  }
+
+  // States as a norm of that scale makes them, each of which shall choose a row of the head with some confidence. The
+  // columns that lose something have so much of them.
+  std::vector<float> random_states(float confidence, float lossy = 1.0F) {
+    std::vector<float> states = cpu::random_values(std::int64_t{kRows} * kColumns, random_);
+    const std::vector<float> rows = cpu::values_of_rows(WeightType::q8_0, kVocabulary, kColumns, blocks_);
+    for (int r = 0; r < kRows; ++r) {
+      const std::size_t token = random_() % kVocabulary;
+      for (int c = 0; c < kColumns; ++c) {
+        float& value = states[static_cast<std::size_t>(r * kColumns + c)];
+        value = (value + confidence * rows[token * kColumns + static_cast<std::size_t>(c)]) *
+                scale_[static_cast<std::size_t>(c)] * 0.1F * (c % 9 == 0 ? 1.0F : lossy);
+      }
+    }
+    return states;
+  }
+
+  // What groups of random drafts accept, on one of the backends. Drafts are what the row chooses half of the time.
+  std::vector<VerifyResult> verify(Backend& backend, const Weight& head, std::vector<float> states,
+                                   const std::vector<VerifyGroup>& groups, float softcap) {
+    PlainStep step(kRows, kVocabulary);
+    step.outputs.resize(kRows);
+    std::iota(step.outputs.begin(), step.outputs.end(), 0);
+    backend.begin(step.rows(), {});
+    backend.head({states.data(), kColumns}, head, softcap);
+    std::vector<VerifyResult> results(groups.size());
+    backend.verify(groups, results);
+    return results;
+  }
+
+  // Both give the same tokens for these states, whatever is drafted.
+  void expect_the_same(const std::vector<float>& states, const SamplingParams& sampling, float softcap = 0.0F) {
+    // One row at a time says what each chooses; then groups whose drafts are partly right, chains and trees.
+    std::vector<VerifyGroup> alone(kRows);
+    for (int r = 0; r < kRows; ++r) {
+      VerifyGroup& group = alone[static_cast<std::size_t>(r)];
+      group.first_output = r;
+      group.position = 100 + r;
+      group.sampling = &sampling;
+    }
+    const auto want = verify(*plain_.backend, *plain_.head, states, alone, softcap);
+    const auto got = verify(*screened_.backend, *screened_.head, states, alone, softcap);
+    for (std::size_t r = 0; r < kRows; ++r) ASSERT_EQ(got[r].tokens, want[r].tokens) << "row " << r;
+
+    std::vector<TokenId> drafts(kRows);
+    std::vector<std::int32_t> parents(kRows);
+    for (int r = 1; r < kRows; ++r) {
+      const auto at = static_cast<std::size_t>(r - 1);
+      drafts[at] = random_() % 4 != 0 ? want[at].tokens[0] : static_cast<TokenId>(random_() % kVocabulary);
+      parents[at] = r - 2;
+    }
+    drafts[7] = (drafts[6] + 1) % kVocabulary;  // beside draft 6, in a tree
+    parents[7] = parents[6];
+    const std::vector<std::int32_t> tree(parents.begin(), parents.begin() + 8);
+    for (const bool is_tree : {false, true}) {
+      std::vector<VerifyGroup> groups(1);
+      groups[0].sampling = &sampling;
+      groups[0].position = 100;
+      groups[0].drafts = std::span(drafts).first(8);
+      if (is_tree) groups[0].parents = tree;
+      for (int r = 9; r < kRows; ++r) groups.push_back(alone[static_cast<std::size_t>(r)]);
+      const auto expected = verify(*plain_.backend, *plain_.head, states, groups, softcap);
+      const auto found = verify(*screened_.backend, *screened_.head, states, groups, softcap);
+      for (std::size_t g = 0; g < groups.size(); ++g) {
+        ASSERT_EQ(found[g].tokens, expected[g].tokens) << "group " << g;
+        ASSERT_EQ(found[g].drafts, expected[g].drafts) << "group " << g;
+      }
+    }
+  }
+
+  SamplingParams random_sampling() {
+    SamplingParams sampling;
+    if (random_() % 3 == 0) return sampling;
+    const float temperatures[] = {0.01F, 0.3F, 1.0F, 2.0F, 5.0F, 30.0F};
+    sampling.temperature = temperatures[random_() % 6];
+    const int ks[] = {1, 2, 20, 64, 256, 0, 300, kVocabulary};
+    sampling.top_k = ks[random_() % 8];
+    const float ps[] = {1.0F, 0.95F, 0.5F, 1e-6F};
+    sampling.top_p = ps[random_() % 4];
+    sampling.min_p = random_() % 3 == 0 ? 0.1F : 0.0F;
+    sampling.seed = random_();
+    return sampling;
+  }
+
+  struct One {
+    std::unique_ptr<Backend> backend;
+    std::unique_ptr<Weight> head;
+  };
+  std::mt19937 random_{11};
+  std::vector<float> scale_;
+  std::vector<std::byte> blocks_;
+  One plain_;
+  One screened_;
+};
+
+TEST_P(ScreenedChoice, IsThatOfAllLogits) {
+  upload_head();
+  for (int round = 0; round < 40; ++round) {
+    const float confidences[] = {0.0F, 0.5F, 1.0F, 3.0F};
+    const float lossy[] = {1.0F, 0.1F, 0.01F};
+    const std::vector<float> states = random_states(confidences[random_() % 4], lossy[random_() % 3]);
+    ASSERT_NO_FATAL_FAILURE(expect_the_same(states, random_sampling(), round % 3 == 0 ? 30.0F : 0.0F)) << round;
+  }
+}
+
+TEST_P(ScreenedChoice, TakesTheLowestOfEqualTokens) {
+  // Rows that are equal, near each other and far apart.
+  const std::size_t row_bytes = blocks_.size() / kVocabulary;
+  for (int copy = 0; copy < 40; ++copy) {
+    const std::size_t from = random_() % kVocabulary;
+    for (int i = 0; i < 20; ++i) {
+      const std::size_t to = i % 2 == 0 ? std::min<std::size_t>(from + static_cast<std::size_t>(i), kVocabulary - 1)
+                                        : random_() % kVocabulary;
+      std::copy_n(blocks_.begin() + static_cast<std::ptrdiff_t>(from * row_bytes), row_bytes,
+                  blocks_.begin() + static_cast<std::ptrdiff_t>(to * row_bytes));
+    }
+  }
+  upload_head();
+  for (int round = 0; round < 30; ++round) {
+    // A softcap this small makes all large logits equal.
+    const float softcap = round % 2 == 0 ? 0.0F : 0.05F;
+    ASSERT_NO_FATAL_FAILURE(expect_the_same(random_states(3.0F), random_sampling(), softcap)) << round;
+  }
+}
+
+TEST_P(ScreenedChoice, OfStatesThatNoBoundHoldsFor) {
+  upload_head();
+  const float values[] = {
+      std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e38F, 1e30F, 1e-38F, 0.0F};
+  for (const float value : values) {
+    std::vector<float> states = random_states(1.0F);
+    for (int r = 0; r < kRows; r += 3) {
+      for (int c = 0; c < kColumns; c += value == 0.0F ? 1 : 5) {
+        states[static_cast<std::size_t>(r * kColumns + c)] = value;
+      }
+    }
+    for (int i = 0; i < 5; ++i) ASSERT_NO_FATAL_FAILURE(expect_the_same(states, random_sampling())) << value;
+  }
+}
+
+TEST_P(ScreenedChoice, OfWeightsThatNoBoundHoldsFor) {
+  for (const std::uint16_t bits : {0x7C00, 0x7E00, 0x7BFF, 0x0001}) {  // infinity, NaN, the largest and the least
+    blocks_ = cpu::random_blocks(WeightType::q8_0, std::int64_t{kVocabulary} * kColumns, random_);
+    for (int row = 0; row < kVocabulary; row += 777) {
+      std::memcpy(blocks_.data() + static_cast<std::size_t>(row) * (blocks_.size() / kVocabulary), &bits, sizeof bits);
+    }
+    upload_head();
+    for (int i = 0; i < 5; ++i)
+      ASSERT_NO_FATAL_FAILURE(expect_the_same(random_states(1.0F), random_sampling())) << bits;
+  }
+}
+
+TEST_P(ScreenedChoice, LeavesWhatElseIsAskedForToAllLogits) {
+  upload_head();
+  const std::vector<float> states = random_states(1.0F);
+  const std::vector<TokenId> banned = {17, 18};
+  TokenHistory history;
+  for (TokenId token = 0; token < 2000; ++token) history[token] = {true, 1};
+  std::vector<SamplingParams> ways(5);
+  ways[0].logprobs = 5;
+  ways[1].repetition_penalty = 1.5F;
+  ways[2].logit_bias = {{123, 50.0F}};
+  ways[3].temperature = 0.8F;  // of all tokens
+  for (std::size_t way = 0; way < ways.size(); ++way) {
+    std::vector<VerifyGroup> groups(1);
+    groups[0].sampling = &ways[way];
+    if (ways[way].needs_history()) groups[0].history = &history;
+    if (way == 4) {
+      SamplingParams greedy;
+      std::vector<VerifyGroup> first(1);
+      first[0].sampling = &greedy;
+      const TokenId best = verify(*plain_.backend, *plain_.head, states, first, 0.0F)[0].tokens[0];
+      const std::vector<TokenId> the_best = {best};
+      groups[0].banned = the_best;
+      groups[0].banned_tokens = 1;
+      EXPECT_NE(verify(*screened_.backend, *screened_.head, states, groups, 0.0F)[0].tokens[0], best);
+      continue;
+    }
+    const auto want = verify(*plain_.backend, *plain_.head, states, groups, 0.0F);
+    const auto got = verify(*screened_.backend, *screened_.head, states, groups, 0.0F);
+    EXPECT_EQ(got[0].tokens, want[0].tokens);
+    EXPECT_EQ(got[0].logprobs, want[0].logprobs);
+  }
+}
+
+TEST_P(ScreenedChoice, LeavesEmbeddingAndLogitsAsTheyWere) {
+  upload_head();
+  std::vector<float> states = random_states(1.0F);
+  PlainStep step(kRows, kVocabulary);
+  const std::size_t outputs = step.outputs.size();
+  std::vector<std::vector<float>> embedded;
+  std::vector<std::vector<float>> logits;
+  for (auto* one : {&plain_, &screened_}) {
+    one->backend->begin(step.rows(), {});
+    embedded.emplace_back(static_cast<std::size_t>(kRows * kColumns));
+    one->backend->embed(*one->head, 2.5F, {embedded.back().data(), kColumns});
+    one->backend->head({states.data(), kColumns}, *one->head, 30.0F);
+    logits.emplace_back(outputs * kVocabulary);
+    one->backend->read_logits(logits.back());
+  }
+  EXPECT_EQ(embedded[0], embedded[1]);
+  EXPECT_EQ(logits[0], logits[1]);
+  EXPECT_EQ(plain_.head->bytes(), screened_.head->bytes());
+}
+
+INSTANTIATE_TEST_SUITE_P(Isas, ScreenedChoice, testing::ValuesIn(cpu::available_isas()),
+                         [](const auto& info) { return std::string(cpu::isa_name(info.param)); });
+
+}  // namespace
+
+namespace cpu {
+namespace {
+
+// The bounds themselves, and how rarely all logits are needed for states such as those of a model.
+class ScreenedBounds : public testing::TestWithParam<Isa> {};
+
+TEST_P(ScreenedBounds, AreNeverBelowTheLogits) {
+  std::mt19937 random(3);
+  for (int round = 0; round < 20; ++round) {
+    const int columns = kBlock * static_cast<int>(1 + random() % 20);
+    const int vocabulary = 300 + static_cast<int>(random() % 700);
+    const int outputs = 1 + static_cast<int>(random() % 10);
+    const MatmulKernels& matmul = matmul_kernels(GetParam());
+    WorkerPool pool(2);
+    WeightArena arena;
+    const std::vector<std::byte> blocks = random_blocks(WeightType::q8_0, std::int64_t{vocabulary} * columns, random);
+    PackedMatrix matrix{WeightType::q8_0, vocabulary, columns, panel_bytes(WeightType::q8_0, columns), nullptr};
+    MemorySlice memory = arena.take(static_cast<std::size_t>(panel_count(vocabulary)) * matrix.panel_bytes);
+    pack_rows(WeightType::q8_0, columns, vocabulary, WeightType::q8_0, blocks.data(), memory.data);
+    matrix.data = memory.data;
+    const CpuWeight weight(WeightType::q8_0, matrix, memory);
+    const std::vector<float> scale = random_values(columns, random);
+    const SplitHead head(weight, scale.data(), arena, pool);
+    ScreenedHead screened(head, GetParam(), matmul, layer_kernels(GetParam()), pool, outputs);
+
+    std::vector<float> states = random_values(std::int64_t{outputs} * columns, random);
+    // Some are as adverse as can be: along what a row lost, so that the bound is all but reached.
+    ActivationScratch scratch;
+    scratch.resize(outputs, columns);
+    for (int r = 0; r < outputs; ++r) {
+      float* state = &states[static_cast<std::size_t>(r * columns)];
+      if (r % 2 == 0) {
+        const std::size_t row = random() % static_cast<std::size_t>(vocabulary);
+        for (int c = 0; c < columns; ++c) {
+          const std::size_t at = row * static_cast<std::size_t>(columns) + static_cast<std::size_t>(c);
+          const unsigned byte = std::to_integer<unsigned>(blocks[at / kBlock * (2 + kBlock) + 2 + at % kBlock]) + 128U;
+          state[c] = static_cast<float>(static_cast<int>(byte & 15U) - 8);
+        }
+      }
+      scratch.quantize(matmul, r, columns, 0, columns, state);
+      scratch.split(head.columns(), r, columns);
+    }
+    const int chunks = (vocabulary + kLogitChunk - 1) / kLogitChunk;
+    std::vector<float> bounds(static_cast<std::size_t>(outputs * vocabulary));
+    std::vector<float> maxima(static_cast<std::size_t>(outputs * chunks));
+    const LogitRows rows{bounds.data(), vocabulary, vocabulary, maxima.data(), chunks};
+    const Activations x = scratch.view(columns, true, false);
+    for (const float softcap : {0.0F, 30.0F, 0.01F}) {
+      screened.bound(x, outputs, softcap, rows);
+      std::vector<float> logits(bounds.size());
+      matmul.matmul(weight.matrix(), 0, panel_count(vocabulary), x, outputs, logits.data(), vocabulary);
+      for (int r = 0; r < outputs; ++r) {
+        layer_kernels(GetParam()).softcap_max(&logits[static_cast<std::size_t>(r * vocabulary)], vocabulary, softcap);
+        for (int n = 0; n < vocabulary; ++n) {
+          const auto at = static_cast<std::size_t>(r * vocabulary + n);
+          ASSERT_GE(bounds[at], logits[at]) << "row " << r << ", token " << n << ", softcap " << softcap;
+          ASSERT_GE(maxima[static_cast<std::size_t>(r * chunks + n / kLogitChunk)], bounds[at]);
+        }
+      }
+    }
+  }
+}
+
+TEST(SplitHead, KnowsThatRowsHaveNoBound) {
+  std::mt19937 random(7);
+  std::vector<std::byte> blocks = random_blocks(WeightType::q8_0, 64 * kBlock, random);
+  WorkerPool pool(1);
+  WeightArena arena;
+  const std::vector<float> scale(kBlock, 1.0F);
+  for (const bool finite : {true, false}) {
+    if (!finite) {
+      const std::uint16_t infinite = 0x7C00;
+      std::memcpy(blocks.data() + 33 * (2 + kBlock), &infinite, sizeof infinite);
+    }
+    PackedMatrix matrix{WeightType::q8_0, 64, kBlock, panel_bytes(WeightType::q8_0, kBlock), nullptr};
+    const MemorySlice memory = arena.take(4 * matrix.panel_bytes);
+    pack_rows(WeightType::q8_0, kBlock, 64, WeightType::q8_0, blocks.data(), memory.data);
+    matrix.data = memory.data;
+    const CpuWeight weight(WeightType::q8_0, matrix, memory);
+    const SplitHead head(weight, scale.data(), arena, pool);
+    EXPECT_EQ(std::isfinite(head.longest()), finite);
+    ScreenedHead screened(head, Isa::portable, matmul_kernels(Isa::portable), layer_kernels(Isa::portable), pool, 1);
+    const SamplingParams greedy;
+    VerifyGroup group;
+    group.sampling = &greedy;
+    EXPECT_EQ(screened.takes(std::span(&group, 1)), finite);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Isas, ScreenedBounds, testing::ValuesIn(available_isas()),
+                         [](const auto& info) { return std::string(isa_name(info.param)); });
+
+}  // namespace
+}  // namespace cpu
+}  // namespace draftwerk
