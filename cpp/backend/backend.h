@@ -300,7 +300,8 @@ class Backend {
   virtual void reserve_head(const SparseHead& head) = 0;
   /// Lets verify() choose without computing all logits of this head of the whole vocabulary, where that is faster and
   /// gives the same tokens; `norm` is that of the states it is multiplied with. After reserve(), before the first step.
-  /// The weight's values stay what they are, and embed() and head() alone take it from then on.
+  /// The weight's values stay what they are; embed() and head() alone take it from then on, which it has to outlive. Of
+  /// several heads the first counts.
   virtual void screen_head(const Weight& /*head*/, const Norm& /*norm*/) {}
   /// Makes room for experts() in steps of up to max_rows rows.
   virtual void reserve_experts(int max_rows, int chosen, const Experts& experts) = 0;

@@ -28,11 +28,13 @@ class Bounds final : public PanelSource {
     for (std::size_t i = 0; i < logits_.size(); ++i) rows_.values[i] = logits_[i] + slack[i];
     view_ = rows_.view();
   }
-  void compute(std::int32_t panel) override {
-    EXPECT_TRUE(computed_.insert(panel).second) << "panel " << panel << " is known";
-    const std::size_t first = static_cast<std::size_t>(panel) * kPanel;
-    const std::size_t last = std::min(first + kPanel, logits_.size());
-    std::copy(logits_.data() + first, logits_.data() + last, view_.values + first);
+  void compute(std::span<const std::int32_t> panels) override {
+    for (const std::int32_t panel : panels) {
+      EXPECT_TRUE(computed_.insert(panel).second) << "panel " << panel << " is known";
+      const std::size_t first = static_cast<std::size_t>(panel) * kPanel;
+      const std::size_t last = std::min(first + kPanel, logits_.size());
+      std::copy(logits_.data() + first, logits_.data() + last, view_.values + first);
+    }
   }
   [[nodiscard]] BoundedRow row() const { return {view_.values, view_.chunk_max}; }
   [[nodiscard]] std::size_t computed() const { return computed_.size(); }
@@ -143,6 +145,7 @@ TEST_P(BoundedChoices, TakeRowAfterRowAndFewPanels) {
     const auto got = choice.choose(bounds.row(), sampling, {sampling.seed, 5}, bounds);
     ASSERT_TRUE(got.has_value());
     EXPECT_EQ(*got, reference_choose(logits, sampling, 5, {}, {}).token);
+    EXPECT_EQ(static_cast<std::size_t>(choice.panels()), bounds.computed());
     computed += bounds.computed();
   }
   // Of 125,000; the first 64 of the sampled ones, and what little might be more.

@@ -232,6 +232,33 @@ def test_real_model(real: Subject, real_cases: list[Case], name: str) -> None:
         assert stats["kv"]["prefix_hit_tokens"] > 0
 
 
+SCREENED_SETUPS = {
+    "no drafts": Setup(),
+    "seven drafts, one thread": Setup("lookup", 7, threads=1),
+    "four wrong drafts": Setup("random", 4),
+    "as it comes, three at once": Setup("auto", None, batch=3),
+}
+
+
+@pytest.mark.parametrize("name", SCREENED_SETUPS)
+def test_logits_that_are_left_out(real: Subject, real_cases: list[Case], name: str) -> None:
+    """Requests none of which needs all logits: whoever is chosen, and how, is the same as with them."""
+    ways = (
+        GREEDY,
+        FILTERED,
+        SamplingParams(temperature=0.7, top_k=20, min_p=0.05),
+        SamplingParams(temperature=2.0, top_k=256, top_p=0.5),
+        SamplingParams(temperature=1.3, top_k=3),
+    )
+    prompts = dict.fromkeys(case.prompt for case in real_cases)
+    cases = [
+        Case(prompt, replace(way, seed=seed, max_tokens=32, ignore_eos=True))
+        for seed, prompt in enumerate(prompts)
+        for way in ways
+    ]
+    check(real, cases, SCREENED_SETUPS[name])
+
+
 def test_greedy_check_value(real: Subject) -> None:
     """What transformers in float32 and llama.cpp continue with, all 40 tokens of it."""
     with real.engine(Setup("lookup")) as engine:

@@ -6,6 +6,7 @@
 
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/memory.h"
+#include "backend/cpu/split_columns.h"
 
 namespace draftwerk::cpu {
 

@@ -12,7 +12,7 @@
 namespace draftwerk::cpu {
 namespace {
 
-constexpr int kTokens = 1 << 16;  // that may be known of a row
+constexpr int kMostKnown = 1 << 16;  // tokens of a row
 constexpr int kPanelsPerChunk = kLogitChunk / kPanel;
 
 /// What a sum of weights is at most, or at least, if its terms are bounds: exp is approximated, and rounded.
@@ -29,28 +29,26 @@ std::uint64_t at_least(std::uint64_t mass, int terms) {
 BoundedChoice::BoundedChoice(const SamplerKernels& kernels, int vocabulary)
     : kernels_(&kernels),
       vocabulary_(vocabulary),
-      most_panels_(static_cast<int>(std::min<std::int64_t>(kTokens / kPanel, panel_count(vocabulary)))),
-      z_(kTokens),
-      tokens_(kTokens),
-      is_known_(static_cast<std::size_t>(panel_count(vocabulary))),
-      found_z_(kTokens),
-      found_(kTokens),
-      ranked_(kTokens) {
-  panels_.reserve(static_cast<std::size_t>(most_panels_));
+      capacity_(std::min(kMostKnown, static_cast<int>(panel_count(vocabulary)) * kPanel)),
+      is_known_(static_cast<std::size_t>(panel_count(vocabulary))) {
+  panels_.reserve(static_cast<std::size_t>(capacity_ / kPanel));
+  const auto size = static_cast<std::size_t>(std::max(capacity_, kListCapacity));
+  for (std::vector<float>* values : {&z_, &found_z_, &ranked_}) values->resize(size);
+  for (std::vector<std::int32_t>* tokens : {&tokens_, &found_}) tokens->resize(size);
 }
 
-std::optional<TokenId> BoundedChoice::choose(const BoundedRow& row, const SamplingParams& sampling, NoiseKey noise,
+std::optional<TokenId> BoundedChoice::choose(const BoundedRow& bounds, const SamplingParams& sampling, NoiseKey noise,
                                              PanelSource& source) {
   const bool greedy = sampling.temperature <= 0.0F;
-  begin(row, greedy ? 1.0F : 1.0F / sampling.temperature, source);
+  begin(bounds, greedy ? 1.0F : 1.0F / sampling.temperature, source);
   // Bounds may have been made of something that is not finite.
-  const float top = scaled(row_maximum(this->row()), scale_);
+  const float top = scaled(row_maximum(row()), scale_);
   if (!(top > -FLT_MAX && top < FLT_MAX)) return std::nullopt;
   return greedy ? choose_greedy() : choose_sampled(sampling, noise);
 }
 
-void BoundedChoice::begin(const BoundedRow& row, float scale, PanelSource& source) {
-  bounds_ = row;
+void BoundedChoice::begin(const BoundedRow& bounds, float scale, PanelSource& source) {
+  bounds_ = bounds;
   scale_ = scale;
   source_ = &source;
   count_ = 0;
@@ -59,7 +57,7 @@ void BoundedChoice::begin(const BoundedRow& row, float scale, PanelSource& sourc
 }
 
 std::optional<TokenId> BoundedChoice::choose_greedy() {
-  if (!know_best()) return std::nullopt;
+  if (!make_known_largest()) return std::nullopt;
   Candidate best;
   cpu::choose_greedy(*kernels_, z_.data(), tokens_.data(), count_, std::span(&best, 1));
   return best.token;
@@ -67,40 +65,40 @@ std::optional<TokenId> BoundedChoice::choose_greedy() {
 
 std::optional<TokenId> BoundedChoice::choose_sampled(const SamplingParams& sampling, NoiseKey noise) {
   const int k = sampling.top_k;
-  if (!know_first(k) || !know_best()) return std::nullopt;
+  if (!make_known_best(k) || !make_known_largest()) return std::nullopt;
   const float top = best_known();
   Cut cut{kth_known(k), INT_MAX};
   if (sampling.min_p > 0.0F) cut.value = std::max(cut.value, top + std::log(sampling.min_p));
   const float score = kernels_->list_best(known(), cut, noise).score;
-  if (!know(kernels_->row_collect_scores(row(), cut, noise, score, kTokens, found_.data()))) return std::nullopt;
+  const int contenders = kernels_->row_collect_scores(row(), cut, noise, score, capacity_, found_.data());
+  if (contenders > capacity_ || !make_known(found(contenders))) return std::nullopt;
   const Winner winner = kernels_->list_best(known(), cut, noise);
   if (is_kept(winner, k, sampling.top_p, top)) return winner.token;
-  if (!know_from(winner.z)) return std::nullopt;
+  if (!make_known_from(winner.z)) return std::nullopt;
   if (is_kept(winner, k, sampling.top_p, top)) return winner.token;
 
   // The usual choice, among all that there may be.
   const Cut enough{kth_known(k), INT_MAX};
-  if (!know_from(enough.value)) return std::nullopt;
+  if (!make_known_from(enough.value)) return std::nullopt;
   const int count = kernels_->list_collect(known(), enough, found_z_.data(), found_.data());
   Candidate best;
   cpu::choose_sampled(*kernels_, found_z_.data(), found_.data(), count, sampling, noise, std::span(&best, 1));
   return best.token;
 }
 
-/// Makes the panels of the first `count` tokens that were found known; false if they are too many.
-bool BoundedChoice::know(int count) {
-  if (count > kTokens) return false;
+/// Makes the panels of these tokens known; false if they are too many.
+bool BoundedChoice::make_known(std::span<const std::int32_t> tokens) {
   const std::size_t before = panels_.size();
-  for (int i = 0; i < count; ++i) {
-    const std::int32_t panel = found_[static_cast<std::size_t>(i)] / kPanel;
+  for (const std::int32_t token : tokens) {
+    const std::int32_t panel = token / kPanel;
     std::uint8_t& is_known = is_known_[static_cast<std::size_t>(panel)];
     if (is_known != 0) continue;
-    if (static_cast<int>(panels_.size()) == most_panels_) return false;
+    if (static_cast<int>(panels_.size()) == capacity_ / kPanel) return false;
     is_known = 1;
     panels_.push_back(panel);
   }
+  source_->compute(std::span(panels_).subspan(before));
   for (std::size_t i = before; i < panels_.size(); ++i) {
-    source_->compute(panels_[i]);
     const int first = panels_[i] * kPanel;
     for (int token = first; token < std::min(first + kPanel, vocabulary_); ++token, ++count_) {
       const float z = scaled(bounds_.values[token], scale_);
@@ -108,6 +106,7 @@ bool BoundedChoice::know(int count) {
       tokens_[static_cast<std::size_t>(count_)] = token;
     }
   }
+  // Chunks whose bounds have gone are passed over sooner.
   for (std::size_t i = before; i < panels_.size(); ++i) {
     const int chunk = panels_[i] / kPanelsPerChunk;
     if (i > before && chunk == panels_[i - 1] / kPanelsPerChunk) continue;
@@ -118,26 +117,28 @@ bool BoundedChoice::know(int count) {
 }
 
 /// All whose z may be at least that.
-bool BoundedChoice::know_from(float z) {
-  return know(kernels_->row_collect(row(), {z, INT_MAX}, kTokens, found_z_.data(), found_.data()));
+bool BoundedChoice::make_known_from(float z) {
+  const int count = kernels_->row_collect(row(), {z, INT_MAX}, capacity_, found_z_.data(), found_.data());
+  return count <= capacity_ && make_known(found(count));
 }
 
 /// The k tokens of the largest bounds.
-bool BoundedChoice::know_first(int k) {
-  const int found = collect_top(*kernels_, row(), k, found_z_.data(), found_.data());
-  const float top = kernels_->maximum(found_z_.data(), found);
-  const Cut cut = list_cut(*kernels_, {found_z_.data(), found_.data(), found}, k, top);
-  return know(kernels_->list_collect({found_z_.data(), found_.data(), found}, cut, found_z_.data(), found_.data()));
+bool BoundedChoice::make_known_best(int k) {
+  const int some = collect_top(*kernels_, row(), k, found_z_.data(), found_.data());
+  const float top = kernels_->maximum(found_z_.data(), some);
+  const LogitList list{found_z_.data(), found_.data(), some};
+  const int count = kernels_->list_collect(list, list_cut(*kernels_, list, k, top), found_z_.data(), found_.data());
+  return make_known(found(count));
 }
 
 /// The best token, and all that equal it.
-bool BoundedChoice::know_best() {
+bool BoundedChoice::make_known_largest() {
   if (count_ == 0) {
-    found_[0] = largest(row()).token;
-    if (!know(1)) return false;
+    const TokenId token = largest(row()).token;
+    if (!make_known(std::span(&token, 1))) return false;
   }
   const float best = best_known();
-  return best > kMinusInfinity && know_from(best);
+  return best > kMinusInfinity && make_known_from(best);
 }
 
 /// The k-th largest z of what is known, which is at most that of all.
@@ -152,10 +153,10 @@ float BoundedChoice::kth_known(int k) {
 /// Whether top_k and top_p keep the winner for certain, given that all that might have a higher score are known.
 bool BoundedChoice::is_kept(const Winner& winner, int k, float top_p, float top) {
   const Cut before{winner.z, winner.token - 1};
-  const bool knows_before = knows_from(winner.z);
+  const bool all_before = all_known_from(winner.z);
   if (kernels_->row_count_at_least(row(), winner.z) > k) {
     // Of those that equal it only some rank before it.
-    if (!knows_before || kernels_->list_collect(known(), before, found_z_.data(), found_.data()) >= k) return false;
+    if (!all_before || kernels_->list_collect(known(), before, found_z_.data(), found_.data()) >= k) return false;
   }
   if (!(top_p < 1.0F)) return true;
   // Whichever k tokens top_k keeps, they weigh at least as much as any k others.
@@ -163,11 +164,11 @@ bool BoundedChoice::is_kept(const Winner& winner, int k, float top_p, float top)
   const std::uint64_t total = at_least(kernels_->list_mass(known(), best_k, top), k);
   const auto allowed = std::max<std::uint64_t>(1, static_cast<std::uint64_t>(top_p * static_cast<double>(total)));
   const std::uint64_t mass = kernels_->row_mass(row(), before, top);
-  return (knows_before ? mass : at_most(mass, k)) < allowed;
+  return (all_before ? mass : at_most(mass, k)) < allowed;
 }
 
 /// Whether all whose z may be at least that are known.
-bool BoundedChoice::knows_from(float z) const {
+bool BoundedChoice::all_known_from(float z) const {
   return kernels_->row_count_at_least(row(), z) == kernels_->count_at_least(z_.data(), count_, 1.0F, z);
 }
 

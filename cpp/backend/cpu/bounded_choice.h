@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "backend/backend.h"
@@ -27,7 +28,7 @@ struct BoundedRow {
   float* chunk_max = nullptr;  ///< as of a LogitRow
 };
 
-/// What computes the logits of a panel of kPanel tokens, or those that the last panel has, in place of its bounds.
+/// What computes the logits of panels of kPanel tokens, or those that the last panel has, in place of its bounds.
 class PanelSource {
  public:
   PanelSource() = default;
@@ -36,8 +37,11 @@ class PanelSource {
   PanelSource(PanelSource&&) = delete;
   PanelSource& operator=(PanelSource&&) = delete;
   virtual ~PanelSource() = default;
-  virtual void compute(std::int32_t panel) = 0;
+  virtual void compute(std::span<const std::int32_t> panels) = 0;
 };
+
+/// A top_k that is no larger can be chosen so: beyond, too many tokens would have to be known.
+inline constexpr int kMostChosenAmong = 256;
 
 /// One row at a time; the object is the scratch that it takes.
 class BoundedChoice {
@@ -49,25 +53,30 @@ class BoundedChoice {
   /// known, or if no bound is finite; then the row means nothing any more.
   std::optional<TokenId> choose(const BoundedRow& row, const SamplingParams& sampling, NoiseKey noise,
                                 PanelSource& source);
+  /// How many panels the last choice took.
+  [[nodiscard]] int panels() const { return static_cast<int>(panels_.size()); }
 
  private:
   void begin(const BoundedRow& row, float scale, PanelSource& source);
   std::optional<TokenId> choose_greedy();
   std::optional<TokenId> choose_sampled(const SamplingParams& sampling, NoiseKey noise);
-  bool know(int count);
-  bool know_from(float z);
-  bool know_first(int k);
-  bool know_best();
+  bool make_known(std::span<const std::int32_t> tokens);
+  bool make_known_from(float z);
+  bool make_known_best(int k);
+  bool make_known_largest();
   float kth_known(int k);
   bool is_kept(const Winner& winner, int k, float top_p, float top);
-  [[nodiscard]] bool knows_from(float z) const;
+  [[nodiscard]] bool all_known_from(float z) const;
+  [[nodiscard]] std::span<const std::int32_t> found(int count) const {
+    return std::span(found_).first(static_cast<std::size_t>(count));
+  }
   [[nodiscard]] LogitRow row() const { return {bounds_.values, bounds_.chunk_max, vocabulary_, scale_}; }
   [[nodiscard]] LogitList known() const { return {z_.data(), tokens_.data(), count_}; }
   [[nodiscard]] float best_known() const { return kernels_->maximum(z_.data(), count_); }
 
   const SamplerKernels* kernels_;
   int vocabulary_;
-  int most_panels_;
+  int capacity_;  ///< tokens that may be known
 
   // The row.
   BoundedRow bounds_;
@@ -84,8 +93,5 @@ class BoundedChoice {
   std::vector<std::int32_t> found_;
   std::vector<float> ranked_;
 };
-
-/// A top_k that is no larger can be chosen so: beyond, too many tokens would have to be known.
-inline constexpr int kMostChosenAmong = 256;
 
 }  // namespace draftwerk::cpu

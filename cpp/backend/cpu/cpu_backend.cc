@@ -59,6 +59,7 @@ void CpuBackend::upload_rows(Weight& weight, std::int64_t first_row, std::int64_
   auto& target = static_cast<CpuWeight&>(weight);
   const PackedMatrix& matrix = target.matrix();
   check_upload(weight, first_row, count, source_type);
+  require(matrix.split == nullptr, "a weight that is not split yet");
   const std::size_t row_bytes = stored_row_bytes(source_type, matrix.columns);
   std::byte* panels = target.data() + static_cast<std::size_t>(first_row / kPanel) * matrix.panel_bytes;
   // Everything that pack_rows could refuse is checked above: the body of a parallel loop must not throw.
@@ -126,6 +127,7 @@ void CpuBackend::begin(const StepRows& rows, KvArena arena) {
   step_ = rows;
   arena_ = arena;
   ropes_used_ = 0;
+  head_logits_ = {};
   for (std::size_t s = 0; s < rows.segments.size(); ++s) {
     const Segment& segment = rows.segments[s];
     std::fill_n(row_segment_.begin() + segment.first_row, segment.rows, static_cast<int>(s));

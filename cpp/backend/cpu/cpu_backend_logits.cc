@@ -26,10 +26,8 @@ void CpuBackend::head(Tensor states, const Weight& weight, float softcap) {
   const int outputs = step_outputs();
   if (outputs == 0) return;
   const bool quantized = takes_quantized(matrix.type);
-  multiply_head(pool_, matmul_.matmul, matrix, prepare(states, nullptr, outputs, quantized, !quantized), outputs,
-                logit_rows(), [&](float* values, int /*row*/, std::int64_t /*first*/, int count) {
-                  return layer_.softcap_max(values, count, softcap);
-                });
+  compute_logits(pool_, matmul_, layer_, matrix, prepare(states, nullptr, outputs, quantized, !quantized), outputs,
+                 softcap, logit_rows());
 }
 
 /// The states of the output rows in the order of the split head's columns.
@@ -44,13 +42,9 @@ Activations CpuBackend::prepare_split(Tensor states) {
 void CpuBackend::compute_pending() {
   const auto* pending = std::get_if<PendingHead>(&head_logits_);
   if (pending == nullptr) return;
-  const float softcap = pending->softcap;
-  const int outputs = step_outputs();
-  if (outputs > 0) {
-    multiply_head(pool_, matmul_.matmul, split_head_->matrix(), prepare_split(pending->states), outputs, logit_rows(),
-                  [&](float* values, int /*row*/, std::int64_t /*first*/, int count) {
-                    return layer_.softcap_max(values, count, softcap);
-                  });
+  if (step_outputs() > 0) {
+    compute_logits(pool_, matmul_, layer_, split_head_->matrix(), prepare_split(pending->states), step_outputs(),
+                   pending->softcap, logit_rows());
   }
   head_logits_ = logit_rows();
 }
@@ -69,16 +63,16 @@ void CpuBackend::head(Tensor states, const SparseHead& head) {
 void CpuBackend::verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) {
   check_groups("cpu backend", groups);
   const auto* pending = std::get_if<PendingHead>(&head_logits_);
-  if (pending != nullptr && step_outputs() > 0 && screened_->takes(groups)) {
+  RowScreen* screen = nullptr;
+  if (pending != nullptr && screened_->takes(groups, step_outputs())) {
     screened_->bound(prepare_split(pending->states), step_outputs(), pending->softcap, logit_rows());
-    sampler_->verify_logits(logit_rows(), groups, results, pool_, screened_.get());
-    head_logits_ = {};  // what is there now is no row's logits
-    return;
+    screen = screened_.get();
+  } else {
+    compute_pending();
+    require(std::holds_alternative<LogitRows>(head_logits_), "a head of all tokens before a choice is verified");
   }
-  compute_pending();
-  const auto* logits = std::get_if<LogitRows>(&head_logits_);
-  require(logits != nullptr, "a head of all tokens before a choice is verified");
-  sampler_->verify_logits(*logits, groups, results, pool_);
+  sampler_->verify_logits(logit_rows(), groups, results, pool_, screen);
+  head_logits_ = {};
 }
 
 void CpuBackend::propose(std::span<const ProposeRow> rows, int count, std::span<Candidate> candidates) {

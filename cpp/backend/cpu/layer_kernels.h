@@ -77,7 +77,7 @@ struct LayerKernels {
   void (*gelu_multiply)(const float* gate, const float* up, int columns, float* y);
   /// x = softcap * tanh(x / softcap) unless softcap is 0; returns the largest element (NaN counts as minus infinity).
   float (*softcap_max)(float* x, int columns, float softcap);
-  /// x += errors * reach + slack, where `reach` or all of it may be NaN; returns the largest element likewise.
+  /// x += errors * reach + slack; returns the largest element (NaN counts as minus infinity).
   float (*raise_max)(float* x, const float* errors, float reach, float slack, int columns);
   /// Rotates the pairs (i, i + head_dim / 2) of one head by the angles of which cosine and sine are given,
   /// [head_dim / 2] each.

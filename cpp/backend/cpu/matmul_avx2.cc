@@ -10,6 +10,7 @@
 
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/simd.h"
+#include "backend/cpu/split_columns.h"
 
 namespace draftwerk::cpu {
 

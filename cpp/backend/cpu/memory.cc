@@ -35,9 +35,10 @@ MappedMemory::MappedMemory(std::size_t bytes, std::size_t alignment) : bytes_(by
 MappedMemory::~MappedMemory() { ::munmap(mapping_, mapped_); }
 
 void MappedMemory::discard(std::byte* first, std::byte* last) {
-  const std::size_t begin = round_up(reinterpret_cast<std::uintptr_t>(first), kSmallPage);
-  const std::size_t end = reinterpret_cast<std::uintptr_t>(last) / kSmallPage * kSmallPage;
-  if (begin < end) static_cast<void>(::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED));
+  const auto address = reinterpret_cast<std::uintptr_t>(first);
+  first += round_up(address, kSmallPage) - address;
+  last -= reinterpret_cast<std::uintptr_t>(last) % kSmallPage;
+  if (first < last) static_cast<void>(::madvise(first, static_cast<std::size_t>(last - first), MADV_DONTNEED));
 }
 
 std::shared_ptr<MappedMemory> MappedMemory::huge(std::size_t bytes) {

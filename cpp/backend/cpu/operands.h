@@ -13,6 +13,7 @@
 #include "backend/backend.h"
 #include "backend/cpu/memory.h"
 #include "backend/cpu/packing.h"
+#include "backend/cpu/split_columns.h"
 #include "backend/round_up.h"
 
 namespace draftwerk::cpu {
@@ -88,6 +89,7 @@ inline const PackedMatrix& packed(const Weight& weight) { return static_cast<con
 
 /// Rows [first, first + rows) of a matrix, both multiples of 16, as a matrix.
 inline PackedMatrix panels_of(const PackedMatrix& matrix, std::int64_t first, std::int64_t rows) {
+  require(matrix.split == nullptr, "a matrix whose panels are in one piece");
   PackedMatrix part = matrix;
   part.rows = rows;
   part.data += static_cast<std::size_t>(first / kPanel) * matrix.panel_bytes;

@@ -8,6 +8,7 @@
 
 #include "backend/cpu/int4.h"
 #include "backend/cpu/quantized_blocks.h"
+#include "backend/cpu/split_columns.h"
 #include "backend/weight_type.h"
 
 namespace draftwerk::cpu {

@@ -58,7 +58,7 @@ class Sampler {
   /// follows the last known token equals it, that draft's row chooses the next one, and so on until no draft does. Rows
   /// are chosen in parallel; which thread does it, and what else is in the step, changes nothing. A row without any
   /// finite logit gives token 0. Log-probabilities are filled if sampling->logprobs >= 0, `top` if it is > 0.
-  /// With a `screen` the logits are those that it completes, should it have to.
+  /// With a `screen` that chooses first, the logits are there once it has completed them.
   void verify_logits(const LogitRows& logits, std::span<const VerifyGroup> groups, std::span<VerifyResult> results,
                      WorkerPool& pool, RowScreen* screen = nullptr);
 

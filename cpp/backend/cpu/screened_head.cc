@@ -11,16 +11,21 @@
 namespace draftwerk::cpu {
 namespace {
 
-// A chosen token's logit may have been capped by two approximations of tanh, each off by less than 2^-20.
+// A logit and its bound may have been capped by two approximations of tanh, each off by less than 2^-20.
 constexpr float kSoftcapSlack = 0x1p-18F;
 // Logits below this cannot overflow, and neither can what they are made of.
 constexpr double kLargestLogit = 0x1p100;
-// Steps that have to be completed cost a whole product more; the others save a third of one.
-constexpr int kOneStep = 1 << 16;
-constexpr int kMostCompleted = kOneStep / 4;
+// A coarse product saves a third of the whole one while memory bounds both.
+constexpr double kMostWork = 0.3;
+constexpr double kNewest = 1.0 / 16.0;
 constexpr int kPause = 64;
+// Rows that a whole product takes in the time in which the head comes from memory.
+constexpr int kRowsOfMemory = 8;
 // Bytes of a head that are split at a time.
 constexpr std::int64_t kSplitTogether = std::int64_t{4} << 20;
+
+// Counters of workers lie in cache lines of their own.
+constexpr std::size_t kApart = 64 / sizeof(std::int64_t);
 
 float rounded_up(double value) {
   const auto nearest = static_cast<float>(value);
@@ -81,27 +86,49 @@ ScreenedHead::ScreenedHead(const SplitHead& head, Isa isa, const MatmulKernels& 
       matmul_(matmul),
       layer_(layer),
       pool_(pool),
-      choices_(static_cast<std::size_t>(pool.size()),
-               BoundedChoice(sampler_kernels(isa), static_cast<int>(head.matrix().rows))),
       reach_(static_cast<std::size_t>(max_outputs)),
-      slack_(static_cast<std::size_t>(max_outputs)) {}
+      slack_(static_cast<std::size_t>(max_outputs)),
+      panels_(static_cast<std::size_t>(pool.size()) * kApart, 0) {
+  choices_.reserve(static_cast<std::size_t>(pool.size()));
+  for (int i = 0; i < pool.size(); ++i) {
+    choices_.emplace_back(sampler_kernels(isa), static_cast<int>(head.matrix().rows));
+  }
+}
 
-bool ScreenedHead::takes(std::span<const VerifyGroup> groups) {
+bool ScreenedHead::takes(std::span<const VerifyGroup> groups, int outputs) {
+  if (outputs == 0) return false;
   if (!(head_.longest() < std::numeric_limits<double>::infinity())) return false;
-  const std::int64_t vocabulary = head_.matrix().rows;
-  const bool possible = std::all_of(groups.begin(), groups.end(), [vocabulary](const VerifyGroup& group) {
+  // Beyond, arithmetic bounds both products, and sampled rows have too many others multiplied one by one.
+  const std::int64_t few =
+      outputs > kRowsOfMemory ? 0 : std::min<std::int64_t>(kMostChosenAmong, head_.matrix().rows - 1);
+  const bool possible = std::all_of(groups.begin(), groups.end(), [few](const VerifyGroup& group) {
     const SamplingParams& sampling = *group.sampling;
-    const bool few = sampling.top_k > 0 && sampling.top_k <= kMostChosenAmong && sampling.top_k < vocabulary;
-    const bool bounded = sampling.temperature <= 0.0F || few;
+    const bool chosen_among_few = sampling.temperature <= 0.0F || (sampling.top_k > 0 && sampling.top_k <= few);
     const bool bans = !group.banned.empty() && group.banned_tokens > 0;
-    return bounded && !bans && !sampling.needs_history() && sampling.logit_bias.empty() && sampling.logprobs < 0;
+    return chosen_among_few && !bans && !sampling.needs_history() && sampling.logit_bias.empty() &&
+           sampling.logprobs < 0;
   });
   if (!possible) return false;
-  if (pause_ > 0) {
-    --pause_;
-    return false;
-  }
-  return true;
+  count_work();
+  if (mean_work_ > kMostWork && pause_ == 0) pause_ = kPause;
+  if (pause_ == 0) return true;
+  // After a pause it is tried anew, on probation.
+  if (--pause_ == 0) mean_work_ = kMostWork / 2;
+  return false;
+}
+
+/// Takes the work of the step before into the mean.
+void ScreenedHead::count_work() {
+  if (outputs_ == 0) return;
+  double panels = 0.0;
+  for (std::int64_t& some : panels_) panels += static_cast<double>(std::exchange(some, 0));
+  // Fewer rows than threads keep the others waiting.
+  const double waiting = static_cast<double>(pool_.size()) / std::min(pool_.size(), outputs_);
+  const double all =
+      static_cast<double>(panel_count(head_.matrix().rows)) * std::max(1.0, outputs_ / double{kRowsOfMemory});
+  const double work = panels * waiting / all + (completed_ ? 1.0 : 0.0);
+  mean_work_ += (work - mean_work_) * kNewest;
+  outputs_ = 0;
 }
 
 void ScreenedHead::bound(const Activations& x, int outputs, float softcap, const LogitRows& logits) {
@@ -109,6 +136,7 @@ void ScreenedHead::bound(const Activations& x, int outputs, float softcap, const
   outputs_ = outputs;
   softcap_ = softcap;
   logits_ = logits;
+  completed_ = false;
   const SplitColumns& columns = head_.columns();
   const auto blocks = static_cast<int>(columns.whole.size());
   for (int row = 0; row < outputs; ++row) {
@@ -117,19 +145,22 @@ void ScreenedHead::bound(const Activations& x, int outputs, float softcap, const
     for (int b = 0; b < blocks; ++b) {
       const std::int8_t* quants = x.quants + row * x.quant_stride + b * kBlock;
       const double scale = x.scales[row * x.block_stride + b];
-      int squares[2] = {0, 0};
-      for (int i = 0; i < kBlock; ++i)
-        squares[i < columns.whole[static_cast<std::size_t>(b)] * 4] += quants[i] * quants[i];
-      all += scale * scale * (squares[0] + squares[1]);
-      lossy += scale * scale * squares[0];
+      const int whole = columns.whole[static_cast<std::size_t>(b)] * kGroupColumns;
+      int squares = 0;
+      int lossy_squares = 0;
+      for (int i = 0; i < kBlock; ++i) squares += quants[i] * quants[i];
+      for (int i = whole; i < kBlock; ++i) lossy_squares += quants[i] * quants[i];
+      all += scale * scale * squares;
+      lossy += scale * scale * lossy_squares;
     }
+    // Rounding: the terms of a product, one of each block, have sizes that add up to no more than |w| |x| for the whole
+    // product and (|w| + |e|) |x| for the coarse one, and less than (blocks + 2) operations round each of them by 2^-24
+    // of what there is. A bound is at most (|w| + 2 |e|) |x|, and rounded three times as it is made. All of that is
+    // below half of this.
     const double size = head_.longest() * std::sqrt(all);
     const auto at = static_cast<std::size_t>(row);
-    // Rounding: each product adds `blocks` terms, whose sizes add up to no more than |w| |x|, with an error of 2^-24 of
-    // what is there in each of their (blocks + 2) operations; twice that for both, and twice that to be safe.
     reach_[at] = rounded_up(std::sqrt(lossy) * (1.0 + 0x1p-20));
     slack_[at] = rounded_up(size * (blocks + 8) * 0x1p-22);
-    // Then there are no bounds: the row is completed.
     if (!(size < kLargestLogit)) slack_[at] = std::numeric_limits<float>::quiet_NaN();
   }
   const float* lost = head_.lost();
@@ -143,8 +174,6 @@ void ScreenedHead::bound(const Activations& x, int outputs, float softcap, const
                   }
                   return most;
                 });
-  // An average over the last 16 steps or so.
-  completed_ -= completed_ / 16;
 }
 
 /// Logits of an output row by the head itself.
@@ -152,15 +181,31 @@ class ScreenedHead::Row final : public PanelSource {
  public:
   Row(const ScreenedHead& head, int output)
       : head_(head), x_(head.x_.from(output)), values_(head.logits_.values + output * head.logits_.stride) {}
-  void compute(std::int32_t panel) override {
-    const PackedMatrix& matrix = head_.head_.matrix();
-    head_.matmul_.matmul(matrix, panel, panel + 1, x_, 1, values_, head_.logits_.stride);
-    const std::int64_t first = std::int64_t{panel} * kPanel;
-    const auto count = static_cast<int>(std::min<std::int64_t>(kPanel, matrix.rows - first));
-    head_.layer_.softcap_max(values_ + first, count, head_.softcap_);
+  void compute(std::span<const std::int32_t> panels) override {
+    for (std::size_t i = 0; i < panels.size(); ++i) {
+      if (i + 1 < panels.size()) prefetch(panels[i + 1]);
+      const std::int64_t panel = panels[i];
+      // As if it were the last one: what the product would fetch behind it is not what comes next.
+      PackedMatrix matrix = head_.head_.matrix();
+      const std::int64_t first = panel * kPanel;
+      const auto count = static_cast<int>(std::min<std::int64_t>(kPanel, matrix.rows - first));
+      matrix.rows = first + count;
+      head_.matmul_.matmul(matrix, panel, panel + 1, x_, 1, values_, head_.logits_.stride);
+      head_.layer_.softcap_max(values_ + first, count, head_.softcap_);
+    }
   }
 
  private:
+  void prefetch(std::int64_t panel) const {
+    const PackedMatrix& matrix = head_.head_.matrix();
+    const auto at = static_cast<std::size_t>(panel);
+    const auto fetch = [](const std::byte* data, std::size_t bytes) {
+      for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(data + line, 0, 2);
+    };
+    fetch(matrix.data + at * matrix.panel_bytes, matrix.panel_bytes);
+    fetch(matrix.split->rest + at * matrix.split->rest_bytes, matrix.split->rest_bytes);
+  }
+
   const ScreenedHead& head_;
   Activations x_;
   float* values_;
@@ -168,18 +213,18 @@ class ScreenedHead::Row final : public PanelSource {
 
 std::optional<TokenId> ScreenedHead::choose(const VerifyGroup& group, int row, NoiseKey noise, int worker) {
   const int output = group.first_output + row;
+  if (!(slack_[static_cast<std::size_t>(output)] >= 0.0F)) return std::nullopt;
   const BoundedRow bounds{logits_.values + output * logits_.stride, logits_.chunk_max + output * logits_.chunk_stride};
   Row source(*this, output);
-  return choices_[static_cast<std::size_t>(worker)].choose(bounds, *group.sampling, noise, source);
+  BoundedChoice& choice = choices_[static_cast<std::size_t>(worker)];
+  const std::optional<TokenId> token = choice.choose(bounds, *group.sampling, noise, source);
+  panels_[static_cast<std::size_t>(worker) * kApart] += choice.panels();
+  return token;
 }
 
 void ScreenedHead::complete() {
-  multiply_head(pool_, matmul_.matmul, head_.matrix(), x_, outputs_, logits_,
-                [&](float* values, int /*row*/, std::int64_t /*first*/, int count) {
-                  return layer_.softcap_max(values, count, softcap_);
-                });
-  completed_ += kOneStep / 16;
-  if (completed_ > kMostCompleted) pause_ = kPause;
+  compute_logits(pool_, matmul_, layer_, head_.matrix(), x_, outputs_, softcap_, logits_);
+  completed_ = true;
 }
 
 }  // namespace draftwerk::cpu

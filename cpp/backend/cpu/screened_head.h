@@ -53,12 +53,12 @@ class ScreenedHead final : public RowScreen {
   ScreenedHead(const SplitHead& head, Isa isa, const MatmulKernels& matmul, const LayerKernels& layer, WorkerPool& pool,
                int max_outputs);
 
-  /// Whether it is likely to be faster to have these groups' tokens chosen so than from all logits, and possible: as
-  /// long as nothing but temperature, top_k, top_p and min_p matters, and some top_k unless the choice is greedy.
-  [[nodiscard]] bool takes(std::span<const VerifyGroup> groups);
+  /// Whether these groups' tokens can be chosen so, as nothing but temperature, top_k, top_p and min_p matters and
+  /// there is some top_k unless the choice is greedy, and whether that is likely to be faster than from all logits.
+  [[nodiscard]] bool takes(std::span<const VerifyGroup> groups, int outputs);
 
   /// Fills `logits` with upper bounds of the logits of `outputs` rows; `x` holds their states in the order of the split
-  /// columns. Both stay as they are until the rows are chosen.
+  /// columns, and stays as it is until the rows are chosen, for which `logits` are overwritten.
   void bound(const Activations& x, int outputs, float softcap, const LogitRows& logits);
 
   [[nodiscard]] std::optional<TokenId> choose(const VerifyGroup& group, int row, NoiseKey noise, int worker) override;
@@ -66,6 +66,7 @@ class ScreenedHead final : public RowScreen {
 
  private:
   class Row;
+  void count_work();
 
   const SplitHead& head_;
   const MatmulKernels& matmul_;
@@ -73,7 +74,7 @@ class ScreenedHead final : public RowScreen {
   WorkerPool& pool_;
   std::vector<BoundedChoice> choices_;  ///< one per worker
   std::vector<float> reach_;            ///< [max_outputs] |x'|
-  std::vector<float> slack_;            ///< [max_outputs]
+  std::vector<float> slack_;            ///< [max_outputs]; NaN: there is no bound
 
   // The step.
   Activations x_;
@@ -81,9 +82,11 @@ class ScreenedHead final : public RowScreen {
   float softcap_ = 0.0F;
   LogitRows logits_;
 
-  // How often completing was needed of late, in 65,536ths of all steps, and for how many steps there is no other try.
-  int completed_ = 0;
-  int pause_ = 0;
+  // Whether it pays: work is that of multiplying rows whole, as a share of a product of all.
+  std::vector<std::int64_t> panels_;  ///< of this step, one per worker
+  bool completed_ = false;            ///< this step
+  double mean_work_ = 0.0;            ///< of the last sixteen steps or so
+  int pause_ = 0;                     ///< steps that are not to be screened
 };
 
 }  // namespace draftwerk::cpu

@@ -5,7 +5,6 @@
 #include <cstring>
 #include <numeric>
 
-#include "backend/cpu/packing.h"
 #include "backend/cpu/quantized_blocks.h"
 
 namespace draftwerk::cpu {
@@ -13,7 +12,6 @@ namespace {
 
 using namespace layout;
 
-constexpr int kGroupColumns = kBlock / kGroups;
 // A head is read coarsely in two thirds of its bytes with this share: more lets fewer rows through and reads more.
 constexpr double kWholeShare = 1.0 / 3.0;
 

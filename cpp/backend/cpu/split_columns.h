@@ -15,7 +15,12 @@
 #include <span>
 #include <vector>
 
+#include "backend/cpu/packing.h"
+
 namespace draftwerk::cpu {
+
+/// Columns of a group.
+inline constexpr int kGroupColumns = kBlock / layout::kGroups;
 
 struct SplitColumns {
   std::vector<std::uint8_t> order;  ///< [columns] which column of its block stands at each place of it
@@ -32,8 +37,8 @@ struct SplitColumns {
 
 /// Sizes of the rows of a panel.
 struct RowNorms {
-  double row[16] = {};   ///< |w|, of the whole row
-  double lost[16] = {};  ///< of what its coarse part lacks
+  double row[kPanel] = {};   ///< |w|, of the whole row
+  double lost[kPanel] = {};  ///< of what its coarse part lacks
 };
 
 /// Brings a panel of q8_0 into that order and measures its rows. Norms are exact but for rounding in double precision;
