@@ -274,6 +274,7 @@ void bind_engine(py::module_& m) {
       .def("event_fd", [](PyEngine& e) { return e.engine().event_descriptor(); })
       .def("stats", [](PyEngine& e) { return to_dict(e.engine().statistics()); })
       .def("failure", [](PyEngine& e) { return e.engine().failure(); })
+      .def("step_seconds", [](PyEngine& e) { return e.engine().step_seconds(); })
       .def("close", &PyEngine::close, py::call_guard<py::gil_scoped_release>());
 }
 

@@ -185,6 +185,11 @@ std::string Engine::failure() const {
   return failure_;
 }
 
+double Engine::step_seconds() const {
+  const Clock::rep began = step_began_.load();
+  return began == 0 ? 0.0 : seconds_since(Clock::time_point(Clock::duration(began)));
+}
+
 void Engine::close() {
   {
     const std::lock_guard lock(mutex_);
@@ -202,6 +207,7 @@ void Engine::close() {
 
 void Engine::run() {
   while (take_commands()) {
+    step_began_.store(Clock::now().time_since_epoch().count());
     try {
       step();
     } catch (const DeviceFailure& error) {
@@ -214,6 +220,7 @@ void Engine::run() {
       // Memory has run out, or a call of the device's has failed. The callers hear of it and the engine goes on.
       abort_all(FinishReason::error, error.what());
     }
+    step_began_.store(0);
     // Where a device computes by itself, the next step tells of this one: the device need not wait for that.
     if (!model_.backend().asynchronous() || scheduler_.idle()) publish();
   }

@@ -1,6 +1,8 @@
 // The engine: a thread that plans, drafts, verifies and accepts, step after step. engine.cc reads top to bottom.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -115,6 +117,9 @@ class Engine {
   [[nodiscard]] EngineStatistics statistics() const;
   /// Why nothing is computed any more, which every request since then has ended with; empty as long as all is well.
   [[nodiscard]] std::string failure() const;
+  /// Seconds since the step began that is being made; 0 while none is. A device that hangs keeps it growing. Any
+  /// thread.
+  [[nodiscard]] double step_seconds() const;
   /// Cancels what is left, ends the thread and frees the KV memory. Idempotent.
   void close();
 
@@ -177,6 +182,8 @@ class Engine {
   std::vector<Event> step_events_;
   std::vector<RequestId> ended_;
   EngineStatistics totals_;
+
+  std::atomic<std::chrono::steady_clock::rep> step_began_ = 0;  // 0: no step is being made
 
   EventQueue events_;
   mutable std::mutex mutex_;  // guards what follows

@@ -189,6 +189,9 @@ class Engine:
     def failure(self) -> str:
         """Why nothing is computed any more; empty as long as all is well."""
 
+    def step_seconds(self) -> float:
+        """Seconds since the step began that is being made; 0 while none is."""
+
     def close(self) -> None: ...
 
 def dequantize(

@@ -440,6 +440,11 @@ class Engine:
         """
         return self._dispatcher.core.failure()
 
+    @property
+    def step_seconds(self) -> float:
+        """Seconds since the step began that is being made; 0 while none is. It keeps growing where a device hangs."""
+        return self._dispatcher.core.step_seconds()
+
     def when_failed(self, tell: Callable[[str], None] | None) -> None:
         """Calls `tell` with that reason once there is one: on the event loop or thread that brings the tokens, or at
         once if the device has failed already. None: nobody is told."""

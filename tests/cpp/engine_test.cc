@@ -99,6 +99,27 @@ INSTANTIATE_TEST_SUITE_P(
                           Variant{"random", 8, 64, 1, kPlenty, true, 16},
                           Variant{"random", -1, 64, 1, kPlenty, true, 1})));
 
+TEST(EngineTest, SaysHowLongAStepHasTaken) {
+  TinyModel tiny(WeightType::q8_0);
+  EngineOptions options;
+  options.kv_memory_bytes = kPlenty;
+  testing::Gate gate(1);
+  Engine engine(tiny.model(), options, gate.drafter(), {});
+  EXPECT_EQ(engine.step_seconds(), 0.0);
+  Request request;
+  request.prompt = {1, 2, 3};
+  request.max_tokens = 5;
+  const RequestId id = engine.submit(request);
+  gate.wait_until_held();
+  const double before = engine.step_seconds();
+  EXPECT_GT(before, 0.0);
+  EXPECT_GT(engine.step_seconds(), before);
+  gate.let_pass();
+  collect(engine, {id});
+  engine.close();
+  EXPECT_EQ(engine.step_seconds(), 0.0);
+}
+
 TEST(EngineTest, TightMemoryReallyPreempts) {
   TinyModel tiny(WeightType::q8_0);
   EngineOptions options;

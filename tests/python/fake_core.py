@@ -176,6 +176,7 @@ class Engine:
         self.fail_with = self.default_failure
         self.refuse_with: Exception | None = None
         self.device_failure = ""
+        self.step_takes = 0.0
         self.waits = 0
         self.requests: list[Request] = []
         self.cancelled: list[int] = []
@@ -202,6 +203,9 @@ class Engine:
 
     def failure(self) -> str:
         return self.device_failure
+
+    def step_seconds(self) -> float:
+        return self.step_takes
 
     def submit(self, request: Request) -> int:
         if self.device_failure:

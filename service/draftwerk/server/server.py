@@ -35,6 +35,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 _MOST_FREQUENT_PING_MS = 10_000  # clients ping every 30 s; pings that come faster than this end the connection
 _KEEPALIVE_MS, _KEEPALIVE_TIMEOUT_MS = 60_000, 20_000  # a client that vanished must not hold its sessions for hours
+_LOOKS_AT_STEPS = 5.0  # seconds between two looks at whether a step hangs, at most
 _LAST_WORDS = 1.0  # seconds that ended calls get to send their status
 
 _log = structlog.stdlib.get_logger("draftwerk.server")
@@ -62,6 +63,7 @@ class Server:
         self._calls = Calls(self._metrics, self._draining)
         self._health = _Health()
         self._telling: asyncio.Task[None] | None = None  # of the device's failure
+        self._watching: asyncio.Task[None] | None = None  # for steps that do not end
         self._servers: dict[grpc.aio.Server, list[str]] = {}  # one for each port, with its services of draftwerk.v1
         self._metrics_server: tuple[WSGIServer, threading.Thread] | None = None
 
@@ -100,12 +102,16 @@ class Server:
             await server.start()
         await self._set_health(_SERVING)
         engine.when_failed(self._device_failed)
+        if settings.step_timeout > 0:
+            self._watching = asyncio.create_task(self._watch_steps(settings.step_timeout))
 
     async def stop(self, grace: float) -> None:
         """Takes no new calls, waits `grace` seconds at most for those that run, ends the others, stops listening."""
         ends_at = time.monotonic() + grace
         self._draining.set()
         self._engine.when_failed(None)
+        if self._watching is not None:
+            self._watching.cancel()
         await self._set_health(_NOT_SERVING)
         if self._calls.running:
             _log.info("waiting for running calls", running=self._calls.running, grace_period=grace)
@@ -149,6 +155,21 @@ class Server:
         """From now on whoever asks for the health of the server hears that it has to be started anew."""
         _log.critical("the device has failed: not serving any more", error=why)
         self._telling = asyncio.get_running_loop().create_task(self._set_health(_NOT_SERVING))
+
+    async def _watch_steps(self, timeout: float) -> None:
+        """Has health say NOT_SERVING as long as a step takes more than `timeout` seconds: the device may hang."""
+        hangs = False
+        while True:
+            await asyncio.sleep(min(timeout / 4, _LOOKS_AT_STEPS))
+            seconds = self._engine.step_seconds
+            if (seconds > timeout) == hangs or self._engine.failure:
+                continue
+            hangs = not hangs
+            if hangs:
+                _log.critical("a step does not end: not serving until it does", seconds=round(seconds))
+            else:
+                _log.info("the step has ended: serving again")
+            await self._set_health(_NOT_SERVING if hangs else _SERVING)
 
     async def _set_health(self, status: int) -> None:
         for service in ("", *sorted({method.split("/")[1] for method in METHODS})):

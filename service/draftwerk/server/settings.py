@@ -140,6 +140,14 @@ class Settings(BaseModel):
         None, "Budgets", "N", "Most prompt tokens of one pass. Default: --max-step-rows.", ge=1
     )
     prefix_cache: bool = _setting(True, "Budgets", "", "Keep finished prompts for prompts that begin alike.")
+    step_timeout: float = _setting(
+        300.0,
+        "Budgets",
+        "SECONDS",
+        "A step that takes longer hangs: health says NOT_SERVING. 0: none does.",
+        ge=0,
+        le=86_400,
+    )
     draft_length: Optional[int] = _setting(
         None, "Budgets", "N", "Drafts per step. Default: decided by measured costs.", ge=0
     )

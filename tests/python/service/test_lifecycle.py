@@ -143,6 +143,26 @@ async def test_a_server_whose_device_has_failed_says_so(served: grpc.aio.Channel
     watch.cancel()
 
 
+async def test_a_server_whose_step_does_not_end_says_so_until_it_does(
+    engine: draftwerk.Engine, scripted: fake_core.Engine, figures: dict[str, Any], inprocess_server: InProcess
+) -> None:
+    async with inprocess_server(engine, step_timeout=0.1) as server, connect(server) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT)
+        assert (await watch.read()).status == SERVING
+        scripted.step_takes = 0.05
+        await asyncio.sleep(0.1)
+        assert await health_of(channel, "draftwerk.v1.Generation") == SERVING
+        for seconds, status in ((0.2, NOT_SERVING), (0.0, SERVING), (9.0, NOT_SERVING)):
+            scripted.step_takes = seconds
+            assert (await watch.read()).status == status
+            assert await health_of(channel, "draftwerk.v1.Generation") == status
+        scripted.device_failure = "gone"  # from now on that is what counts
+        scripted.step_takes = 0.0
+        await asyncio.sleep(0.1)
+        assert await health_of(channel, "draftwerk.v1.Generation") == NOT_SERVING
+        watch.cancel()
+
+
 async def test_an_engine_that_failed_before_is_not_served(
     engine: draftwerk.Engine, scripted: fake_core.Engine, figures: dict[str, Any], inprocess_server: InProcess
 ) -> None:

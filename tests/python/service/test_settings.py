@@ -65,6 +65,7 @@ VALUES: dict[str, Any] = {
     "max_message_bytes": 1 << 20,
     "reflection": False,
     "grace_period": 1.5,
+    "step_timeout": 7.5,
     "tls_certificate": "a.pem",
     "tls_key": "b.pem",
     "tls_client_ca": "c.pem",
