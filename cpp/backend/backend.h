@@ -356,7 +356,8 @@ class Backend {
   /// has all of the step then, and the host has time to itself until it calls verify(), which reads nothing more of the
   /// groups' drafts and parents: from here on they may change. A backend of several passes_ahead() has its own.
   virtual void begin_verify(std::span<const VerifyGroup> /*groups*/) {}
-  /// Chooses the target's token at every output row and accepts drafts while they agree. Waits for the step.
+  /// Chooses the target's token at every output row and accepts drafts while they agree. Begins what begin_verify() of
+  /// these groups did not, if that was left out, and waits for the step.
   /// `results` has one entry per group; vectors in it are reused.
   virtual void verify(std::span<const VerifyGroup> groups, std::span<VerifyResult> results) = 0;
   /// Finds, for every output row, the `count` best drafts; `rows` has an entry for each output row, and `candidates`
@@ -390,7 +391,7 @@ class Backend {
 
   // --- for tests and evaluation ------------------------------------------------------------------------------
   /// Copies the logits that the last head() computed to `out`, [outputs, vocabulary] float32. Waits. After verify() or
-  /// propose() they are no longer what they were.
+  /// propose() they are no longer what they were, if they are there at all.
   virtual void read_logits(std::span<float> out) = 0;
 };
 
