@@ -22,7 +22,7 @@ constexpr int kVocabulary = 5000;
 // Two backends with the same head and states, of which one screens it.
 class ScreenedChoice : public testing::TestWithParam<cpu::Isa> {
  protected:
-  static constexpr int kRows = 8;  // more are not screened where they are sampled
+  static constexpr int kRows = 8;  // more sequences are not screened where they are sampled
 
   ScreenedChoice() {
     scale_.resize(kColumns);

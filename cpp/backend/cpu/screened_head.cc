@@ -98,9 +98,10 @@ ScreenedHead::ScreenedHead(const SplitHead& head, Isa isa, const MatmulKernels& 
 bool ScreenedHead::takes(std::span<const VerifyGroup> groups, int outputs) {
   if (outputs == 0) return false;
   if (!(head_.longest() < std::numeric_limits<double>::infinity())) return false;
-  // Beyond, arithmetic bounds both products, and sampled rows have too many others multiplied one by one.
-  const std::int64_t few =
-      outputs > kRowsOfMemory ? 0 : std::min<std::int64_t>(kMostChosenAmong, head_.matrix().rows - 1);
+  // Each sequence has rows multiplied one by one, some hundred panels of them where it is sampled; with this many, the
+  // coarse product does not save as much. (Rows behind a wrong draft do not count: nobody chooses there.)
+  const bool many = groups.size() > static_cast<std::size_t>(kRowsOfMemory);
+  const std::int64_t few = many ? 0 : std::min<std::int64_t>(kMostChosenAmong, head_.matrix().rows - 1);
   const bool possible = std::all_of(groups.begin(), groups.end(), [few](const VerifyGroup& group) {
     const SamplingParams& sampling = *group.sampling;
     const bool chosen_among_few = sampling.temperature <= 0.0F || (sampling.top_k > 0 && sampling.top_k <= few);
