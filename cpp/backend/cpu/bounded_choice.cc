@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 #include <span>
+#include <utility>
 
 #include "backend/cpu/packing.h"
 
@@ -13,7 +14,6 @@ namespace draftwerk::cpu {
 namespace {
 
 constexpr int kMostKnown = 1 << 16;  // tokens of a row
-constexpr int kPanelsPerChunk = kLogitChunk / kPanel;
 
 /// What a sum of weights is at most, or at least, if its terms are bounds: exp is approximated, and rounded.
 std::uint64_t at_most(std::uint64_t mass, int terms) {
@@ -107,9 +107,10 @@ bool BoundedChoice::make_known(std::span<const std::int32_t> tokens) {
     }
   }
   // Chunks whose bounds have gone are passed over sooner.
+  int last = -1;
   for (std::size_t i = before; i < panels_.size(); ++i) {
-    const int chunk = panels_[i] / kPanelsPerChunk;
-    if (i > before && chunk == panels_[i - 1] / kPanelsPerChunk) continue;
+    const int chunk = panels_[i] * kPanel / kLogitChunk;
+    if (std::exchange(last, chunk) == chunk) continue;
     const int first = chunk * kLogitChunk;
     bounds_.chunk_max[chunk] = kernels_->maximum(bounds_.values + first, std::min(kLogitChunk, vocabulary_ - first));
   }
@@ -153,8 +154,9 @@ float BoundedChoice::kth_known(int k) {
 /// Whether top_k and top_p keep the winner for certain, given that all that might have a higher score are known.
 bool BoundedChoice::is_kept(const Winner& winner, int k, float top_p, float top) {
   const Cut before{winner.z, winner.token - 1};
-  const bool all_before = all_known_from(winner.z);
-  if (kernels_->row_count_at_least(row(), winner.z) > k) {
+  const int reaching = kernels_->row_count_at_least(row(), winner.z);
+  const bool all_before = reaching == kernels_->count_at_least(z_.data(), count_, 1.0F, winner.z);
+  if (reaching > k) {
     // Of those that equal it only some rank before it.
     if (!all_before || kernels_->list_collect(known(), before, found_z_.data(), found_.data()) >= k) return false;
   }
@@ -165,11 +167,6 @@ bool BoundedChoice::is_kept(const Winner& winner, int k, float top_p, float top)
   const auto allowed = std::max<std::uint64_t>(1, static_cast<std::uint64_t>(top_p * static_cast<double>(total)));
   const std::uint64_t mass = kernels_->row_mass(row(), before, top);
   return (all_before ? mass : at_most(mass, k)) < allowed;
-}
-
-/// Whether all whose z may be at least that are known.
-bool BoundedChoice::all_known_from(float z) const {
-  return kernels_->row_count_at_least(row(), z) == kernels_->count_at_least(z_.data(), count_, 1.0F, z);
 }
 
 }  // namespace draftwerk::cpu

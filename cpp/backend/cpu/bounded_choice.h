@@ -66,7 +66,6 @@ class BoundedChoice {
   bool make_known_largest();
   float kth_known(int k);
   bool is_kept(const Winner& winner, int k, float top_p, float top);
-  [[nodiscard]] bool all_known_from(float z) const;
   [[nodiscard]] std::span<const std::int32_t> found(int count) const {
     return std::span(found_).first(static_cast<std::size_t>(count));
   }

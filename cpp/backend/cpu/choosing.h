@@ -174,8 +174,6 @@ Winner choose_among(const Contenders& contenders, Cut cut, const SamplingParams&
 inline constexpr int kListCapacity = 2048;
 inline constexpr Candidate kNoCandidate{-1, kMinusInfinity};
 
-inline bool keeps(Cut cut, float z, TokenId token) { return z > cut.value || (z == cut.value && token <= cut.last); }
-
 inline int chunks_of(const LogitRow& row) { return (row.vocabulary + kLogitChunk - 1) / kLogitChunk; }
 
 /// The largest logit of a row; minus infinity if there is none.

@@ -65,6 +65,16 @@ template <int part>
   return elements + part * kPartRows * bytes;
 }
 
+// A block's products, or those of half a block, to R rows of outputs.
+template <int R>
+[[gnu::always_inline]] inline void add_products(const Integers (&dot)[R], Part weight_scale, const float* scales,
+                                                std::int64_t block_stride, Part (&y)[R]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes<Part>(scales[r * block_stride])), y[r]);
+  }
+}
+
 template <WeightType type, int part, int R>
 [[gnu::always_inline]] inline void add_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
                                              const float* scales, std::int64_t block_stride, const Start* starts,
@@ -72,10 +82,7 @@ template <WeightType type, int part, int R>
   const Part weight_scale = load_lanes<WeightType::f16, Part>(of_part<part>(block, 2));
   Integers dot[R];
   dot_block<type, part>(block + layout::kHalves, quants, stride, starts, start_stride, dot);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes<Part>(scales[r * block_stride])), y[r]);
-  }
+  add_products(dot, weight_scale, scales, block_stride, y);
 }
 
 template <int part, int R>
@@ -101,10 +108,7 @@ template <int half, int part, int R>
   const Part weight_scale = multiply(d, part_from_i8(of_part<part>(block + half * kPanel, 1)));
   Integers dot[R];
   dot_half<half, part>(block + 2 * kPanel, quants, stride, starts + half, start_stride, dot);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes<Part>(scales[r * block_stride])), y[r]);
-  }
+  add_products(dot, weight_scale, scales, block_stride, y);
 }
 
 // Asks for so many bytes of the next panel, if there is one, and goes on behind them: each part of a panel asks for its
@@ -114,10 +118,6 @@ template <int half, int part, int R>
 #pragma GCC unroll 16
   for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
   next += bytes;
-}
-template <std::size_t bytes>
-[[gnu::always_inline]] inline void prefetch(const std::byte*& next) {
-  prefetch(next, bytes);
 }
 
 constexpr bool is_float_panel(WeightType type) {
@@ -132,7 +132,7 @@ template <WeightType type, int R>
   const std::int64_t stride = x.stride;
   constexpr std::size_t bytes = kPanel * (type == WeightType::f32 ? 4 : 2);
   for (std::int64_t c = 0; c < columns; ++c, panel += bytes) {
-    if (bytes == 64 || c % 2 == 0) prefetch<64>(next);
+    if (bytes == 64 || c % 2 == 0) prefetch(next, 64);
     const Float w = load_lanes<type, Float>(panel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) y[r] = multiply_add(w, splat_lanes<Float>(values[r * stride + c]), y[r]);
@@ -153,7 +153,7 @@ template <WeightType type, int part, int R>
   const std::int8_t* end = quants + columns;
   if constexpr (type == WeightType::q4_k || type == WeightType::q6_k) {
     while (quants != end) {
-      prefetch<(type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts>(next);
+      prefetch(next, (type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts);
       const Part d = load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2));
       panel += layout::kHalves;
       Part negative_dmin = {};
@@ -163,11 +163,11 @@ template <WeightType type, int part, int R>
       }
       for (int b = 0; b < layout::kBlocksPerSuper; ++b, quants += kBlock, ++scales, starts += each) {
         if constexpr (type == WeightType::q4_k) {
-          prefetch<layout::kQ4KBlock / kParts>(next);
+          prefetch(next, layout::kQ4KBlock / kParts);
           add_block_q4_k<part>(panel, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride, y);
           panel += layout::kQ4KBlock;
         } else {
-          prefetch<layout::kQ6KBlock / kParts>(next);
+          prefetch(next, layout::kQ6KBlock / kParts);
           add_half_q6_k<0, part>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
           add_half_q6_k<1, part>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
           panel += layout::kQ6KBlock;
@@ -179,7 +179,7 @@ template <WeightType type, int part, int R>
                                   : type == WeightType::q4_0 ? layout::kQ4Block
                                                              : layout::kQ5Block;
     for (; quants != end; quants += kBlock, ++scales, starts += each, panel += bytes) {
-      prefetch<bytes / kParts>(next);
+      prefetch(next, bytes / kParts);
       add_block<type, part>(panel, quants, stride, scales, block_stride, starts, start_stride, y);
     }
   }
@@ -220,11 +220,7 @@ template <bool coarse, int part, int R>
       default:
         dot_split<coarse, 8, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      y[r] =
-          multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes<Part>(scales[r * x.block_stride])), y[r]);
-    }
+    add_products(dot, weight_scale, scales, x.block_stride, y);
     const auto halved = static_cast<std::size_t>(layout::kGroups - whole) / 2 * layout::kGroupBytes;
     panel += static_cast<std::size_t>(whole) * layout::kGroupBytes + halved;
     rest += halved;

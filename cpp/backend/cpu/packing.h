@@ -49,8 +49,8 @@ inline constexpr std::size_t kQ6KSuper = kHalves + kBlocksPerSuper * kQ6KBlock;
 struct SplitColumns;
 
 /// A matrix [rows, columns] in panels; a view. Panel p holds rows 16p .. 16p + 15 (absent rows are zero) and starts at
-/// data + p * panel_bytes. `data` is aligned to 32 bytes. A q8_0 matrix may have split
-/// columns (split_columns.h): then its panels are the coarse ones.
+/// data + p * panel_bytes. `data` is aligned to 32 bytes. A q8_0 matrix may have split columns
+/// (split_columns.h): then its panels are the coarse ones.
 struct PackedMatrix {
   WeightType type = WeightType::f32;
   std::int64_t rows = 0;

@@ -30,6 +30,8 @@ constexpr std::int64_t kGreedyGrain = 8;
 /// What a screen could not choose.
 constexpr TokenId kUndecided = -2;
 
+bool keeps(Cut cut, float z, TokenId token) { return z > cut.value || (z == cut.value && token <= cut.last); }
+
 /// The draft that a draft follows; -1: the last known token.
 int parent_of(const VerifyGroup& group, int draft) {
   return group.parents.empty() ? draft - 1 : group.parents[static_cast<std::size_t>(draft)];
