@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "gtest/gtest.h"
+#include "kernel_sets.h"
 #include "random_blocks.h"
 
 namespace draftwerk::cpu {
@@ -75,9 +76,9 @@ struct Rows {
 
 constexpr float kUntouched = -12345.0F;
 
-class Matmul : public testing::TestWithParam<std::tuple<Isa, WeightType>> {
+class Matmul : public testing::TestWithParam<std::tuple<KernelSet, WeightType>> {
  protected:
-  const MatmulKernels& kernels = matmul_kernels(std::get<0>(GetParam()));
+  const MatmulKernels& kernels = *std::get<0>(GetParam()).kernels;
   const WeightType type = std::get<1>(GetParam());
   std::mt19937 random{static_cast<unsigned>(type) + 1};
 
@@ -138,19 +139,24 @@ TEST_P(Matmul, RowsAreInvariant) {
   }
 }
 
-// Enough rows that they are taken in several chunks.
+// Enough rows, or columns, that rows are taken in several chunks; and columns in several segments, the last one short.
 TEST_P(Matmul, ManyRowsAreInvariant) {
-  const std::int64_t columns = 2048;
-  const std::int64_t outputs = 20;
-  const int rows = 133;
-  const Matrix matrix(type, outputs, columns, random);
-  const Rows x(kernels, rows, static_cast<int>(columns), random);
-  std::vector<float> y(rows * outputs);
-  kernels.matmul(matrix.packed, 0, 2, x.view(), rows, y.data(), outputs);
-  for (int r = 0; r < rows; ++r) {
-    std::vector<float> alone(outputs);
-    kernels.matmul(matrix.packed, 0, 2, x.view(r), 1, alone.data(), outputs);
-    for (std::int64_t n = 0; n < outputs; ++n) ASSERT_EQ(y[r * outputs + n], alone[n]);
+  struct Shape {
+    std::int64_t columns;
+    std::int64_t outputs;
+    int rows;
+  };
+  for (const Shape& shape : {Shape{2304, 20, 261}, Shape{40960, 16, 13}}) {
+    const Matrix matrix(type, shape.outputs, shape.columns, random);
+    const Rows x(kernels, shape.rows, static_cast<int>(shape.columns), random);
+    const std::int64_t panels = panel_count(shape.outputs);
+    std::vector<float> y(shape.rows * shape.outputs);
+    kernels.matmul(matrix.packed, 0, panels, x.view(), shape.rows, y.data(), shape.outputs);
+    for (int r = 0; r < shape.rows; ++r) {
+      std::vector<float> alone(shape.outputs);
+      kernels.matmul(matrix.packed, 0, panels, x.view(r), 1, alone.data(), shape.outputs);
+      for (std::int64_t n = 0; n < shape.outputs; ++n) ASSERT_EQ(y[r * shape.outputs + n], alone[n]);
+    }
   }
 }
 
@@ -183,19 +189,20 @@ TEST_P(Matmul, ExtremesStayExact) {
     dequantize(type, blocks.data(), 16 * columns, values.data());
     std::vector<std::byte> panels(panel_bytes(type, columns));
     pack_rows(type, columns, 16, type, blocks.data(), panels.data());
+    constexpr int rows = 16;  // enough for tiles
     for (const float sign : {1.0F, -1.0F}) {
-      std::vector<float> x(columns, sign * 127);
-      std::vector<std::int8_t> quants(columns);
-      std::vector<float> scales(columns / kBlock);
-      std::vector<std::int32_t> sums(columns / kBlock);
-      kernels.quantize_row(x.data(), static_cast<int>(columns), quants.data(), scales.data(), sums.data());
+      std::vector<float> x(rows * columns, sign * 127);
+      std::vector<std::int8_t> quants(x.size());
+      std::vector<float> scales(x.size() / kBlock);
+      std::vector<std::int32_t> sums(scales.size());
+      kernels.quantize_row(x.data(), static_cast<int>(x.size()), quants.data(), scales.data(), sums.data());
       const Activations view = {x.data(), columns, quants.data(), scales.data(), sums.data(), columns, 8};
-      std::vector<float> y(16);
+      std::vector<float> y(rows * 16);
       std::vector<float> expected(16);
-      kernels.matmul({type, 16, columns, panels.size(), panels.data()}, 0, 1, view, 1, y.data(), 16);
+      kernels.matmul({type, 16, columns, panels.size(), panels.data()}, 0, 1, view, rows, y.data(), 16);
       naive_matmul(values.data(), 16, columns, x.data(), 1, expected.data());
       // Whole numbers below 2^24 times 63 (q4_k, q6_k scales up to 8 bits): exact but for the last additions.
-      for (int n = 0; n < 16; ++n) EXPECT_NEAR(y[n], expected[n], std::fabs(expected[n]) * 0x1p-21);
+      for (int i = 0; i < rows * 16; ++i) EXPECT_NEAR(y[i], expected[i % 16], std::fabs(expected[i % 16]) * 0x1p-21);
     }
   }
 }
@@ -210,13 +217,12 @@ TEST_P(Matmul, EmbeddingLookupIsTheDecodedRow) {
   }
 }
 
-std::string test_name(const testing::TestParamInfo<std::tuple<Isa, WeightType>>& info) {
-  return std::string(isa_name(std::get<0>(info.param))) + "_" + weight_type_name(std::get<1>(info.param));
+std::string test_name(const testing::TestParamInfo<std::tuple<KernelSet, WeightType>>& info) {
+  return std::get<0>(info.param).name + "_" + weight_type_name(std::get<1>(info.param));
 }
 
 INSTANTIATE_TEST_SUITE_P(Kernels, Matmul,
-                         testing::Combine(testing::ValuesIn(available_isas()), testing::ValuesIn(kBlockTypes)),
-                         test_name);
+                         testing::Combine(testing::ValuesIn(kernel_sets()), testing::ValuesIn(kBlockTypes)), test_name);
 
 class QuantizeRow : public testing::TestWithParam<Isa> {
  protected:
@@ -294,17 +300,25 @@ TEST_P(QuantizeRow, GivesTheSameBitsOnEveryInstructionSet) {
 INSTANTIATE_TEST_SUITE_P(Kernels, QuantizeRow, testing::ValuesIn(available_isas()),
                          [](const auto& info) { return isa_name(info.param); });
 
-TEST(MatmulAcrossInstructionSets, Avx2AndAvx512GiveTheSameBits) {
-  if (available_isas().back() != Isa::avx512) GTEST_SKIP() << "needs AVX-512";
+TEST(MatmulAcrossInstructionSets, AllThatFuseGiveTheSameBits) {
+  const std::vector<KernelSet> sets = kernel_sets();
+  if (sets.size() < 3) GTEST_SKIP() << "needs AVX-512";
   std::mt19937 random(6);
   for (const WeightType type : kBlockTypes) {
-    const Matrix matrix(type, 50, 512, random);
-    const Rows x(matmul_kernels(Isa::avx512), 9, 512, random);
-    std::vector<float> y(9 * 50);
-    std::vector<float> z(9 * 50);
-    matmul_kernels(Isa::avx512).matmul(matrix.packed, 0, 4, x.view(), 9, y.data(), 50);
-    matmul_kernels(Isa::avx2).matmul(matrix.packed, 0, 4, x.view(), 9, z.data(), 50);
-    EXPECT_EQ(y, z) << weight_type_name(type);
+    for (const int rows : {1, 9, 16, 17, 40}) {
+      const std::int64_t outputs = 1 + random() % 60;
+      const std::int64_t columns = kSuperblock * (1 + random() % 9);
+      const Matrix matrix(type, outputs, columns, random);
+      const Rows x(*sets[1].kernels, rows, static_cast<int>(columns), random);
+      std::vector<float> want(rows * outputs);
+      sets[1].kernels->matmul(matrix.packed, 0, panel_count(outputs), x.view(), rows, want.data(), outputs);
+      for (std::size_t i = 2; i < sets.size(); ++i) {
+        std::vector<float> got(want.size());
+        sets[i].kernels->matmul(matrix.packed, 0, panel_count(outputs), x.view(), rows, got.data(), outputs);
+        EXPECT_EQ(got, want) << sets[i].name << ", " << weight_type_name(type) << ", " << rows << " rows, " << columns
+                             << " columns";
+      }
+    }
   }
 }
 

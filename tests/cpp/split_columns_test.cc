@@ -11,6 +11,7 @@
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/packing.h"
 #include "backend/cpu/reference.h"
+#include "kernel_sets.h"
 #include "random_blocks.h"
 
 namespace draftwerk::cpu {
@@ -175,9 +176,9 @@ TEST(SplitColumns, SaySoOfARowThatIsNotFinite) {
   for (int row = 0; row < 16; ++row) EXPECT_EQ(std::isfinite(norms.row[row]), row != 5);
 }
 
-class SplitProduct : public testing::TestWithParam<Isa> {
+class SplitProduct : public testing::TestWithParam<KernelSet> {
  protected:
-  const MatmulKernels& kernels = matmul_kernels(GetParam());
+  const MatmulKernels& kernels = *GetParam().kernels;
   std::mt19937 random{5};
 
   struct Product {
@@ -187,7 +188,7 @@ class SplitProduct : public testing::TestWithParam<Isa> {
   };
   // By split columns in two ranges of panels, and of the same matrix, or that of its coarse part, as it was.
   Product multiply(bool coarse) {
-    const int columns = kBlock * static_cast<int>(1 + random() % 21);
+    const int columns = kBlock * static_cast<int>(1 + random() % 40);
     const std::int64_t outputs = 1 + random() % 100;
     const int rows = 1 + static_cast<int>(random() % 20);
     const SplitMatrix matrix(outputs, columns, random);
@@ -228,8 +229,8 @@ TEST_P(SplitProduct, OfTheCoarsePartHasTheBitsOfAMatrixOfItsValues) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Isas, SplitProduct, testing::ValuesIn(available_isas()),
-                         [](const auto& info) { return std::string(isa_name(info.param)); });
+INSTANTIATE_TEST_SUITE_P(Isas, SplitProduct, testing::ValuesIn(kernel_sets()),
+                         [](const auto& info) { return info.param.name; });
 
 }  // namespace
 }  // namespace draftwerk::cpu

@@ -422,7 +422,7 @@ def test_seeds_matter(tiny: Callable[[str], Subject]) -> None:
 
 # --- instruction sets --------------------------------------------------------------------------------------------
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
 
 _CHECKS_OF_ONE_PROCESS = """
 import sys
@@ -441,7 +441,7 @@ for directory, weights in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_tiny_models_on_each_instruction_set(tiny_directories: dict[str, Path], isa: str) -> None:
     """Each holds the promise within itself; they may differ from each other in the last bits."""
     arguments = [str(value) for name, (_, weights) in VARIANTS.items() for value in (tiny_directories[name], weights)]

@@ -29,7 +29,8 @@ CpuBackend::CpuBackend(int threads, Isa isa)
 
 std::string CpuBackend::description() const {
   const int threads = pool_.size();
-  return std::string("cpu ") + isa_name(isa_) + ", " + std::to_string(threads) +
+  // The backend and, up to a comma, what rounding depends on: with tiles it is that of avx512.
+  return std::string("cpu ") + (isa_ == Isa::amx ? "avx512, amx" : isa_name(isa_)) + ", " + std::to_string(threads) +
          (threads == 1 ? " thread" : " threads");
 }
 

@@ -1,5 +1,10 @@
 #include "backend/cpu/isa.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -30,6 +35,22 @@ bool has_avx512() {
 #endif
 }
 
+// Linux lets a process use tiles when it has asked, before it makes the threads that do. It refuses where a signal
+// could not be delivered any more, as to a thread whose stack for signals has no room for 8 KB of tiles.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  static const bool granted = [] {
+    constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+    return has_avx512() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -40,6 +61,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::amx:
+      return "amx";
   }
   return "unknown";
 }
@@ -48,6 +71,7 @@ std::vector<Isa> available_isas() {
   std::vector<Isa> isas = {Isa::portable};
   if (has_avx2()) isas.push_back(Isa::avx2);
   if (has_avx512()) isas.push_back(Isa::avx512);
+  if (has_amx()) isas.push_back(Isa::amx);
   return isas;
 }
 
@@ -55,13 +79,13 @@ Isa choose_isa() {
   const std::vector<Isa> available = available_isas();
   const char* wish = std::getenv("DRAFTWERK_CPU_ISA");
   if (wish == nullptr || *wish == '\0') return available.back();
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx}) {
     if (std::strcmp(wish, isa_name(isa)) != 0) continue;
     if (std::find(available.begin(), available.end(), isa) != available.end()) return isa;
     throw std::runtime_error("DRAFTWERK_CPU_ISA=" + std::string(wish) + ": this machine lacks " + wish +
                              "; the best it has is " + isa_name(available.back()));
   }
-  throw std::runtime_error("DRAFTWERK_CPU_ISA=" + std::string(wish) + ": expected portable, avx2 or avx512");
+  throw std::runtime_error("DRAFTWERK_CPU_ISA=" + std::string(wish) + ": expected portable, avx2, avx512 or amx");
 }
 
 }  // namespace draftwerk::cpu

@@ -6,12 +6,13 @@
 
 namespace draftwerk::cpu {
 
-enum class Isa { portable, avx2, avx512 };
+/// amx is avx512 but for products of many rows, which it computes in tiles, to the same bits.
+enum class Isa { portable, avx2, avx512, amx };
 
 /// Every instruction set that this machine can run, worst first.
 std::vector<Isa> available_isas();
-/// The best available one, unless the environment variable DRAFTWERK_CPU_ISA (portable, avx2, avx512) names
-/// another; throws std::runtime_error if it names one that does not exist or that the machine lacks.
+/// The best available one, unless the environment variable DRAFTWERK_CPU_ISA (portable, avx2, avx512, amx)
+/// names another; throws std::runtime_error if it names one that does not exist or that the machine lacks.
 Isa choose_isa();
 const char* isa_name(Isa isa);
 

@@ -8,7 +8,7 @@
 // Float weights meet f32 activations: y = fma(w, x, y) in column order.
 //
 // Promised: an output's bits depend on its weight row and its activation row alone, never on `rows`, the panel range
-// or the tile that it falls in. avx2 and avx512 give the same bits; portable gives the same integers but rounds
+// or the tile that it falls in. avx2, avx512 and amx give the same bits; portable gives the same integers but rounds
 // products (it has no fma), so it differs from them in the last bits.
 #pragma once
 
@@ -72,6 +72,9 @@ const MatmulKernels& matmul_kernels(Isa isa);
 
 // What follows is for the kernel files.
 
+/// How a matrix lies: as packing.h has it, or in split columns, of which all is read or the coarse part.
+enum class Form { packed, split, coarse };
+
 /// What the sum of a block's quants (of half a block's for q6_k) contributes to each output of a row: the same for
 /// every panel, so a call computes it once.
 union Start {
@@ -87,6 +90,9 @@ namespace avx2 {
 const MatmulKernels& matmul_kernels();
 }
 namespace avx512 {
+const MatmulKernels& matmul_kernels();
+}
+namespace amx {
 const MatmulKernels& matmul_kernels();
 }
 

@@ -26,9 +26,6 @@ constexpr std::int64_t kActivationBytes = 128 * 1024;
 constexpr std::int64_t kStarts = 16384;
 static_assert(kMaxQuantizedColumns / kBlock * 2 <= kStarts);  // two for each block of q6_k
 
-// How a matrix lies: as packing.h has it, or in split columns, of which all is read or the coarse part.
-enum class Form { packed, split, coarse };
-
 template <WeightType type>
 constexpr int starts_per_block() {
   return type == WeightType::q6_k ? 2 : 1;

@@ -157,6 +157,7 @@ bool takes_quantized(WeightType type) { return !is_float(packed_type(type)); }
 
 const MatmulKernels& matmul_kernels(Isa isa) {
 #if defined(__x86_64__)
+  if (isa == Isa::amx) return amx::matmul_kernels();
   if (isa == Isa::avx512) return avx512::matmul_kernels();
   if (isa == Isa::avx2) return avx2::matmul_kernels();
 #endif

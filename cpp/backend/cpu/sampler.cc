@@ -13,6 +13,7 @@ namespace draftwerk::cpu {
 
 const SamplerKernels& sampler_kernels(Isa isa) {
   switch (isa) {
+    case Isa::amx:
     case Isa::avx512:
       return avx512::kSamplerKernels;
     case Isa::avx2:
