@@ -160,6 +160,30 @@ TEST_P(Matmul, ManyRowsAreInvariant) {
   }
 }
 
+// A row that is not finite spoils itself alone, whatever it is multiplied together with.
+TEST_P(Matmul, RowsThatAreNotFiniteSpoilNoOthers) {
+  const std::int64_t columns = random_columns(3);
+  const Matrix matrix(type, 20, columns, random);
+  Rows good(kernels, 12, static_cast<int>(columns), random);
+  Rows bad = good;
+  for (std::int64_t c = 0; c < columns; ++c) bad.values[5 * bad.stride + c] = std::numeric_limits<float>::quiet_NaN();
+  if (columns % kBlock == 0) {
+    kernels.quantize_row(&bad.values[5 * bad.stride], static_cast<int>(columns), &bad.quants[5 * bad.quant_stride],
+                         &bad.scales[5 * bad.block_stride], &bad.sums[5 * bad.block_stride]);
+  }
+  std::vector<float> want(12 * 20);
+  std::vector<float> got(12 * 20);
+  kernels.matmul(matrix.packed, 0, 2, good.view(), 12, want.data(), 20);
+  kernels.matmul(matrix.packed, 0, 2, bad.view(), 12, got.data(), 20);
+  for (int i = 0; i < 12 * 20; ++i) {
+    if (i / 20 == 5) {
+      EXPECT_TRUE(std::isnan(got[i]));
+    } else {
+      EXPECT_EQ(got[i], want[i]);
+    }
+  }
+}
+
 TEST_P(Matmul, WritesNothingButItsOutputs) {
   const std::int64_t columns = random_columns(2);
   const std::int64_t outputs = 37;

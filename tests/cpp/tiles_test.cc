@@ -1,4 +1,6 @@
-// The tiles in software against the machine's, and what kernels leave behind.
+// The tiles in software against the machine's, and what the kernels do with tiles.
+#if defined(__x86_64__)
+
 #include "backend/cpu/tiles.h"
 
 #include <gtest/gtest.h>
@@ -11,8 +13,6 @@
 #include "emulated/backend/cpu/tile_instructions.h"
 #include "kernel_sets.h"
 #include "random_blocks.h"
-
-#if defined(__x86_64__)
 
 namespace draftwerk::cpu {
 namespace {
@@ -62,22 +62,38 @@ TEST(Tiles, InSoftwareAreThoseOfTheMachine) {
   }
 }
 
-TEST(Tiles, AreReleasedByEveryProduct) {
-  if (available_isas().back() < Isa::avx512) GTEST_SKIP() << "needs AVX-512";
+// Products of tiles in a product of that many rows with a matrix of two panels and two blocks, of one of those panels.
+std::int64_t products_of_tiles(WeightType type, int rows) {
+  const std::int64_t columns = block_columns(type) == kSuperblock ? kSuperblock : 2 * kBlock;
   std::mt19937 random(2);
-  const auto blocks = random_blocks(WeightType::q4_0, 16 * 64, random);
-  std::vector<std::byte> panels(panel_bytes(WeightType::q4_0, 64));
-  pack_rows(WeightType::q4_0, 64, 16, WeightType::q4_0, blocks.data(), panels.data());
-  const std::vector<std::int8_t> quants(40 * 64);
-  const std::vector<float> scales(40 * 2);
-  const std::vector<std::int32_t> sums(40 * 2);
-  const Activations x = {nullptr, 0, quants.data(), scales.data(), sums.data(), 64, 2};
-  std::vector<float> y(40 * 16);
-  for (const std::int64_t panel_count : {0, 1}) {
-    const PackedMatrix matrix = {WeightType::q4_0, 16, 64, panels.size(), panels.data()};
-    emulated_amx::matmul_kernels().matmul(matrix, 0, panel_count, x, 40, y.data(), 16);
-    EXPECT_FALSE(emulated_amx::registers().configured);
+  const auto blocks = random_blocks(type, 2 * kPanel * columns, random);
+  std::vector<std::byte> panels(2 * panel_bytes(type, columns));
+  pack_rows(type, columns, 2 * kPanel, type, blocks.data(), panels.data());
+  const PackedMatrix matrix = {type, 2 * kPanel, columns, panel_bytes(type, columns), panels.data()};
+  const std::vector<float> values(static_cast<std::size_t>(rows * columns));
+  const std::vector<std::int8_t> quants(values.size());
+  const std::vector<float> scales(values.size() / kBlock);
+  const std::vector<std::int32_t> sums(scales.size());
+  const Activations x = {values.data(), columns, quants.data(), scales.data(), sums.data(), columns, columns / kBlock};
+  std::vector<float> y(static_cast<std::size_t>(rows) * 2 * kPanel);
+  const std::int64_t before = emulated_amx::registers().products;
+  emulated_amx::matmul_kernels().matmul(matrix, 1, 2, x, rows, y.data(), 2 * kPanel);
+  EXPECT_FALSE(emulated_amx::registers().configured);
+  emulated_amx::matmul_kernels().matmul(matrix, 1, 1, x, rows, y.data(), 2 * kPanel);
+  EXPECT_FALSE(emulated_amx::registers().configured);
+  return emulated_amx::registers().products - before;
+}
+
+TEST(Tiles, MultiplyMoreThanEightRowsOfMostTypesAndAreReleased) {
+  if (available_isas().back() < Isa::avx512) GTEST_SKIP() << "needs AVX-512";
+  for (const WeightType type : {WeightType::q8_0, WeightType::q4_0, WeightType::q5_0, WeightType::q4_k}) {
+    const std::int64_t blocks = type == WeightType::q4_k ? layout::kBlocksPerSuper : 2;
+    EXPECT_EQ(products_of_tiles(type, 8), 0) << weight_type_name(type);
+    EXPECT_EQ(products_of_tiles(type, 9), blocks) << weight_type_name(type);
+    EXPECT_EQ(products_of_tiles(type, 16), blocks) << weight_type_name(type);
+    EXPECT_EQ(products_of_tiles(type, 33), 3 * blocks) << weight_type_name(type);
   }
+  for (const WeightType type : {WeightType::q6_k, WeightType::bf16}) EXPECT_EQ(products_of_tiles(type, 33), 0);
 }
 
 }  // namespace

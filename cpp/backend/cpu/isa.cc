@@ -5,7 +5,6 @@
 #include <unistd.h>
 #endif
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -35,8 +34,8 @@ bool has_avx512() {
 #endif
 }
 
-// Linux lets a process use tiles when it has asked, before it makes the threads that do. It refuses where a signal
-// could not be delivered any more, as to a thread whose stack for signals has no room for 8 KB of tiles.
+// A process has to ask Linux for tiles, once for all its threads. It refuses if a thread has a stack for signals that
+// has no room for 8 KB of tiles, and refuses such stacks afterwards.
 bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
   static const bool granted = [] {
@@ -49,6 +48,22 @@ bool has_amx() {
 #else
   return false;
 #endif
+}
+
+constexpr Isa kIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx};
+
+bool is_available(Isa isa) {
+  switch (isa) {
+    case Isa::avx2:
+      return has_avx2();
+    case Isa::avx512:
+      return has_avx512();
+    case Isa::amx:
+      return has_amx();
+    case Isa::portable:
+      break;
+  }
+  return true;
 }
 
 }  // namespace
@@ -68,22 +83,22 @@ const char* isa_name(Isa isa) {
 }
 
 std::vector<Isa> available_isas() {
-  std::vector<Isa> isas = {Isa::portable};
-  if (has_avx2()) isas.push_back(Isa::avx2);
-  if (has_avx512()) isas.push_back(Isa::avx512);
-  if (has_amx()) isas.push_back(Isa::amx);
+  std::vector<Isa> isas;
+  for (const Isa isa : kIsas) {
+    if (is_available(isa)) isas.push_back(isa);
+  }
   return isas;
 }
 
 Isa choose_isa() {
-  const std::vector<Isa> available = available_isas();
   const char* wish = std::getenv("DRAFTWERK_CPU_ISA");
-  if (wish == nullptr || *wish == '\0') return available.back();
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx}) {
+  if (wish == nullptr || *wish == '\0') return available_isas().back();
+  for (const Isa isa : kIsas) {
     if (std::strcmp(wish, isa_name(isa)) != 0) continue;
-    if (std::find(available.begin(), available.end(), isa) != available.end()) return isa;
+    if (is_available(isa)) return isa;
     throw std::runtime_error("DRAFTWERK_CPU_ISA=" + std::string(wish) + ": this machine lacks " + wish +
-                             "; the best it has is " + isa_name(available.back()));
+                             (isa == Isa::amx ? ", or its kernel keeps it from this process" : "") +
+                             "; the best it has is " + isa_name(available_isas().back()));
   }
   throw std::runtime_error("DRAFTWERK_CPU_ISA=" + std::string(wish) + ": expected portable, avx2, avx512 or amx");
 }

@@ -9,10 +9,12 @@ namespace draftwerk::cpu {
 /// amx is avx512 but for products of many rows, which it computes in tiles, to the same bits.
 enum class Isa { portable, avx2, avx512, amx };
 
-/// Every instruction set that this machine can run, worst first.
+/// Every instruction set that this machine can run, worst first. Asks Linux for the tiles of amx, if the processor has
+/// any: from then on no thread can have a stack for signals without room for them (sigaltstack()).
 std::vector<Isa> available_isas();
 /// The best available one, unless the environment variable DRAFTWERK_CPU_ISA (portable, avx2, avx512, amx)
-/// names another; throws std::runtime_error if it names one that does not exist or that the machine lacks.
+/// names another, when tiles are asked for only if it is amx; throws std::runtime_error if it names one that does not
+/// exist or that the machine lacks.
 Isa choose_isa();
 const char* isa_name(Isa isa);
 

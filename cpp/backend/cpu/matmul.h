@@ -42,7 +42,8 @@ struct Activations {
   }
 };
 
-/// Widest matrix of a quantised type: a row's share of what a matmul keeps on the stack (kStarts) must fit.
+/// Widest matrix of a quantised type: a row's share of what a matmul keeps on the stack must fit (kStarts,
+/// kActivationBlocks).
 inline constexpr std::int64_t kMaxQuantizedColumns = std::int64_t{1} << 18;
 
 /// Whether a matrix of this type is multiplied with int8 activations (the quantised types) or with f32 ones.
@@ -74,6 +75,13 @@ const MatmulKernels& matmul_kernels(Isa isa);
 
 /// How a matrix lies: as packing.h has it, or in split columns, of which all is read or the coarse part.
 enum class Form { packed, split, coarse };
+
+/// The two sums that MatmulKernels::quantize_row writes as one.
+struct HalvesOfSum {
+  int low;
+  int high;
+};
+constexpr HalvesOfSum halves_of_sum(std::int32_t both) { return {static_cast<std::int16_t>(both), both >> 16}; }
 
 /// What the sum of a block's quants (of half a block's for q6_k) contributes to each output of a row: the same for
 /// every panel, so a call computes it once.

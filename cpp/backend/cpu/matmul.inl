@@ -17,6 +17,7 @@
 //                      the same over a block of split columns (split_columns.h) with so many whole groups, all of it or
 //                      its coarse part; zero points are those of q8_0, and 120 for what a coarse part has in four bits
 // Every float operation on an output is written here, once, for any number of rows: that is what makes rows invariant.
+// multiply_segment in matmul_amx.cc repeats those of some types, in the same order, and changes with them.
 
 // Rows of quantised activations whose int8 values fit in a quarter of the smallest L2 that we expect (512 KiB); they
 // stay there while the panels go by.
@@ -37,8 +38,7 @@ void fill_starts(const Activations& x, std::int64_t first, std::int64_t end, std
     const std::int32_t* sums = x.sums + r * x.block_stride;
     const float* scales = x.scales + r * x.block_stride;
     for (std::int64_t b = 0; b < blocks; ++b) {
-      const int low = static_cast<std::int16_t>(sums[b]);
-      const int high = sums[b] >> 16;
+      const auto [low, high] = halves_of_sum(sums[b]);
       if constexpr (type == WeightType::q6_k) {
         (starts++)->whole = -zero_point<type>() * low;
         (starts++)->whole = -zero_point<type>() * high;
@@ -172,9 +172,7 @@ template <WeightType type, int part, int R>
       }
     }
   } else {
-    constexpr std::size_t bytes = type == WeightType::q8_0   ? layout::kQ8Block
-                                  : type == WeightType::q4_0 ? layout::kQ4Block
-                                                             : layout::kQ5Block;
+    constexpr std::size_t bytes = layout::block_of(type);
     for (; quants != end; quants += kBlock, ++scales, starts += each, panel += bytes) {
       prefetch(next, bytes / kParts);
       add_block<type, part>(panel, quants, stride, scales, block_stride, starts, start_stride, y);
@@ -201,22 +199,9 @@ template <bool coarse, int part, int R>
     const Part weight_scale = load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2));
     panel += layout::kHalves;
     Integers dot[R];
-    switch (whole) {
-      case 0:
-        dot_split<coarse, 0, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
-        break;
-      case 2:
-        dot_split<coarse, 2, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
-        break;
-      case 4:
-        dot_split<coarse, 4, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
-        break;
-      case 6:
-        dot_split<coarse, 6, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
-        break;
-      default:
-        dot_split<coarse, 8, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
-    }
+    with_whole_groups(whole, [&](auto groups) __attribute__((always_inline)) {
+      dot_split<coarse, groups.value, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
+    });
     add_products(dot, weight_scale, scales, x.block_stride, y);
     const auto halved = static_cast<std::size_t>(layout::kGroups - whole) / 2 * layout::kGroupBytes;
     panel += static_cast<std::size_t>(whole) * layout::kGroupBytes + halved;

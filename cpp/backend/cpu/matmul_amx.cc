@@ -1,5 +1,5 @@
 // AMX: one instruction multiplies up to 16 rows of activations by a block of a panel, whose eight groups are the rows
-// of a tile as they lie. A panel is unpacked to signed bytes once for all rows, so that no zero point is left; sums go
+// of a tile as they lie. A panel is unpacked to signed bytes once for many rows, so that no zero point is left; sums go
 // through memory to the registers of AVX-512, which scale and add them as matmul.inl does.
 //
 // A sum's way, by intrinsics' tables and measured: 52 cycles from a product to its tile, 16 to store it, however many
@@ -29,14 +29,8 @@ namespace {
 
 #include "backend/cpu/panels_avx512.inl"
 
-// So few rows are multiplied sooner without tiles, whose instructions take as long for one row as for eight.
+// So few rows are multiplied sooner by AVX-512: unpacking costs as much as three to seven of them.
 constexpr int kFewRows = 8;
-
-// Whether a type gains by tiles. One of q6_k has a scale for every 16 columns, and storing sums costs as much for 16 as
-// for 32: measured, no gain at any number of rows.
-constexpr bool takes_tiles(WeightType type) {
-  return type == WeightType::q8_0 || type == WeightType::q4_0 || type == WeightType::q5_0 || type == WeightType::q4_k;
-}
 
 // Columns of a panel that are unpacked at a time: with their scales 20 KB, which stay in the first cache together with
 // 16 rows of activations.
@@ -67,7 +61,6 @@ template <WeightType type, int g = 0>
 template <WeightType type, Form form>
 class Unpacker {
  public:
-  Unpacker() = default;
   Unpacker(const PackedMatrix& w, std::int64_t panel)
       : panel_(w.data + static_cast<std::size_t>(panel) * w.panel_bytes) {
     if constexpr (form == Form::packed) return;
@@ -89,9 +82,7 @@ class Unpacker {
       } else {
         _mm512_store_ps(segment.scales[b], load_lanes<WeightType::f16, Float>(panel_));
         unpack_groups<type>(panel_ + layout::kHalves, segment.values[b]);
-        panel_ += type == WeightType::q8_0   ? layout::kQ8Block
-                  : type == WeightType::q4_0 ? layout::kQ4Block
-                                             : layout::kQ5Block;
+        panel_ += layout::block_of(type);
       }
     }
   }
@@ -115,28 +106,15 @@ class Unpacker {
       _mm512_store_si512(segment.values[block][group],
                          _mm512_sub_epi8(unsigned_values, _mm512_set1_epi8(static_cast<char>(taken_off))));
     };
-    switch (whole) {
-      case 0:
-        each_split_group<coarse, 0>(panel_, rest_, store);
-        break;
-      case 2:
-        each_split_group<coarse, 2>(panel_, rest_, store);
-        break;
-      case 4:
-        each_split_group<coarse, 4>(panel_, rest_, store);
-        break;
-      case 6:
-        each_split_group<coarse, 6>(panel_, rest_, store);
-        break;
-      default:
-        each_split_group<coarse, 8>(panel_, rest_, store);
-    }
+    with_whole_groups(whole, [&](auto groups) __attribute__((always_inline)) {
+      each_split_group<coarse, groups.value>(panel_, rest_, store);
+    });
     const auto halved = static_cast<std::size_t>(layout::kGroups - whole) / 2 * layout::kGroupBytes;
     panel_ += static_cast<std::size_t>(whole) * layout::kGroupBytes + halved;
     rest_ += halved;
   }
 
-  const std::byte* panel_ = nullptr;
+  const std::byte* panel_;
   const std::byte* rest_ = nullptr;
   const std::uint8_t* whole_ = nullptr;
   Float d_ = {};
@@ -193,15 +171,15 @@ TileShapes shapes_for(int rows) {
   return shapes;
 }
 
-// y (+)= a segment's products with R rows.
-template <WeightType type, int R>
+// y (+)= a segment's products with R rows; has_mins: of q4_k.
+template <bool has_mins, int R>
 [[gnu::noinline]] void multiply_segment(const Segment& segment, int blocks, bool first, __mmask16 outputs,
                                         const TileRows& rows, Fetches& fetches) {
   alignas(64) std::int32_t dots[2][R][kPanel];
   Float sum[R];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    // The outputs of a head are megabytes apart and out of cache: fetched now, their stores do not stall the next tile.
+    // As matmul.inl does, for the outputs of a head.
     __builtin_prefetch(rows.y + r * rows.y_stride, 1);
     sum[r] = first ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(outputs, rows.y + r * rows.y_stride);
   }
@@ -214,13 +192,12 @@ template <WeightType type, int R>
   const auto add = [&](int side, int b) __attribute__((always_inline)) {
     const Float weight_scale = _mm512_load_ps(segment.scales[b]);
     const float* scales = rows.scales + b * R;
-    const float* sums = rows.sums + b * R;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Float scale = _mm512_mul_ps(weight_scale, _mm512_set1_ps(scales[r]));
       sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(dots[side][r])), scale, sum[r]);
-      if constexpr (type == WeightType::q4_k) {
-        sum[r] = _mm512_fmadd_ps(_mm512_load_ps(segment.mins[b]), _mm512_set1_ps(sums[r]), sum[r]);
+      if constexpr (has_mins) {
+        sum[r] = _mm512_fmadd_ps(_mm512_load_ps(segment.mins[b]), _mm512_set1_ps(rows.sums[b * R + r]), sum[r]);
       }
     }
   };
@@ -246,9 +223,9 @@ template <WeightType type, int R>
 using SegmentKernel = void (*)(const Segment& segment, int blocks, bool first, __mmask16 outputs, const TileRows& rows,
                                Fetches& fetches);
 
-template <WeightType type, int... R>
+template <bool has_mins, int... R>
 SegmentKernel segment_kernel(int rows, std::integer_sequence<int, R...>) {
-  static constexpr SegmentKernel kernels[] = {multiply_segment<type, R + 1>...};
+  static constexpr SegmentKernel kernels[] = {multiply_segment<has_mins, R + 1>...};
   return kernels[rows - 1];
 }
 
@@ -271,8 +248,8 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
     // All tiles are of one height, as that is part of the registers' shapes: the last one begins within the one before.
     const std::int64_t height = (count + tiles - 1) / tiles;
     configure_tiles(shapes_for(static_cast<int>(height)));
-    const SegmentKernel multiply =
-        segment_kernel<type>(static_cast<int>(height), std::make_integer_sequence<int, kTileRows>());
+    const SegmentKernel multiply = segment_kernel<type == WeightType::q4_k>(
+        static_cast<int>(height), std::make_integer_sequence<int, kTileRows>());
     const auto row_of = [&](std::int64_t tile) { return first + std::min(tile * height, count - height); };
     for (std::int64_t t = 0; t < tiles; ++t) {
       for (std::int64_t r = 0; r < height; ++r) {
@@ -281,8 +258,8 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
         for (std::int64_t b = 0; b < blocks; ++b) {
           scales[to + b * height] = x.scales[from + b];
           if constexpr (type == WeightType::q4_k) {
-            const int both = static_cast<std::int16_t>(x.sums[from + b]) + (x.sums[from + b] >> 16);
-            sums[to + b * height] = x.scales[from + b] * static_cast<float>(both);
+            const auto [low, high] = halves_of_sum(x.sums[from + b]);
+            sums[to + b * height] = x.scales[from + b] * static_cast<float>(low + high);
           }
         }
       }
@@ -321,7 +298,7 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
 
 void matmul(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x, int rows,
             float* y, std::int64_t y_stride) {
-  if (rows <= kFewRows || !takes_tiles(w.type)) {
+  if (rows <= kFewRows) {
     return avx512::matmul_kernels().matmul(w, first_panel, last_panel, x, rows, y, y_stride);
   }
   switch (w.type) {
@@ -336,8 +313,8 @@ void matmul(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_p
       return multiply_panels<WeightType::q5_0>(w, first_panel, last_panel, x, rows, y, y_stride);
     case WeightType::q4_k:
       return multiply_panels<WeightType::q4_k>(w, first_panel, last_panel, x, rows, y, y_stride);
-    default:
-      return;
+    default:  // floats, and q6_k: it has a scale for every 16 columns, and storing sums costs as much for 16 as for 32
+      return avx512::matmul_kernels().matmul(w, first_panel, last_panel, x, rows, y, y_stride);
   }
 }
 

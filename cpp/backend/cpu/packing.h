@@ -3,9 +3,10 @@
 //
 // A quantised panel is a sequence of blocks of 32 columns (for the K types: superblocks of 256), each with its scales
 // in front of its values. Nothing is rounded: the checkpoint's bits are only rearranged, and the values become
-// unsigned (the zero point is taken off in the dot product). "Group g" is columns 4g .. 4g + 3 of a block; 64 bytes
-// hold a group as [16 rows][4 columns]. `nibbles` are four such vectors: the j-th holds group j in its low halves and
-// group j + 4 in its high halves, which is also how q4_0 and q5_0 pair columns.
+// unsigned (the zero point is taken off in the dot product, or for tiles when a panel is unpacked). "Group g" is
+// columns 4g .. 4g + 3 of a block; 64 bytes hold a group as [16 rows][4 columns]. `nibbles` are four such vectors: the
+// j-th holds group j in its low halves and group j + 4 in its high halves, which is also how q4_0 and q5_0 pair
+// columns.
 //   q8_0  16 x f16 scale | 8 x 64 bytes, value + 128
 //   q4_0  16 x f16 scale | nibbles
 //   q5_0  16 x f16 scale | 8 x 64 bits, fifth bit of each byte of a group | nibbles
@@ -44,6 +45,11 @@ inline constexpr std::size_t kQ6KBlock = 2 * kPanel + kUpperBits + kNibbles;
 inline constexpr int kBlocksPerSuper = kSuperblock / kBlock;
 inline constexpr std::size_t kQ4KSuper = 2 * kHalves + kBlocksPerSuper * kQ4KBlock;
 inline constexpr std::size_t kQ6KSuper = kHalves + kBlocksPerSuper * kQ6KBlock;
+
+/// Of a type whose blocks stand by themselves.
+constexpr std::size_t block_of(WeightType type) {
+  return type == WeightType::q8_0 ? kQ8Block : type == WeightType::q4_0 ? kQ4Block : kQ5Block;
+}
 }  // namespace layout
 
 struct SplitColumns;

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include "backend/cpu/packing.h"
@@ -30,6 +31,23 @@ struct SplitColumns {
   /// Where the rest of a matrix lies, panel after panel; what PackedMatrix::data points to are the coarse panels.
   const std::byte* rest = nullptr;
 };
+
+/// Calls body(std::integral_constant<int, whole>{}).
+template <typename Body>
+[[gnu::always_inline]] inline void with_whole_groups(int whole, const Body& body) {
+  switch (whole) {
+    case 0:
+      return body(std::integral_constant<int, 0>{});
+    case 2:
+      return body(std::integral_constant<int, 2>{});
+    case 4:
+      return body(std::integral_constant<int, 4>{});
+    case 6:
+      return body(std::integral_constant<int, 6>{});
+    default:
+      return body(std::integral_constant<int, 8>{});
+  }
+}
 
 /// Splits the columns of a matrix: the best third is whole. `importance` [columns], a multiple of 32, says how much
 /// each counts; NaN counts as nothing.
