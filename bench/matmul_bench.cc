@@ -80,12 +80,20 @@ struct Shape {
   int matrices;
 };
 
-void fill_with_random_blocks(const Shape& shape, std::byte* panels, std::mt19937& random) {
+void fill_with_random_values(const Shape& shape, std::byte* panels, std::mt19937& random) {
   const std::int64_t elements = 16 * shape.columns;
-  std::vector<std::byte> panel_of_blocks(elements / block_columns(shape.type) * block_bytes(shape.type));
-  for (std::byte& byte : panel_of_blocks) byte = static_cast<std::byte>(random() & 0x3FU);  // every scale is finite
   const std::size_t bytes = panel_bytes(shape.type, shape.columns);
-  pack_rows(shape.type, shape.columns, 16, shape.type, panel_of_blocks.data(), panels);
+  if (takes_quantized(shape.type)) {
+    std::vector<std::byte> panel_of_blocks(elements / block_columns(shape.type) * block_bytes(shape.type));
+    for (std::byte& byte : panel_of_blocks) byte = static_cast<std::byte>(random() & 0x3FU);  // every scale is finite
+    pack_rows(shape.type, shape.columns, 16, shape.type, panel_of_blocks.data(), panels);
+  } else {  // random bits would be subnormal here and there, which some processors multiply a hundred times slower
+    std::vector<float> values(elements);
+    std::normal_distribution<float> normal;
+    for (float& value : values) value = normal(random);
+    pack_rows(shape.type, shape.columns, 16, draftwerk::WeightType::f32,
+              reinterpret_cast<const std::byte*>(values.data()), panels);
+  }
   const std::int64_t count = panel_count(shape.rows) * shape.matrices;
   for (std::int64_t p = 1; p < count; ++p) std::memcpy(panels + p * bytes, panels, bytes);
 }
@@ -96,7 +104,7 @@ void run(const Shape& shape, const MatmulKernels& kernels, int threads, int repe
   const std::int64_t panels = panel_count(shape.rows);
   const std::size_t matrix_bytes = bytes * static_cast<std::size_t>(panels);
   const HugePages memory(matrix_bytes * shape.matrices);
-  fill_with_random_blocks(shape, memory.data(), random);
+  fill_with_random_values(shape, memory.data(), random);
 
   std::vector<std::uint64_t> sums(threads * 64);
   const double reading = median_seconds(threads, repeats, [&](int t) {
