@@ -108,10 +108,16 @@ template <int half, int part, int R>
   add_products(dot, weight_scale, scales, block_stride, y);
 }
 
+// How far ahead of what is multiplied a panel is asked for again, from the second cache.
+constexpr std::size_t kNear = 1024;
+
 // Asks for so many bytes of the next panel, if there is one, and goes on behind them: each part of a panel asks for its
-// share of the next one, block by block, so that memory is busy as long as arithmetic is.
-[[gnu::always_inline]] inline void prefetch(const std::byte*& next, std::size_t bytes) {
+// share of the next one, block by block, so that memory is busy as long as arithmetic is. Of the panel itself it asks
+// for what lies near: a product that waits for the second cache waits behind all that memory has been asked for.
+[[gnu::always_inline]] inline void prefetch(const std::byte* panel, const std::byte*& next, std::size_t bytes) {
   if (next == nullptr) return;
+#pragma GCC unroll 16
+  for (std::size_t line = 0; line < bytes * kParts; line += 64) __builtin_prefetch(panel + kNear + line, 0, 3);
 #pragma GCC unroll 16
   for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
   next += bytes;
@@ -129,7 +135,7 @@ template <WeightType type, int R>
   const std::int64_t stride = x.stride;
   constexpr std::size_t bytes = kPanel * (type == WeightType::f32 ? 4 : 2);
   for (std::int64_t c = 0; c < columns; ++c, panel += bytes) {
-    if (bytes == 64 || c % 2 == 0) prefetch(next, 64);
+    if (bytes == 64 || c % 2 == 0) prefetch(panel, next, 64);
     const Float w = load_lanes<type, Float>(panel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) y[r] = multiply_add(w, splat_lanes<Float>(values[r * stride + c]), y[r]);
@@ -150,7 +156,7 @@ template <WeightType type, int part, int R>
   const std::int8_t* end = quants + columns;
   if constexpr (type == WeightType::q4_k || type == WeightType::q6_k) {
     while (quants != end) {
-      prefetch(next, (type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts);
+      prefetch(panel, next, (type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts);
       const Part d = load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2));
       panel += layout::kHalves;
       Part negative_dmin = {};
@@ -160,11 +166,11 @@ template <WeightType type, int part, int R>
       }
       for (int b = 0; b < layout::kBlocksPerSuper; ++b, quants += kBlock, ++scales, starts += each) {
         if constexpr (type == WeightType::q4_k) {
-          prefetch(next, layout::kQ4KBlock / kParts);
+          prefetch(panel, next, layout::kQ4KBlock / kParts);
           add_block_q4_k<part>(panel, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride, y);
           panel += layout::kQ4KBlock;
         } else {
-          prefetch(next, layout::kQ6KBlock / kParts);
+          prefetch(panel, next, layout::kQ6KBlock / kParts);
           add_half_q6_k<0, part>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
           add_half_q6_k<1, part>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
           panel += layout::kQ6KBlock;
@@ -174,7 +180,7 @@ template <WeightType type, int part, int R>
   } else {
     constexpr std::size_t bytes = layout::block_of(type);
     for (; quants != end; quants += kBlock, ++scales, starts += each, panel += bytes) {
-      prefetch(next, bytes / kParts);
+      prefetch(panel, next, bytes / kParts);
       add_block<type, part>(panel, quants, stride, scales, block_stride, starts, start_stride, y);
     }
   }
@@ -193,8 +199,8 @@ template <bool coarse, int part, int R>
   const std::int8_t* quants = x.quants + first_row * x.quant_stride;
   const float* scales = x.scales + first_row * x.block_stride;
   for (std::int64_t b = 0; b < blocks; ++b, quants += kBlock, ++scales, ++starts) {
-    prefetch(next, split.coarse_bytes / shares);
-    prefetch(next_rest, split.rest_bytes / shares);
+    prefetch(panel, next, split.coarse_bytes / shares);
+    prefetch(rest, next_rest, split.rest_bytes / shares);
     const int whole = split.whole[static_cast<std::size_t>(b)];
     const Part weight_scale = load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2));
     panel += layout::kHalves;
