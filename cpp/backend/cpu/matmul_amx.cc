@@ -2,8 +2,8 @@
 // of a tile as they lie. A panel is unpacked to signed bytes once for many rows, so that no zero point is left; sums go
 // through memory to the registers of AVX-512, which scale and add them as matmul.inl does.
 //
-// A sum's way, by intrinsics' tables and measured: 52 cycles from a product to its tile, 16 to store it, however many
-// rows it has. So products run one pair of blocks ahead of the additions.
+// A product takes 52 cycles until its sums are in their tile (Intel's optimisation manual), and storing them 16,
+// however many rows there are (measured). So products run one pair of blocks ahead of the additions.
 #if defined(__x86_64__)
 
 #ifndef DRAFTWERK_ISA  // tests compile this file a second time, with tiles in software
@@ -264,8 +264,8 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
         }
       }
     }
-    if (first == 0 &&
-        first_panel < last_panel) {  // the panels after it are asked for while the one before is multiplied
+    // The panels behind the first one are asked for while the one before them is multiplied.
+    if (first == 0 && first_panel < last_panel) {
       for (Fetch fetch : fetches_of<form>(w, first_panel)) fetch.ask(fetch.share * static_cast<std::size_t>(blocks));
     }
     for (std::int64_t p = first_panel; p < last_panel; ++p) {
