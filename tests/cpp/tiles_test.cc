@@ -62,7 +62,7 @@ TEST(Tiles, InSoftwareAreThoseOfTheMachine) {
   }
 }
 
-// Products of tiles in a product of that many rows with a matrix of two panels and two blocks, of one of those panels.
+// Products of tiles in a product of that many rows with the second panel of a matrix: of two blocks, or one superblock.
 std::int64_t products_of_tiles(WeightType type, int rows) {
   const std::int64_t columns = block_columns(type) == kSuperblock ? kSuperblock : 2 * kBlock;
   std::mt19937 random(2);
