@@ -1,6 +1,8 @@
 #include "backend/cpu/isa.h"
 
 #include <cstdlib>
+#include <fstream>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -63,6 +65,13 @@ TEST(Isa, TheVariableChoosesEachAvailableOne) {
     const IsaVariable variable(isa_name(isa));
     EXPECT_EQ(choose_isa(), isa);
   }
+}
+
+TEST(Isa, WhatLiesNearIsAskedForOnIntelsAlone) {
+  std::ifstream file("/proc/cpuinfo");
+  if (!file) GTEST_SKIP() << "no /proc/cpuinfo here";
+  const std::string cpus((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  EXPECT_EQ(near_prefetch_pays(), cpus.find("GenuineIntel") != std::string::npos);
 }
 
 TEST(Isa, UnknownNameIsRefusedWithTheValidOnes) {

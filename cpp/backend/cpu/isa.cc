@@ -103,4 +103,13 @@ Isa choose_isa() {
   throw std::runtime_error("DRAFTWERK_CPU_ISA=" + std::string(wish) + ": expected portable, avx2, avx512 or amx");
 }
 
+bool near_prefetch_pays() {
+#if defined(__x86_64__)
+  static const bool pays = __builtin_cpu_is("intel");
+  return pays;
+#else
+  return false;
+#endif
+}
+
 }  // namespace draftwerk::cpu

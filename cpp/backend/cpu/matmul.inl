@@ -111,16 +111,24 @@ template <int half, int part, int R>
 // How far ahead of what is multiplied a panel is asked for again, from the second cache.
 constexpr std::size_t kNear = 1024;
 
+// What a part of a panel asks for while it is multiplied.
+struct Ahead {
+  const std::byte* next;  // its share of the next panel; null: of nothing
+  bool near;              // and once more what lies near in its own panel (near_prefetch_pays())
+};
+
 // Asks for so many bytes of the next panel, if there is one, and goes on behind them: each part of a panel asks for its
 // share of the next one, block by block, so that memory is busy as long as arithmetic is. Of the panel itself it asks
 // for what lies near: a product that waits for the second cache waits behind all that memory has been asked for.
-[[gnu::always_inline]] inline void prefetch(const std::byte* panel, const std::byte*& next, std::size_t bytes) {
-  if (next == nullptr) return;
+[[gnu::always_inline]] inline void prefetch(const std::byte* panel, Ahead& ahead, std::size_t bytes) {
+  if (ahead.next == nullptr) return;
+  if (ahead.near) {
 #pragma GCC unroll 16
-  for (std::size_t line = 0; line < bytes * kParts; line += 64) __builtin_prefetch(panel + kNear + line, 0, 3);
+    for (std::size_t line = 0; line < bytes * kParts; line += 64) __builtin_prefetch(panel + kNear + line, 0, 3);
+  }
 #pragma GCC unroll 16
-  for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(next + line, 0, 2);
-  next += bytes;
+  for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead.next + line, 0, 2);
+  ahead.next += bytes;
 }
 
 constexpr bool is_float_panel(WeightType type) {
@@ -130,12 +138,12 @@ constexpr bool is_float_panel(WeightType type) {
 // R rows against one panel of floats: y[r] of its sixteen outputs.
 template <WeightType type, int R>
 [[gnu::always_inline]] inline void add_float_panel(const std::byte* panel, std::int64_t columns, const Activations& x,
-                                                   std::int64_t first_row, const std::byte* next, Float (&y)[R]) {
+                                                   std::int64_t first_row, Ahead ahead, Float (&y)[R]) {
   const float* values = x.values + first_row * x.stride;
   const std::int64_t stride = x.stride;
   constexpr std::size_t bytes = kPanel * (type == WeightType::f32 ? 4 : 2);
   for (std::int64_t c = 0; c < columns; ++c, panel += bytes) {
-    if (bytes == 64 || c % 2 == 0) prefetch(panel, next, 64);
+    if (bytes == 64 || c % 2 == 0) prefetch(panel, ahead, 64);
     const Float w = load_lanes<type, Float>(panel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) y[r] = multiply_add(w, splat_lanes<Float>(values[r * stride + c]), y[r]);
@@ -145,8 +153,7 @@ template <WeightType type, int R>
 // R rows against a part of a quantised panel.
 template <WeightType type, int part, int R>
 [[gnu::always_inline]] inline void add_part(const std::byte* panel, std::int64_t columns, const Activations& x,
-                                            std::int64_t first_row, const Start* starts, const std::byte* next,
-                                            Part (&y)[R]) {
+                                            std::int64_t first_row, const Start* starts, Ahead ahead, Part (&y)[R]) {
   const std::int8_t* quants = x.quants + first_row * x.quant_stride;
   const float* scales = x.scales + first_row * x.block_stride;
   const std::int64_t stride = x.quant_stride;
@@ -156,7 +163,7 @@ template <WeightType type, int part, int R>
   const std::int8_t* end = quants + columns;
   if constexpr (type == WeightType::q4_k || type == WeightType::q6_k) {
     while (quants != end) {
-      prefetch(panel, next, (type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts);
+      prefetch(panel, ahead, (type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts);
       const Part d = load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2));
       panel += layout::kHalves;
       Part negative_dmin = {};
@@ -166,11 +173,11 @@ template <WeightType type, int part, int R>
       }
       for (int b = 0; b < layout::kBlocksPerSuper; ++b, quants += kBlock, ++scales, starts += each) {
         if constexpr (type == WeightType::q4_k) {
-          prefetch(panel, next, layout::kQ4KBlock / kParts);
+          prefetch(panel, ahead, layout::kQ4KBlock / kParts);
           add_block_q4_k<part>(panel, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride, y);
           panel += layout::kQ4KBlock;
         } else {
-          prefetch(panel, next, layout::kQ6KBlock / kParts);
+          prefetch(panel, ahead, layout::kQ6KBlock / kParts);
           add_half_q6_k<0, part>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
           add_half_q6_k<1, part>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
           panel += layout::kQ6KBlock;
@@ -180,7 +187,7 @@ template <WeightType type, int part, int R>
   } else {
     constexpr std::size_t bytes = layout::block_of(type);
     for (; quants != end; quants += kBlock, ++scales, starts += each, panel += bytes) {
-      prefetch(panel, next, bytes / kParts);
+      prefetch(panel, ahead, bytes / kParts);
       add_block<type, part>(panel, quants, stride, scales, block_stride, starts, start_stride, y);
     }
   }
@@ -190,17 +197,20 @@ template <WeightType type, int part, int R>
 template <bool coarse, int part, int R>
 [[gnu::always_inline]] inline void add_split_part(const PackedMatrix& w, std::int64_t p, const std::byte* panel,
                                                   const Activations& x, std::int64_t first_row, const Start* starts,
-                                                  const std::byte* next, Part (&y)[R]) {
+                                                  Ahead ahead, Part (&y)[R]) {
   const SplitColumns& split = *w.split;
   const std::byte* rest = split.rest + static_cast<std::size_t>(p) * split.rest_bytes;
   const std::int64_t blocks = w.columns / kBlock;
   const auto shares = static_cast<std::size_t>(blocks * kParts);
-  const std::byte* next_rest = next == nullptr || coarse ? nullptr : rest + (part + kParts) * split.rest_bytes / kParts;
+  Ahead ahead_of_rest = ahead;
+  if (ahead.next != nullptr) {
+    ahead_of_rest.next = coarse ? nullptr : rest + (part + kParts) * split.rest_bytes / kParts;
+  }
   const std::int8_t* quants = x.quants + first_row * x.quant_stride;
   const float* scales = x.scales + first_row * x.block_stride;
   for (std::int64_t b = 0; b < blocks; ++b, quants += kBlock, ++scales, ++starts) {
-    prefetch(panel, next, split.coarse_bytes / shares);
-    prefetch(rest, next_rest, split.rest_bytes / shares);
+    prefetch(panel, ahead, split.coarse_bytes / shares);
+    prefetch(rest, ahead_of_rest, split.rest_bytes / shares);
     const int whole = split.whole[static_cast<std::size_t>(b)];
     const Part weight_scale = load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2));
     panel += layout::kHalves;
@@ -235,42 +245,41 @@ template <typename Lanes, int R>
 
 template <WeightType type, Form form, int part, int R>
 [[gnu::always_inline]] inline void multiply_part(const PackedMatrix& w, std::int64_t p, const std::byte* panel,
-                                                 const std::byte* next, const Activations& x, std::int64_t first_row,
+                                                 Ahead ahead, const Activations& x, std::int64_t first_row,
                                                  const Start* starts, float* y, std::int64_t y_stride,
                                                  std::int64_t left) {
   Part sum[R] = {};
   if constexpr (form == Form::packed) {
-    add_part<type, part>(panel, w.columns, x, first_row, starts, next, sum);
+    add_part<type, part>(panel, w.columns, x, first_row, starts, ahead, sum);
   } else {
-    add_split_part<form == Form::coarse, part>(w, p, panel, x, first_row, starts, next, sum);
+    add_split_part<form == Form::coarse, part>(w, p, panel, x, first_row, starts, ahead, sum);
   }
   store_rows(sum, y + part * kPartRows, y_stride, left - part * kPartRows);
 }
 
 template <WeightType type, Form form, int R>
-[[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, bool fetches, const Activations& x,
+[[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, Ahead ahead, const Activations& x,
                                      std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride) {
   y += first_row * y_stride + p * kPanel;
   // The outputs of a head are megabytes apart and out of cache: fetched now, their stores do not stall the next tile.
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) __builtin_prefetch(y + r * y_stride, 1);
   const std::byte* panel = w.data + static_cast<std::size_t>(p) * w.panel_bytes;
-  const std::byte* next = fetches ? panel + w.panel_bytes : nullptr;
   const std::int64_t left = w.rows - p * kPanel;
   if constexpr (is_float_panel(type)) {
     Float sum[R] = {};
-    add_float_panel<type>(panel, w.columns, x, first_row, next, sum);
+    add_float_panel<type>(panel, w.columns, x, first_row, ahead, sum);
     store_rows(sum, y, y_stride, left);
   } else {
-    multiply_part<type, form, 0, R>(w, p, panel, next, x, first_row, starts, y, y_stride, left);
+    multiply_part<type, form, 0, R>(w, p, panel, ahead, x, first_row, starts, y, y_stride, left);
     if constexpr (kParts == 2) {
-      if (fetches) next += w.panel_bytes / 2;
-      multiply_part<type, form, 1, R>(w, p, panel, next, x, first_row, starts, y, y_stride, left);
+      if (ahead.next != nullptr) ahead.next += w.panel_bytes / 2;
+      multiply_part<type, form, 1, R>(w, p, panel, ahead, x, first_row, starts, y, y_stride, left);
     }
   }
 }
 
-using TileKernel = void (*)(const PackedMatrix& w, std::int64_t p, bool fetches, const Activations& x,
+using TileKernel = void (*)(const PackedMatrix& w, std::int64_t p, Ahead ahead, const Activations& x,
                             std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride);
 
 template <WeightType type, Form form, int... R>
@@ -287,6 +296,7 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
   std::int64_t chunk = kActivationBytes / w.columns / most * most;
   if (chunk < 4 * most) chunk = 4 * most;
   constexpr bool quantized = !is_float_panel(type);
+  const bool near = near_prefetch_pays();
   const std::int64_t row_starts = quantized ? w.columns / kBlock * starts_per_block<type>() : 0;
   Start starts[quantized ? kStarts : 1];
   if (row_starts * chunk > kStarts) chunk = kStarts / row_starts;
@@ -299,13 +309,14 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
     if constexpr (quantized) fill_starts<type, form>(x, first, end, w.columns / kBlock, starts);
     for (std::int64_t p = first_panel; p < last_panel; ++p) {
       for (std::int64_t row = first; row < end;) {
+        Ahead ahead = {nullptr, near};
         // Past the last panel too: a thread's next piece usually begins there.
-        const bool fetches = row == first && p + 1 < panels;
+        if (row == first && p + 1 < panels) ahead.next = w.data + static_cast<std::size_t>(p + 1) * w.panel_bytes;
         // Tiles of like heights: with AVX2 a row that is left alone costs as much as three.
         const std::int64_t tiles = (end - row + most - 1) / most;
         const auto tile = static_cast<int>((end - row + tiles - 1) / tiles);
         tile_kernel<type, form>(tile, std::make_integer_sequence<int, most>())(
-            w, p, fetches, x, row, starts + (row - first) * row_starts, y, y_stride);
+            w, p, ahead, x, row, starts + (row - first) * row_starts, y, y_stride);
         row += tile;
       }
     }

@@ -8,6 +8,7 @@
 #define DRAFTWERK_ISA avx2
 #include <utility>
 
+#include "backend/cpu/isa.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/simd.h"
 #include "backend/cpu/split_columns.h"

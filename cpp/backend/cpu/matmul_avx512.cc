@@ -5,6 +5,7 @@
 #define DRAFTWERK_ISA avx512
 #include <utility>
 
+#include "backend/cpu/isa.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/simd.h"
 #include "backend/cpu/split_columns.h"

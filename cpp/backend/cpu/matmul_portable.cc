@@ -2,6 +2,7 @@
 #define DRAFTWERK_ISA portable
 #include <utility>
 
+#include "backend/cpu/isa.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/simd.h"
 #include "backend/cpu/split_columns.h"
