@@ -252,7 +252,7 @@ def test_logits_that_are_left_out(real: Subject, real_cases: list[Case], name: s
     )
     prompts = dict.fromkeys(case.prompt for case in real_cases)
     cases = [
-        Case(prompt, replace(way, seed=seed, max_tokens=16, ignore_eos=True))
+        Case(prompt, replace(way, seed=seed, max_tokens=32, ignore_eos=True))
         for seed, prompt in enumerate(prompts)
         for way in ways
     ]
