@@ -184,17 +184,23 @@ TEST_P(Matmul, RowsThatAreNotFiniteSpoilNoOthers) {
   }
 }
 
+// Of ranges of one, two and three panels, which some kernels multiply two at a time.
 TEST_P(Matmul, WritesNothingButItsOutputs) {
   const std::int64_t columns = random_columns(2);
   const std::int64_t outputs = 37;
   const std::int64_t stride = 53;
   const Matrix matrix(type, outputs, columns, random);
   const Rows x(kernels, 11, static_cast<int>(columns), random);
-  std::vector<float> y(11 * stride, kUntouched);
-  kernels.matmul(matrix.packed, 1, 3, x.view(), 11, y.data(), stride);
-  for (int i = 0; i < 11 * stride; ++i) {
-    const bool output = i % stride >= 16 && i % stride < outputs;
-    EXPECT_EQ(y[i] != kUntouched, output) << i;
+  for (const auto& [first, end] : {std::pair(0, 1), std::pair(1, 2), std::pair(1, 3), std::pair(0, 3)}) {
+    for (const int rows : {1, 8, 11}) {
+      std::vector<float> y(rows * stride, kUntouched);
+      kernels.matmul(matrix.packed, first, end, x.view(), rows, y.data(), stride);
+      for (int i = 0; i < rows * stride; ++i) {
+        const std::int64_t n = i % stride;
+        const bool output = n >= first * kPanel && n < end * kPanel && n < outputs;
+        EXPECT_EQ(y[i] != kUntouched, output) << rows << " rows, panels " << first << " to " << end << ", " << i;
+      }
+    }
   }
 }
 

@@ -3,17 +3,18 @@
 //   Float              sixteen f32 lanes, one per row of a panel: those of a float matrix
 //   kParts             passes over a panel of a quantised matrix, each of which computes kPanel / kParts of its rows;
 //                      Part: as many f32 lanes, which is one register where there are registers, Integers: int32 lanes
+//   kPanels            quantised panels of a tile where rows are many, so that they share what is loaded of activations
 //   splat_lanes<Lanes>, load_lanes<type, Lanes> (of a float type), store_lanes, multiply, multiply_add (fused if the
 //   machine can)       for Float and Part
 //   part_from_u8, part_from_i8, to_lanes   Parts of bytes and of Integers
-//   tile_rows<type>()  rows of activations that share one pass over a panel
+//   tile_rows<type, P>()   rows of activations that share one pass over P panels
 //   zero_point<type>() what dot_block's unsigned weights are too large by; 0 where it takes care of that itself
-//   dot_block<type, part, R>(block, quants, stride, starts, start_stride, dot)
-//                      dot[r] = starts[r * start_stride] + sum over the block's 32 columns of unsigned weight *
-//                      quants[r * stride + column], exact, for the rows of that part; `block` points behind the scales;
-//                      no starts where the zero point is 0
-//   dot_half<half, part, R>   the same over half a block of q6_k
-//   dot_split<coarse, whole, part, R>(block, rest, quants, stride, starts, start_stride, dot)
+//   dot_block<type, part>(block, quants, stride, starts, start_stride, dot)
+//                      dot[p][r] = starts[r * start_stride] + sum over the block's 32 columns of unsigned weight *
+//                      quants[r * stride + column], exact, for the rows of that part of panel p; `block` is a Place
+//                      (places.h), behind the scales; no starts where the zero point is 0
+//   dot_half<half, part>      the same over half a block of q6_k
+//   dot_split<coarse, whole, part>(block, rest, quants, stride, starts, start_stride, dot)
 //                      the same over a block of split columns (split_columns.h) with so many whole groups, all of it or
 //                      its coarse part; zero points are those of q8_0, and 120 for what a coarse part has in four bits
 // Every float operation on an output is written here, once, for any number of rows: that is what makes rows invariant.
@@ -56,70 +57,95 @@ void fill_starts(const Activations& x, std::int64_t first, std::int64_t end, std
 
 constexpr int kPartRows = kPanel / kParts;
 
-// Where the part's rows begin in sixteen elements of `bytes` bytes each.
-template <int part>
-[[gnu::always_inline]] inline const std::byte* of_part(const std::byte* elements, std::size_t bytes) {
-  return elements + part * kPartRows * bytes;
+// f32 lanes of a part of P panels: load(where the part's rows begin among sixteen elements of `bytes` bytes each).
+template <int part, int P, typename Load>
+[[gnu::always_inline]] inline void load_parts(Place elements, std::size_t bytes, Part (&lanes)[P], const Load& load) {
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) lanes[p] = load(elements.in(p) + part * kPartRows * bytes);
 }
 
-// A block's products, or those of half a block, to R rows of outputs.
-template <int R>
-[[gnu::always_inline]] inline void add_products(const Integers (&dot)[R], Part weight_scale, const float* scales,
-                                                std::int64_t block_stride, Part (&y)[R]) {
+template <int part, int P>
+[[gnu::always_inline]] inline void load_halves(Place elements, Part (&lanes)[P]) {
+  load_parts<part>(elements, 2, lanes, load_lanes<WeightType::f16, Part>);
+}
+
+template <int P>
+[[gnu::always_inline]] inline void multiply_each(const Part (&factors)[P], Part (&lanes)[P]) {
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) lanes[p] = multiply(factors[p], lanes[p]);
+}
+
+// A block's products, or those of half a block, to R rows of outputs of P panels.
+template <int P, int R>
+[[gnu::always_inline]] inline void add_products(const Integers (&dot)[P][R], const Part (&weight_scales)[P],
+                                                const float* scales, std::int64_t block_stride, Part (&y)[P][R]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes<Part>(scales[r * block_stride])), y[r]);
+    const Part scale = splat_lanes<Part>(scales[r * block_stride]);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      y[p][r] = multiply_add(to_lanes(dot[p][r]), multiply(weight_scales[p], scale), y[p][r]);
+    }
   }
 }
 
-template <WeightType type, int part, int R>
-[[gnu::always_inline]] inline void add_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
+template <WeightType type, int part, int P, int R>
+[[gnu::always_inline]] inline void add_block(Place block, const std::int8_t* quants, std::int64_t stride,
                                              const float* scales, std::int64_t block_stride, const Start* starts,
-                                             std::int64_t start_stride, Part (&y)[R]) {
-  const Part weight_scale = load_lanes<WeightType::f16, Part>(of_part<part>(block, 2));
-  Integers dot[R];
+                                             std::int64_t start_stride, Part (&y)[P][R]) {
+  Part weight_scales[P];
+  load_halves<part>(block, weight_scales);
+  Integers dot[P][R];
   dot_block<type, part>(block + layout::kHalves, quants, stride, starts, start_stride, dot);
-  add_products(dot, weight_scale, scales, block_stride, y);
+  add_products(dot, weight_scales, scales, block_stride, y);
 }
 
-template <int part, int R>
-[[gnu::always_inline]] inline void add_block_q4_k(const std::byte* block, Part d, Part negative_dmin,
+template <int part, int P, int R>
+[[gnu::always_inline]] inline void add_block_q4_k(Place block, const Part (&d)[P], const Part (&negative_dmin)[P],
                                                   const std::int8_t* quants, std::int64_t stride, const float* scales,
                                                   std::int64_t block_stride, const Start* starts,
-                                                  std::int64_t start_stride, Part (&y)[R]) {
-  const Part weight_scale = multiply(d, part_from_u8(of_part<part>(block, 1)));
-  const Part weight_min = multiply(negative_dmin, part_from_u8(of_part<part>(block + kPanel, 1)));
-  Integers dot[R];
+                                                  std::int64_t start_stride, Part (&y)[P][R]) {
+  Part weight_scales[P];
+  load_parts<part>(block, 1, weight_scales, part_from_u8);
+  multiply_each(d, weight_scales);
+  Part weight_mins[P];
+  load_parts<part>(block + kPanel, 1, weight_mins, part_from_u8);
+  multiply_each(negative_dmin, weight_mins);
+  Integers dot[P][R];
   dot_block<WeightType::q4_k, part>(block + 2 * kPanel, quants, stride, nullptr, 0, dot);
+  add_products(dot, weight_scales, scales, block_stride, y);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    y[r] = multiply_add(to_lanes(dot[r]), multiply(weight_scale, splat_lanes<Part>(scales[r * block_stride])), y[r]);
-    y[r] = multiply_add(weight_min, splat_lanes<Part>(starts[r * start_stride].scaled), y[r]);
+    const Part scaled = splat_lanes<Part>(starts[r * start_stride].scaled);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) y[p][r] = multiply_add(weight_mins[p], scaled, y[p][r]);
   }
 }
 
-template <int half, int part, int R>
-[[gnu::always_inline]] inline void add_half_q6_k(const std::byte* block, Part d, const std::int8_t* quants,
+template <int half, int part, int P, int R>
+[[gnu::always_inline]] inline void add_half_q6_k(Place block, const Part (&d)[P], const std::int8_t* quants,
                                                  std::int64_t stride, const float* scales, std::int64_t block_stride,
-                                                 const Start* starts, std::int64_t start_stride, Part (&y)[R]) {
-  const Part weight_scale = multiply(d, part_from_i8(of_part<part>(block + half * kPanel, 1)));
-  Integers dot[R];
+                                                 const Start* starts, std::int64_t start_stride, Part (&y)[P][R]) {
+  Part weight_scales[P];
+  load_parts<part>(block + half * kPanel, 1, weight_scales, part_from_i8);
+  multiply_each(d, weight_scales);
+  Integers dot[P][R];
   dot_half<half, part>(block + 2 * kPanel, quants, stride, starts + half, start_stride, dot);
-  add_products(dot, weight_scale, scales, block_stride, y);
+  add_products(dot, weight_scales, scales, block_stride, y);
 }
 
 // How far ahead of what is multiplied a panel is asked for again, from the second cache.
 constexpr std::size_t kNear = 1024;
 
-// What a part of a panel asks for while it is multiplied.
+// What a part of a tile's panels asks for while it is multiplied.
 struct Ahead {
-  const std::byte* next;  // its share of the next panel; null: of nothing
-  bool near;              // and once more what lies near in its own panel (near_prefetch_pays())
+  const std::byte* next;  // its share of a panel that comes next; null: of nothing
+  bool near;              // and once more what lies near in its own first panel (near_prefetch_pays())
 };
 
-// Asks for so many bytes of the next panel, if there is one, and goes on behind them: each part of a panel asks for its
-// share of the next one, block by block, so that memory is busy as long as arithmetic is. Of the panel itself it asks
-// for what lies near: a product that waits for the second cache waits behind all that memory has been asked for.
+// Asks for so many bytes of what comes next, if there is anything, and goes on behind them: each part of a panel asks
+// for its share of a next one, block by block, so that memory is busy as long as arithmetic is. Of the panel itself it
+// asks for what lies near: a product that waits for the second cache waits behind all that memory has been asked for.
 [[gnu::always_inline]] inline void prefetch(const std::byte* panel, Ahead& ahead, std::size_t bytes) {
   if (ahead.next == nullptr) return;
   if (ahead.near) {
@@ -150,10 +176,10 @@ template <WeightType type, int R>
   }
 }
 
-// R rows against a part of a quantised panel.
-template <WeightType type, int part, int R>
-[[gnu::always_inline]] inline void add_part(const std::byte* panel, std::int64_t columns, const Activations& x,
-                                            std::int64_t first_row, const Start* starts, Ahead ahead, Part (&y)[R]) {
+// R rows against a part of P quantised panels.
+template <WeightType type, int part, int P, int R>
+[[gnu::always_inline]] inline void add_part(Place panels, std::int64_t columns, const Activations& x,
+                                            std::int64_t first_row, const Start* starts, Ahead ahead, Part (&y)[P][R]) {
   const std::int8_t* quants = x.quants + first_row * x.quant_stride;
   const float* scales = x.scales + first_row * x.block_stride;
   const std::int64_t stride = x.quant_stride;
@@ -163,65 +189,70 @@ template <WeightType type, int part, int R>
   const std::int8_t* end = quants + columns;
   if constexpr (type == WeightType::q4_k || type == WeightType::q6_k) {
     while (quants != end) {
-      prefetch(panel, ahead, (type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts);
-      const Part d = load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2));
-      panel += layout::kHalves;
-      Part negative_dmin = {};
+      prefetch(panels.at, ahead, (type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts);
+      Part d[P];
+      load_halves<part>(panels, d);
+      panels = panels + layout::kHalves;
+      Part negative_dmin[P] = {};
       if constexpr (type == WeightType::q4_k) {
-        negative_dmin = multiply(load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2)), splat_lanes<Part>(-1.0F));
-        panel += layout::kHalves;
+        load_halves<part>(panels, negative_dmin);
+#pragma GCC unroll 4
+        for (Part& lanes : negative_dmin) lanes = multiply(lanes, splat_lanes<Part>(-1.0F));
+        panels = panels + layout::kHalves;
       }
       for (int b = 0; b < layout::kBlocksPerSuper; ++b, quants += kBlock, ++scales, starts += each) {
         if constexpr (type == WeightType::q4_k) {
-          prefetch(panel, ahead, layout::kQ4KBlock / kParts);
-          add_block_q4_k<part>(panel, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride, y);
-          panel += layout::kQ4KBlock;
+          prefetch(panels.at, ahead, layout::kQ4KBlock / kParts);
+          add_block_q4_k<part>(panels, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride, y);
+          panels = panels + layout::kQ4KBlock;
         } else {
-          prefetch(panel, ahead, layout::kQ6KBlock / kParts);
-          add_half_q6_k<0, part>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
-          add_half_q6_k<1, part>(panel, d, quants, stride, scales, block_stride, starts, start_stride, y);
-          panel += layout::kQ6KBlock;
+          prefetch(panels.at, ahead, layout::kQ6KBlock / kParts);
+          add_half_q6_k<0, part>(panels, d, quants, stride, scales, block_stride, starts, start_stride, y);
+          add_half_q6_k<1, part>(panels, d, quants, stride, scales, block_stride, starts, start_stride, y);
+          panels = panels + layout::kQ6KBlock;
         }
       }
     }
   } else {
     constexpr std::size_t bytes = layout::block_of(type);
-    for (; quants != end; quants += kBlock, ++scales, starts += each, panel += bytes) {
-      prefetch(panel, ahead, bytes / kParts);
-      add_block<type, part>(panel, quants, stride, scales, block_stride, starts, start_stride, y);
+    for (; quants != end; quants += kBlock, ++scales, starts += each, panels = panels + bytes) {
+      prefetch(panels.at, ahead, bytes / kParts);
+      add_block<type, part>(panels, quants, stride, scales, block_stride, starts, start_stride, y);
     }
   }
 }
 
-// R rows against a part of panel p of a matrix of split columns.
-template <bool coarse, int part, int R>
-[[gnu::always_inline]] inline void add_split_part(const PackedMatrix& w, std::int64_t p, const std::byte* panel,
+// R rows against a part of P panels, the first of which is panel `p`, of a matrix of split columns.
+template <bool coarse, int part, int P, int R>
+[[gnu::always_inline]] inline void add_split_part(const PackedMatrix& w, std::int64_t p, Place panels,
                                                   const Activations& x, std::int64_t first_row, const Start* starts,
-                                                  Ahead ahead, Part (&y)[R]) {
+                                                  Ahead ahead, Part (&y)[P][R]) {
   const SplitColumns& split = *w.split;
-  const std::byte* rest = split.rest + static_cast<std::size_t>(p) * split.rest_bytes;
+  Place rest = {split.rest + static_cast<std::size_t>(p) * split.rest_bytes, panels.apart == 0 ? 0 : split.rest_bytes};
   const std::int64_t blocks = w.columns / kBlock;
   const auto shares = static_cast<std::size_t>(blocks * kParts);
-  Ahead ahead_of_rest = ahead;
-  if (ahead.next != nullptr) {
-    ahead_of_rest.next = coarse ? nullptr : rest + (part + kParts) * split.rest_bytes / kParts;
+  Ahead ahead_of_rest = {nullptr, ahead.near};
+  if (!coarse && ahead.next != nullptr) {
+    const std::size_t next = static_cast<std::size_t>(ahead.next - w.data) / w.panel_bytes;
+    ahead_of_rest.next = split.rest + next * split.rest_bytes + part * split.rest_bytes / kParts;
   }
   const std::int8_t* quants = x.quants + first_row * x.quant_stride;
   const float* scales = x.scales + first_row * x.block_stride;
   for (std::int64_t b = 0; b < blocks; ++b, quants += kBlock, ++scales, ++starts) {
-    prefetch(panel, ahead, split.coarse_bytes / shares);
-    prefetch(rest, ahead_of_rest, split.rest_bytes / shares);
+    prefetch(panels.at, ahead, split.coarse_bytes / shares);
+    if constexpr (!coarse) prefetch(rest.at, ahead_of_rest, split.rest_bytes / shares);
     const int whole = split.whole[static_cast<std::size_t>(b)];
-    const Part weight_scale = load_lanes<WeightType::f16, Part>(of_part<part>(panel, 2));
-    panel += layout::kHalves;
-    Integers dot[R];
+    Part weight_scales[P];
+    load_halves<part>(panels, weight_scales);
+    panels = panels + layout::kHalves;
+    Integers dot[P][R];
     with_whole_groups(whole, [&](auto groups) __attribute__((always_inline)) {
-      dot_split<coarse, groups.value, part>(panel, rest, quants, x.quant_stride, starts, blocks, dot);
+      dot_split<coarse, groups.value, part>(panels, rest, quants, x.quant_stride, starts, blocks, dot);
     });
-    add_products(dot, weight_scale, scales, x.block_stride, y);
+    add_products(dot, weight_scales, scales, x.block_stride, y);
     const auto halved = static_cast<std::size_t>(layout::kGroups - whole) / 2 * layout::kGroupBytes;
-    panel += static_cast<std::size_t>(whole) * layout::kGroupBytes + halved;
-    rest += halved;
+    panels = panels + static_cast<std::size_t>(whole) * layout::kGroupBytes + halved;
+    rest = rest + halved;
   }
 }
 
@@ -243,60 +274,105 @@ template <typename Lanes, int R>
   }
 }
 
-template <WeightType type, Form form, int part, int R>
-[[gnu::always_inline]] inline void multiply_part(const PackedMatrix& w, std::int64_t p, const std::byte* panel,
-                                                 Ahead ahead, const Activations& x, std::int64_t first_row,
-                                                 const Start* starts, float* y, std::int64_t y_stride,
-                                                 std::int64_t left) {
-  Part sum[R] = {};
+template <WeightType type, Form form, int part, int P, int R>
+[[gnu::always_inline]] inline void multiply_part(const PackedMatrix& w, std::int64_t p, Place panels, Ahead ahead,
+                                                 const Activations& x, std::int64_t first_row, const Start* starts,
+                                                 float* y, std::int64_t y_stride, std::int64_t left) {
+  Part sums[P][R] = {};
   if constexpr (form == Form::packed) {
-    add_part<type, part>(panel, w.columns, x, first_row, starts, ahead, sum);
+    add_part<type, part>(panels, w.columns, x, first_row, starts, ahead, sums);
   } else {
-    add_split_part<form == Form::coarse, part>(w, p, panel, x, first_row, starts, ahead, sum);
+    add_split_part<form == Form::coarse, part>(w, p, panels, x, first_row, starts, ahead, sums);
   }
-  store_rows(sum, y + part * kPartRows, y_stride, left - part * kPartRows);
+#pragma GCC unroll 4
+  for (int i = 0; i < P; ++i) {
+    const std::int64_t first = i * kPanel + part * kPartRows;
+    store_rows(sums[i], y + first, y_stride, left - first);
+  }
 }
 
-template <WeightType type, Form form, int R>
-[[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, Ahead ahead, const Activations& x,
-                                     std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride) {
+// R rows against P panels, of which those before `last_panel` count; the first one does.
+template <WeightType type, Form form, int P, int R>
+[[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, std::int64_t last_panel, Ahead ahead,
+                                     const Activations& x, std::int64_t first_row, const Start* starts, float* y,
+                                     std::int64_t y_stride) {
   y += first_row * y_stride + p * kPanel;
   // The outputs of a head are megabytes apart and out of cache: fetched now, their stores do not stall the next tile.
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) __builtin_prefetch(y + r * y_stride, 1);
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < P; ++i) __builtin_prefetch(y + r * y_stride + i * kPanel, 1);
+  }
   const std::byte* panel = w.data + static_cast<std::size_t>(p) * w.panel_bytes;
-  const std::int64_t left = w.rows - p * kPanel;
+  const std::int64_t left = (last_panel * kPanel < w.rows ? last_panel * kPanel : w.rows) - p * kPanel;
   if constexpr (is_float_panel(type)) {
     Float sum[R] = {};
     add_float_panel<type>(panel, w.columns, x, first_row, ahead, sum);
     store_rows(sum, y, y_stride, left);
   } else {
-    multiply_part<type, form, 0, R>(w, p, panel, ahead, x, first_row, starts, y, y_stride, left);
+    // Where there is a panel too few the first one is multiplied again, for no outputs.
+    const Place panels = {panel, p + P <= last_panel ? w.panel_bytes : 0};
+    multiply_part<type, form, 0, P, R>(w, p, panels, ahead, x, first_row, starts, y, y_stride, left);
     if constexpr (kParts == 2) {
       if (ahead.next != nullptr) ahead.next += w.panel_bytes / 2;
-      multiply_part<type, form, 1, R>(w, p, panel, ahead, x, first_row, starts, y, y_stride, left);
+      multiply_part<type, form, 1, P, R>(w, p, panels, ahead, x, first_row, starts, y, y_stride, left);
     }
   }
 }
 
-using TileKernel = void (*)(const PackedMatrix& w, std::int64_t p, Ahead ahead, const Activations& x,
-                            std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride);
+using TileKernel = void (*)(const PackedMatrix& w, std::int64_t p, std::int64_t last_panel, Ahead ahead,
+                            const Activations& x, std::int64_t first_row, const Start* starts, float* y,
+                            std::int64_t y_stride);
 
-template <WeightType type, Form form, int... R>
-TileKernel tile_kernel(int rows, std::integer_sequence<int, R...>) {
-  static constexpr TileKernel kernels[] = {multiply_tile<type, form, R + 1>...};
-  return kernels[rows - 1];
+template <WeightType type, Form form, int P, int fewest, int... more>
+TileKernel tile_kernel(int rows, std::integer_sequence<int, more...>) {
+  static constexpr TileKernel kernels[] = {multiply_tile<type, form, P, fewest + more>...};
+  return kernels[rows - fewest];
+}
+
+// Fewest rows of a tile where more than `few` are divided among tiles of at most `most`, as evenly as they go.
+constexpr int fewest_rows(int few, int most) {
+  int fewest = most;
+  for (int rows = few + 1; rows <= few + most * most; ++rows) {
+    const int each = rows / ((rows + most - 1) / most);
+    if (each < fewest) fewest = each;
+  }
+  return fewest;
+}
+
+// The rows from `first` to `end` against the panels, P at a time; with several, more rows than a tile of one panel has.
+template <WeightType type, Form form, int P>
+void multiply_rows(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
+                   std::int64_t first, std::int64_t end, const Start* starts, std::int64_t row_starts, float* y,
+                   std::int64_t y_stride) {
+  // Tiles of like heights: with AVX2 a row that is left alone costs as much as three.
+  constexpr int most = tile_rows<type, P>();
+  constexpr int fewest = P == 1 ? 1 : fewest_rows(tile_rows<type, 1>(), most);
+  const std::int64_t tiles = (end - first + most - 1) / most;
+  const std::int64_t panels = panel_count(w.rows);
+  const bool near = P == 1 && near_prefetch_pays();
+  for (std::int64_t p = first_panel; p < last_panel; p += P) {
+    std::int64_t row = first;
+    for (std::int64_t t = 0; t < tiles; ++t) {
+      Ahead ahead = {nullptr, near};
+      // The first tiles ask for a panel each. Past the last panel too: a thread's next piece usually begins there.
+      const std::int64_t next = p + P + t;
+      if (t < P && next < panels) ahead.next = w.data + static_cast<std::size_t>(next) * w.panel_bytes;
+      const auto rows = static_cast<int>((end - row + tiles - t - 1) / (tiles - t));
+      tile_kernel<type, form, P, fewest>(rows, std::make_integer_sequence<int, most - fewest + 1>())(
+          w, p, last_panel, ahead, x, row, starts + (row - first) * row_starts, y, y_stride);
+      row += rows;
+    }
+  }
 }
 
 template <WeightType type, Form form = Form::packed>
 void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
                      int rows, float* y, std::int64_t y_stride) {
-  const std::int64_t panels = panel_count(w.rows);
-  constexpr int most = tile_rows<type>();
-  std::int64_t chunk = kActivationBytes / w.columns / most * most;
-  if (chunk < 4 * most) chunk = 4 * most;
+  constexpr int few = tile_rows<type, 1>();
+  std::int64_t chunk = kActivationBytes / w.columns / few * few;
+  if (chunk < 4 * few) chunk = 4 * few;
   constexpr bool quantized = !is_float_panel(type);
-  const bool near = near_prefetch_pays();
   const std::int64_t row_starts = quantized ? w.columns / kBlock * starts_per_block<type>() : 0;
   Start starts[quantized ? kStarts : 1];
   if (row_starts * chunk > kStarts) chunk = kStarts / row_starts;
@@ -307,19 +383,13 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
       for (std::size_t line = 0; line < w.panel_bytes; line += 64) __builtin_prefetch(panel + line, 0, 2);
     }
     if constexpr (quantized) fill_starts<type, form>(x, first, end, w.columns / kBlock, starts);
-    for (std::int64_t p = first_panel; p < last_panel; ++p) {
-      for (std::int64_t row = first; row < end;) {
-        Ahead ahead = {nullptr, near};
-        // Past the last panel too: a thread's next piece usually begins there.
-        if (row == first && p + 1 < panels) ahead.next = w.data + static_cast<std::size_t>(p + 1) * w.panel_bytes;
-        // Tiles of like heights: with AVX2 a row that is left alone costs as much as three.
-        const std::int64_t tiles = (end - row + most - 1) / most;
-        const auto tile = static_cast<int>((end - row + tiles - 1) / tiles);
-        tile_kernel<type, form>(tile, std::make_integer_sequence<int, most>())(
-            w, p, ahead, x, row, starts + (row - first) * row_starts, y, y_stride);
-        row += tile;
+    if constexpr (quantized && kPanels > 1) {
+      if (end - first > few) {
+        multiply_rows<type, form, kPanels>(w, first_panel, last_panel, x, first, end, starts, row_starts, y, y_stride);
+        continue;
       }
     }
+    multiply_rows<type, form, 1>(w, first_panel, last_panel, x, first, end, starts, row_starts, y, y_stride);
   }
 }
 

@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "backend/cpu/matmul.h"
+#include "backend/cpu/places.h"
 #include "backend/cpu/split_columns.h"
 #include "backend/cpu/tile_instructions.h"
 
@@ -100,14 +101,14 @@ class Unpacker {
     const int whole = *whole_++;
     _mm512_store_ps(segment.scales[block], load_lanes<WeightType::f16, Float>(panel_));
     panel_ += layout::kHalves;
-    const auto store = [&](__m512i unsigned_values, int group) __attribute__((always_inline)) {
+    const auto store = [&](const __m512i(&unsigned_values)[1], int group) __attribute__((always_inline)) {
       // As if the lower halves that a coarse part lacks were 8.
       const int taken_off = coarse && group >= whole ? zero - zero / 16 : zero;
       _mm512_store_si512(segment.values[block][group],
-                         _mm512_sub_epi8(unsigned_values, _mm512_set1_epi8(static_cast<char>(taken_off))));
+                         _mm512_sub_epi8(unsigned_values[0], _mm512_set1_epi8(static_cast<char>(taken_off))));
     };
     with_whole_groups(whole, [&](auto groups) __attribute__((always_inline)) {
-      each_split_group<coarse, groups.value>(panel_, rest_, store);
+      each_split_group<coarse, groups.value, 1>({panel_, 0}, {rest_, 0}, store);
     });
     const auto halved = static_cast<std::size_t>(layout::kGroups - whole) / 2 * layout::kGroupBytes;
     panel_ += static_cast<std::size_t>(whole) * layout::kGroupBytes + halved;

@@ -10,6 +10,7 @@
 
 #include "backend/cpu/isa.h"
 #include "backend/cpu/matmul.h"
+#include "backend/cpu/places.h"
 #include "backend/cpu/simd.h"
 #include "backend/cpu/split_columns.h"
 
@@ -27,10 +28,11 @@ struct Float {
 };
 
 constexpr int kParts = 2;
+constexpr int kPanels = 1;
 
 // Their integer accumulators fit in 16 registers, beside a weight and a product; what is needed once in a block may lie
 // on the stack.
-template <WeightType type>
+template <WeightType type, int P>
 constexpr int tile_rows() {
   switch (type) {
     case WeightType::f32:
@@ -231,27 +233,28 @@ template <int part, int R, int... g>
 }
 
 template <WeightType type, int part, int R>
-[[gnu::always_inline]] inline void dot_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
+[[gnu::always_inline]] inline void dot_block(Place block, const std::int8_t* quants, std::int64_t stride,
+                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[1][R]) {
   constexpr auto groups = std::make_integer_sequence<int, layout::kGroups>();
   if constexpr (type == WeightType::q8_0) {
-    dot_bytes<part>(block, quants, stride, starts, start_stride, dot, groups);
+    dot_bytes<part>(block.at, quants, stride, starts, start_stride, dot[0], groups);
   } else {
-    dot_groups<type, part, R, 0>(block, quants, stride, starts, start_stride, dot, groups);
+    dot_groups<type, part, R, 0>(block.at, quants, stride, starts, start_stride, dot[0], groups);
   }
 }
 
 template <int half, int part, int R>
-[[gnu::always_inline]] inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                            const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
+[[gnu::always_inline]] inline void dot_half(Place block, const std::int8_t* quants, std::int64_t stride,
+                                            const Start* starts, std::int64_t start_stride, Integers (&dot)[1][R]) {
   constexpr auto groups = std::make_integer_sequence<int, layout::kGroups / 2>();
-  dot_groups<WeightType::q6_k, part, R, half * 4>(block, quants, stride, starts, start_stride, dot, groups);
+  dot_groups<WeightType::q6_k, part, R, half * 4>(block.at, quants, stride, starts, start_stride, dot[0], groups);
 }
 
 template <bool coarse, int whole, int part, int R>
-[[gnu::always_inline]] inline void dot_split(const std::byte* block, const std::byte* rest, const std::int8_t* quants,
+[[gnu::always_inline]] inline void dot_split(Place panel, Place rest_of_panel, const std::int8_t* quants,
                                              std::int64_t stride, const Start* starts, std::int64_t start_stride,
-                                             Integers (&dot)[R]) {
+                                             Integers (&dots)[1][R]) {
+  Integers(&dot)[R] = dots[0];
   __m256i low[R];
   __m256i high[R];
 #pragma GCC unroll 16
@@ -264,8 +267,8 @@ template <bool coarse, int whole, int part, int R>
       settle(sum[r]);
     }
   };
-  block += part * 32;
-  rest += part * 32;
+  const std::byte* block = panel.at + part * 32;
+  const std::byte* rest = rest_of_panel.at + part * 32;
 #pragma GCC unroll 8
   for (int g = 0; g < whole; ++g) {
     const __m256i bytes = load_32(block + g * layout::kGroupBytes);

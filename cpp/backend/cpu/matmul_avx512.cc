@@ -7,6 +7,7 @@
 
 #include "backend/cpu/isa.h"
 #include "backend/cpu/matmul.h"
+#include "backend/cpu/places.h"
 #include "backend/cpu/simd.h"
 #include "backend/cpu/split_columns.h"
 
@@ -21,12 +22,16 @@ namespace {
 using Part = Float;
 using Integers = __m512i;
 
-// 8 int32 and 8 f32 accumulators, a weight register and the constants fit in 32 registers.
-template <WeightType type>
-constexpr int tile_rows() {
-  return 8;
-}
 constexpr int kParts = 1;
+// Two panels share every broadcast of activations. With one, loads take longer than products where two of either are
+// done in a cycle. Few rows wait for memory, and it streams one panel after the other faster than two at a time.
+constexpr int kPanels = 2;
+
+// 8 int32 and 8 f32 accumulators, or 12 of each, fit in 32 registers, beside weights, activations and the constants.
+template <WeightType type, int P>
+constexpr int tile_rows() {
+  return P == 1 ? 8 : 6;
+}
 
 template <typename Lanes>
 [[gnu::always_inline]] inline Lanes splat_lanes(float x) {
@@ -37,65 +42,65 @@ template <typename Lanes>
 [[gnu::always_inline]] inline Float to_lanes(Integers v) { return _mm512_cvtepi32_ps(v); }
 [[gnu::always_inline]] inline void store_lanes(float* p, Float v) { _mm512_storeu_ps(p, v); }
 
-template <WeightType type, int g, int R>
-[[gnu::always_inline]] inline void add_group(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                             Integers (&dot)[R]) {
-  const __m512i w = weight_group<type, g>(block);
+// To `dot`, the products of group g of P panels.
+template <int P, int R>
+[[gnu::always_inline]] inline void add_group(const __m512i (&weights)[P], int g, const std::int8_t* quants,
+                                             std::int64_t stride, Integers (&dot)[P][R]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     std::int32_t four;
     std::memcpy(&four, quants + r * stride + g * 4, sizeof four);
-    dot[r] = _mm512_dpbusd_epi32(dot[r], w, _mm512_set1_epi32(four));
+    const __m512i activations = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) dot[p][r] = _mm512_dpbusd_epi32(dot[p][r], weights[p], activations);
   }
 }
 
-template <WeightType type, int R>
-[[gnu::always_inline]] inline void start_dot(const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
+template <WeightType type, int P, int R>
+[[gnu::always_inline]] inline void start_dot(const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    dot[r] = zero_point<type>() == 0 ? _mm512_setzero_si512() : _mm512_set1_epi32(starts[r * start_stride].whole);
+    const __m512i start =
+        zero_point<type>() == 0 ? _mm512_setzero_si512() : _mm512_set1_epi32(starts[r * start_stride].whole);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) dot[p][r] = start;
   }
 }
 
-template <WeightType type, int part, int R>
-[[gnu::always_inline]] inline void dot_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
-  start_dot<type, R>(starts, start_stride, dot);
-  add_group<type, 0>(block, quants, stride, dot);
-  add_group<type, 1>(block, quants, stride, dot);
-  add_group<type, 2>(block, quants, stride, dot);
-  add_group<type, 3>(block, quants, stride, dot);
-  add_group<type, 4>(block, quants, stride, dot);
-  add_group<type, 5>(block, quants, stride, dot);
-  add_group<type, 6>(block, quants, stride, dot);
-  add_group<type, 7>(block, quants, stride, dot);
+// The groups from `g` to `end`.
+template <WeightType type, int g, int end, int P, int R>
+[[gnu::always_inline]] inline void add_groups(Place block, const std::int8_t* quants, std::int64_t stride,
+                                              Integers (&dot)[P][R]) {
+  __m512i weights[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) weights[p] = weight_group<type, g>(block.in(p));
+  add_group(weights, g, quants, stride, dot);
+  if constexpr (g + 1 < end) add_groups<type, g + 1, end>(block, quants, stride, dot);
 }
 
-template <int half, int part, int R>
-[[gnu::always_inline]] inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                            const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
+template <WeightType type, int part, int P, int R>
+[[gnu::always_inline]] inline void dot_block(Place block, const std::int8_t* quants, std::int64_t stride,
+                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
+  start_dot<type>(starts, start_stride, dot);
+  add_groups<type, 0, layout::kGroups>(block, quants, stride, dot);
+}
+
+template <int half, int part, int P, int R>
+[[gnu::always_inline]] inline void dot_half(Place block, const std::int8_t* quants, std::int64_t stride,
+                                            const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
   constexpr auto type = WeightType::q6_k;
-  start_dot<type, R>(starts, start_stride, dot);
-  add_group<type, half * 4>(block, quants, stride, dot);
-  add_group<type, half * 4 + 1>(block, quants, stride, dot);
-  add_group<type, half * 4 + 2>(block, quants, stride, dot);
-  add_group<type, half * 4 + 3>(block, quants, stride, dot);
+  start_dot<type>(starts, start_stride, dot);
+  add_groups<type, half * 4, half * 4 + 4>(block, quants, stride, dot);
 }
 
-template <bool coarse, int whole, int part, int R>
-[[gnu::always_inline]] inline void dot_split(const std::byte* block, const std::byte* rest, const std::int8_t* quants,
-                                             std::int64_t stride, const Start* starts, std::int64_t start_stride,
-                                             Integers (&dot)[R]) {
+template <bool coarse, int whole, int part, int P, int R>
+[[gnu::always_inline]] inline void dot_split(Place block, Place rest, const std::int8_t* quants, std::int64_t stride,
+                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
   start_dot<WeightType::q8_0>(starts, start_stride, dot);
-  const auto add = [&](__m512i w, int group) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      std::int32_t four;
-      std::memcpy(&four, quants + r * stride + group * 4, sizeof four);
-      dot[r] = _mm512_dpbusd_epi32(dot[r], w, _mm512_set1_epi32(four));
-    }
-  };
-  each_split_group<coarse, whole>(block, rest, add);
+  each_split_group<coarse, whole, P>(block, rest,
+                                     [&](const __m512i(&weights)[P], int group) __attribute__((always_inline)) {
+                                       add_group(weights, group, quants, stride, dot);
+                                     });
 }
 
 #include "backend/cpu/matmul.inl"

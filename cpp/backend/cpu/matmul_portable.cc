@@ -4,6 +4,7 @@
 
 #include "backend/cpu/isa.h"
 #include "backend/cpu/matmul.h"
+#include "backend/cpu/places.h"
 #include "backend/cpu/simd.h"
 #include "backend/cpu/split_columns.h"
 
@@ -19,7 +20,8 @@ using Integers = i32x16;
 using Bytes = std::uint8_t __attribute__((vector_size(16)));
 
 constexpr int kParts = 1;
-template <WeightType type>
+constexpr int kPanels = 1;
+template <WeightType type, int P>
 constexpr int tile_rows() {
   return 4;
 }
@@ -110,23 +112,23 @@ constexpr int zero_point() {
 }
 
 template <WeightType type, int part, int R>
-inline void dot_block(const std::byte* block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
-                      std::int64_t /*start_stride*/, Integers (&dot)[R]) {
-  dot_groups<type, R>(block, 0, layout::kGroups, quants, stride, dot);
+inline void dot_block(Place block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
+                      std::int64_t /*start_stride*/, Integers (&dot)[1][R]) {
+  dot_groups<type, R>(block.at, 0, layout::kGroups, quants, stride, dot[0]);
 }
 
 template <int half, int part, int R>
-inline void dot_half(const std::byte* block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
-                     std::int64_t /*start_stride*/, Integers (&dot)[R]) {
-  dot_groups<WeightType::q6_k, R>(block, half * 4, half * 4 + 4, quants, stride, dot);
+inline void dot_half(Place block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
+                     std::int64_t /*start_stride*/, Integers (&dot)[1][R]) {
+  dot_groups<WeightType::q6_k, R>(block.at, half * 4, half * 4 + 4, quants, stride, dot[0]);
 }
 
 template <bool coarse, int whole, int part, int R>
-inline void dot_split(const std::byte* block, const std::byte* rest, const std::int8_t* quants, std::int64_t stride,
-                      const Start* /*starts*/, std::int64_t /*start_stride*/, Integers (&dot)[R]) {
+inline void dot_split(Place block, Place rest, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
+                      std::int64_t /*start_stride*/, Integers (&dot)[1][R]) {
   std::int32_t sum[R][kPanel] = {};
   constexpr int pairs = (layout::kGroups - whole) / 2;
-  const std::byte* halves = block + whole * layout::kGroupBytes;
+  const std::byte* halves = block.at + whole * layout::kGroupBytes;
   for (int g = 0; g < layout::kGroups; ++g) {
     const int shift = g < whole + pairs ? 0 : 4;
     const std::size_t vector =
@@ -134,16 +136,16 @@ inline void dot_split(const std::byte* block, const std::byte* rest, const std::
     for (int i = 0; i < static_cast<int>(layout::kGroupBytes); ++i) {
       int value;
       if (g < whole) {
-        value = std::to_integer<int>(block[g * layout::kGroupBytes + i]) - 128;
+        value = std::to_integer<int>(block.at[g * layout::kGroupBytes + i]) - 128;
       } else {
         const int upper = std::to_integer<int>(halves[vector + i]) >> shift & 15;
-        const int lower = coarse ? 8 : std::to_integer<int>(rest[vector + i]) >> shift & 15;
+        const int lower = coarse ? 8 : std::to_integer<int>(rest.at[vector + i]) >> shift & 15;
         value = upper * 16 + lower - 128;
       }
       for (int r = 0; r < R; ++r) sum[r][i / 4] += value * quants[r * stride + g * 4 + i % 4];
     }
   }
-  for (int r = 0; r < R; ++r) std::memcpy(&dot[r], sum[r], sizeof dot[r]);
+  for (int r = 0; r < R; ++r) std::memcpy(&dot[0][r], sum[r], sizeof dot[0][r]);
 }
 
 #include "backend/cpu/matmul.inl"

@@ -81,26 +81,36 @@ constexpr int zero_point() {
   return _mm512_ternarylogic_epi32(a, b, mask, 0xE4);
 }
 
-// Calls add(values, group) with the unsigned bytes of each group of a block of split columns of which `whole` groups
-// are whole: all of them, or the coarse part, whose lower halves are zero.
-template <bool coarse, int whole, typename Add>
-[[gnu::always_inline]] inline void each_split_group(const std::byte* block, const std::byte* rest, const Add& add) {
+// Calls add(values, group) with the unsigned bytes of each group of a block of split columns, those of P panels, of
+// which `whole` groups are whole: all of them, or the coarse part, whose lower halves are zero.
+template <bool coarse, int whole, int P, typename Add>
+[[gnu::always_inline]] inline void each_split_group(Place block, Place rest, const Add& add) {
+  __m512i values[P];
 #pragma GCC unroll 8
-  for (int g = 0; g < whole; ++g) add(load_group(block + g * layout::kGroupBytes), g);
-  block += whole * layout::kGroupBytes;
+  for (int g = 0; g < whole; ++g) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) values[p] = load_group(block.in(p) + g * layout::kGroupBytes);
+    add(values, g);
+  }
+  block = block + whole * layout::kGroupBytes;
   constexpr int pairs = (layout::kGroups - whole) / 2;
   const __m512i high = _mm512_set1_epi8(static_cast<char>(0xF0));
 #pragma GCC unroll 4
   for (int j = 0; j < pairs; ++j) {
-    const __m512i upper = load_group(block + j * layout::kGroupBytes);
-    const __m512i first = _mm512_slli_epi16(upper, 4);
-    if constexpr (coarse) {
-      add(_mm512_and_si512(first, high), whole + j);
-      add(_mm512_and_si512(upper, high), whole + pairs + j);
-    } else {
-      const __m512i lower = load_group(rest + j * layout::kGroupBytes);
-      add(select(high, first, lower), whole + j);
-      add(select(high, upper, _mm512_srli_epi16(lower, 4)), whole + pairs + j);
+    const std::size_t at = j * layout::kGroupBytes;
+    __m512i upper[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      upper[p] = load_group(block.in(p) + at);
+      const __m512i first = _mm512_slli_epi16(upper[p], 4);
+      values[p] = coarse ? _mm512_and_si512(first, high) : select(high, first, load_group(rest.in(p) + at));
     }
+    add(values, whole + j);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      values[p] = coarse ? _mm512_and_si512(upper[p], high)
+                         : select(high, upper[p], _mm512_srli_epi16(load_group(rest.in(p) + at), 4));
+    }
+    add(values, whole + pairs + j);
   }
 }
