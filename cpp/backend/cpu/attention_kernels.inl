@@ -36,15 +36,30 @@ struct ChunkWork {
   alignas(64) float scores[kQueryTile * kAttentionChunk];
 };
 
+/// What dot_keys asks memory for while it computes. Values are added by components, a position of a page after the
+/// other: what reads a line here and a line there waits for each.
+struct Ahead {
+  bool values = false;  ///< those of its own positions
+  int pages = 0;        ///< the keys of so many pages that come next; of P at most
+};
+
 /// scores[n][position] = q[n] . k[position] for N queries and P pages: for every d in ascending order one fma per lane.
 template <int N, int P, class Element>
-void dot_keys(const float* queries, const std::byte* const* pages, std::size_t key_offset, int head_dim,
-              float* scores) {
+void dot_keys(const float* queries, const std::byte* const* pages, const KvHeadView& kv, Ahead ahead, float* scores) {
   constexpr int kParts = P * kRegistersPerPage;
+  constexpr std::size_t kComponentBytes = kPageSize * sizeof(Element);
+  constexpr int kComponentsPerLine = 64 / kComponentBytes;
   const Element* keys[P];
-  for (int p = 0; p < P; ++p) keys[p] = reinterpret_cast<const Element*>(pages[p] + key_offset);
+  for (int p = 0; p < P; ++p) keys[p] = reinterpret_cast<const Element*>(pages[p] + kv.key_offset);
   Register sum[N][kParts] = {};
-  for (int d = 0; d < head_dim; ++d) {
+  for (int d = 0; d < kv.head_dim; ++d) {
+    if (ahead.values && d % kComponentsPerLine == 0) {
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) {
+        __builtin_prefetch(pages[p] + kv.value_offset + d * kComponentBytes, 0, 2);
+        if (p < ahead.pages) __builtin_prefetch(pages[P + p] + kv.key_offset + d * kComponentBytes, 0, 2);
+      }
+    }
     Register key[kParts];
 #pragma GCC unroll 16
     for (int p = 0; p < kParts; ++p) {
@@ -88,16 +103,18 @@ void by_runs(int first, int past, const Body& body) {
 
 /// All pages of the chunk before the tail for N consecutive queries.
 template <int N, class Element>
-void score_queries(const float* queries, std::size_t key_offset, int head_dim, int query, ChunkWork& work) {
+void score_queries(const float* queries, const KvHeadView& kv, int query, ChunkWork& work) {
   constexpr int kPages = kQueriesAtOnce / N;
   const float* q = queries + query * kQueryStride;
   float* scores = work.scores + query * kAttentionChunk;
+  const bool asks = query == work.first_active;  // for the queries behind it as well
   int page = work.first_page;
   for (; page + kPages <= work.past_page; page += kPages) {
-    dot_keys<N, kPages, Element>(q, work.page + page, key_offset, head_dim, scores + page * kPageSize);
+    const Ahead ahead = {asks, work.past_page - page - kPages};
+    dot_keys<N, kPages, Element>(q, work.page + page, kv, ahead, scores + page * kPageSize);
   }
   for (; page < work.past_page; ++page) {
-    dot_keys<N, 1, Element>(q, work.page + page, key_offset, head_dim, scores + page * kPageSize);
+    dot_keys<N, 1, Element>(q, work.page + page, kv, {asks}, scores + page * kPageSize);
   }
 }
 
@@ -122,8 +139,7 @@ void score_tail(const float* queries, const KvHeadView& kv, ChunkWork& work) {
   for (; page <= last_page; ++page) {
     const std::byte* const keys = kv.arena + std::size_t{kv.pages[page]} * kPageUnit;
     by_runs(work.first_active, work.past_active, [&]<int N>(int query) {
-      dot_keys<N, 1, Element>(queries + query * kQueryStride, &keys, kv.key_offset, kv.head_dim,
-                              scores + query * kAttentionChunk);
+      dot_keys<N, 1, Element>(queries + query * kQueryStride, &keys, kv, {}, scores + query * kAttentionChunk);
     });
     for (int i = work.first_active; i < work.past_active; ++i) {
       for (int t = tail_begin(work, i); t < tail_end(work, i); ++t) {
@@ -273,7 +289,7 @@ void attend_visible(const QueryTile& tile, const KvHeadView& kv, float scale, Ch
     for (int d = 0; d < kv.head_dim; d += kLanes) store(queries + i * kQueryStride + d, load(tile.query[i] + d));
   }
   by_runs(work.first_active, work.past_active,
-          [&]<int N>(int query) { score_queries<N, Element>(queries, kv.key_offset, kv.head_dim, query, work); });
+          [&]<int N>(int query) { score_queries<N, Element>(queries, kv, query, work); });
   const bool has_tail = work.tail < kAttentionChunk;
   if (has_tail) score_tail<Element>(queries, kv, work);
   for (int i = work.first_active; i < work.past_active; ++i) {
