@@ -3,9 +3,10 @@
     python bench/drafting_under_load.py --prompts FILE.jsonl --streams 1 4 16 64 --rounds 7 --json load.json
 
 One engine serves the same prompts with drafts, without, and without once more, in turn, round by round, so that a slow
-spell of the machine falls on all; who is first changes. Texts are as long for all of a round, so that the number of
-streams is what it is said to be until the round ends. The ratio of a round is that of its tokens per second, prompts
-included; that of none to none says what the machine alone makes of it.
+spell of the machine falls on all; who is first changes. Texts are as long for all of a round. With drafts some end
+before others, and the last ones have the machine to themselves; with several prompts for each stream the next one takes
+the place of one that has ended, as in a server that is always asked by so many. The ratio of a round is that of its
+tokens per second, prompts included; that of none to none says what the machine alone makes of it.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--drafter", default="auto")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--prompts-per-stream", type=int, default=1, help="of a round, one after the other")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
@@ -69,7 +71,7 @@ def main() -> None:
             taken = itertools.cycle(encoded)
             # The first round teaches the budget what rows and drafts cost at this load.
             for number in range(arguments.rounds + 1):
-                chosen = list(itertools.islice(taken, streams))
+                chosen = list(itertools.islice(taken, streams * arguments.prompts_per_stream))
                 speeds = {}
                 subjects = ("drafted", "plain", "again")
                 for subject in subjects[number % 3 :] + subjects[: number % 3]:
@@ -80,7 +82,7 @@ def main() -> None:
                         drafting=subject == "drafted",
                         **SAMPLINGS[sampling],
                     )
-                    records, seconds = measure(engine, chosen, params)
+                    records, seconds = measure(engine, chosen, params, streams)
                     tokens = sum(len(record.token_ids) for record in records)
                     steps = sum(len(record.arrivals) for record in records)
                     speeds[subject] = tokens / seconds, tokens / steps

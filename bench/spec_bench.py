@@ -150,13 +150,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(
-    engine: Engine, prompts: Sequence[tuple[BenchPrompt, Sequence[int]]], params: SamplingParams
+    engine: Engine,
+    prompts: Sequence[tuple[BenchPrompt, Sequence[int]]],
+    params: SamplingParams,
+    streams: int | None = None,
 ) -> tuple[list[StreamRecord], float]:
-    """Continues prompts, all at the same time; what became of each, and the seconds that it took."""
+    """Continues prompts, so many at a time or all; what became of each, and the seconds that it took."""
+    concurrency = len(prompts) if streams is None else streams
 
     async def run() -> tuple[list[StreamRecord], float]:
         engine.deliver_on(asyncio.get_running_loop())
-        return await run_prompts(lambda ids: engine.submit(ids, params), prompts, len(prompts), lambda: None)
+        return await run_prompts(lambda ids: engine.submit(ids, params), prompts, concurrency, lambda: None)
 
     return asyncio.run(run())
 
