@@ -40,7 +40,7 @@ struct ChunkWork {
 /// other: what reads a line here and a line there waits for each.
 struct Ahead {
   bool values = false;  ///< those of its own positions
-  int pages = 0;        ///< the keys of so many pages that come next; of P at most
+  int pages = 0;        ///< beside them, the keys of so many pages that come next; of P at most
 };
 
 /// scores[n][position] = q[n] . k[position] for N queries and P pages: for every d in ascending order one fma per lane.

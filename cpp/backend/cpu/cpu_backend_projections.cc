@@ -40,10 +40,10 @@ Activations CpuBackend::prepare(Tensor input, const Norm* norm, int rows, bool q
 
 /// Panels per piece of a product with `panels` panels in all.
 std::int64_t CpuBackend::panel_grain(const PackedMatrix& matrix, std::int64_t panels, int rows) const {
-  std::int64_t grain = kPanelBytesPerPiece / static_cast<std::int64_t>(matrix.panel_bytes);
-  if (rows >= kManyRows) grain = panels / (kPiecesPerThread * pool_.size());
-  const std::int64_t together = panels_together(rows);
-  return std::max<std::int64_t>(grain / together, 1) * together;
+  const std::int64_t balanced = std::max<std::int64_t>(panels / (kPiecesPerThread * pool_.size()), 1);
+  if (rows >= kManyRows) return balanced;
+  const auto bytes = static_cast<std::int64_t>(matrix.panel_bytes);
+  return std::max<std::int64_t>(kPanelBytesPerPiece / bytes, 1);
 }
 
 void CpuBackend::project(Tensor input, const Norm* norm, std::span<const Projection> outputs) {

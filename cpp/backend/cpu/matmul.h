@@ -46,9 +46,6 @@ struct Activations {
 /// kActivationBlocks).
 inline constexpr std::int64_t kMaxQuantizedColumns = std::int64_t{1} << 18;
 
-/// Rows that kernels may multiply by several panels at a time: ranges are best cut in multiples of so many panels.
-[[nodiscard]] constexpr std::int64_t panels_together(int rows) { return rows > 8 ? 2 : 1; }
-
 /// Whether a matrix of this type is multiplied with int8 activations (the quantised types) or with f32 ones.
 [[nodiscard]] bool takes_quantized(WeightType type);
 

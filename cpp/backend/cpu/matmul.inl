@@ -192,30 +192,30 @@ template <WeightType type, int part, int P, int R>
       prefetch(panels.at, ahead, (type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts);
       Part d[P];
       load_halves<part>(panels, d);
-      panels = panels + layout::kHalves;
+      panels += layout::kHalves;
       Part negative_dmin[P] = {};
       if constexpr (type == WeightType::q4_k) {
         load_halves<part>(panels, negative_dmin);
 #pragma GCC unroll 4
         for (Part& lanes : negative_dmin) lanes = multiply(lanes, splat_lanes<Part>(-1.0F));
-        panels = panels + layout::kHalves;
+        panels += layout::kHalves;
       }
       for (int b = 0; b < layout::kBlocksPerSuper; ++b, quants += kBlock, ++scales, starts += each) {
         if constexpr (type == WeightType::q4_k) {
           prefetch(panels.at, ahead, layout::kQ4KBlock / kParts);
           add_block_q4_k<part>(panels, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride, y);
-          panels = panels + layout::kQ4KBlock;
+          panels += layout::kQ4KBlock;
         } else {
           prefetch(panels.at, ahead, layout::kQ6KBlock / kParts);
           add_half_q6_k<0, part>(panels, d, quants, stride, scales, block_stride, starts, start_stride, y);
           add_half_q6_k<1, part>(panels, d, quants, stride, scales, block_stride, starts, start_stride, y);
-          panels = panels + layout::kQ6KBlock;
+          panels += layout::kQ6KBlock;
         }
       }
     }
   } else {
     constexpr std::size_t bytes = layout::block_of(type);
-    for (; quants != end; quants += kBlock, ++scales, starts += each, panels = panels + bytes) {
+    for (; quants != end; quants += kBlock, ++scales, starts += each, panels += bytes) {
       prefetch(panels.at, ahead, bytes / kParts);
       add_block<type, part>(panels, quants, stride, scales, block_stride, starts, start_stride, y);
     }
@@ -228,7 +228,7 @@ template <bool coarse, int part, int P, int R>
                                                   const Activations& x, std::int64_t first_row, const Start* starts,
                                                   Ahead ahead, Part (&y)[P][R]) {
   const SplitColumns& split = *w.split;
-  Place rest = {split.rest + static_cast<std::size_t>(p) * split.rest_bytes, panels.apart == 0 ? 0 : split.rest_bytes};
+  Place rest = {split.rest + static_cast<std::size_t>(p) * split.rest_bytes, split.rest_bytes};
   const std::int64_t blocks = w.columns / kBlock;
   const auto shares = static_cast<std::size_t>(blocks * kParts);
   Ahead ahead_of_rest = {nullptr, ahead.near};
@@ -244,15 +244,15 @@ template <bool coarse, int part, int P, int R>
     const int whole = split.whole[static_cast<std::size_t>(b)];
     Part weight_scales[P];
     load_halves<part>(panels, weight_scales);
-    panels = panels + layout::kHalves;
+    panels += layout::kHalves;
     Integers dot[P][R];
     with_whole_groups(whole, [&](auto groups) __attribute__((always_inline)) {
       dot_split<coarse, groups.value, part>(panels, rest, quants, x.quant_stride, starts, blocks, dot);
     });
     add_products(dot, weight_scales, scales, x.block_stride, y);
     const auto halved = static_cast<std::size_t>(layout::kGroups - whole) / 2 * layout::kGroupBytes;
-    panels = panels + static_cast<std::size_t>(whole) * layout::kGroupBytes + halved;
-    rest = rest + halved;
+    panels += static_cast<std::size_t>(whole) * layout::kGroupBytes + halved;
+    rest += halved;
   }
 }
 
@@ -291,11 +291,10 @@ template <WeightType type, Form form, int part, int P, int R>
   }
 }
 
-// R rows against P panels, of which those before `last_panel` count; the first one does.
+// R rows against P panels.
 template <WeightType type, Form form, int P, int R>
-[[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, std::int64_t last_panel, Ahead ahead,
-                                     const Activations& x, std::int64_t first_row, const Start* starts, float* y,
-                                     std::int64_t y_stride) {
+[[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, Ahead ahead, const Activations& x,
+                                     std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride) {
   y += first_row * y_stride + p * kPanel;
   // The outputs of a head are megabytes apart and out of cache: fetched now, their stores do not stall the next tile.
 #pragma GCC unroll 16
@@ -304,14 +303,13 @@ template <WeightType type, Form form, int P, int R>
     for (int i = 0; i < P; ++i) __builtin_prefetch(y + r * y_stride + i * kPanel, 1);
   }
   const std::byte* panel = w.data + static_cast<std::size_t>(p) * w.panel_bytes;
-  const std::int64_t left = (last_panel * kPanel < w.rows ? last_panel * kPanel : w.rows) - p * kPanel;
+  const std::int64_t left = w.rows - p * kPanel;
   if constexpr (is_float_panel(type)) {
     Float sum[R] = {};
     add_float_panel<type>(panel, w.columns, x, first_row, ahead, sum);
     store_rows(sum, y, y_stride, left);
   } else {
-    // Where there is a panel too few the first one is multiplied again, for no outputs.
-    const Place panels = {panel, p + P <= last_panel ? w.panel_bytes : 0};
+    const Place panels = {panel, w.panel_bytes};
     multiply_part<type, form, 0, P, R>(w, p, panels, ahead, x, first_row, starts, y, y_stride, left);
     if constexpr (kParts == 2) {
       if (ahead.next != nullptr) ahead.next += w.panel_bytes / 2;
@@ -320,9 +318,8 @@ template <WeightType type, Form form, int P, int R>
   }
 }
 
-using TileKernel = void (*)(const PackedMatrix& w, std::int64_t p, std::int64_t last_panel, Ahead ahead,
-                            const Activations& x, std::int64_t first_row, const Start* starts, float* y,
-                            std::int64_t y_stride);
+using TileKernel = void (*)(const PackedMatrix& w, std::int64_t p, Ahead ahead, const Activations& x,
+                            std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride);
 
 template <WeightType type, Form form, int P, int fewest, int... more>
 TileKernel tile_kernel(int rows, std::integer_sequence<int, more...>) {
@@ -340,7 +337,8 @@ constexpr int fewest_rows(int few, int most) {
   return fewest;
 }
 
-// The rows from `first` to `end` against the panels, P at a time; with several, more rows than a tile of one panel has.
+// The rows from `first` to `end` against panels of which there is a multiple of P; with several at a time, more rows
+// than a tile of one panel has.
 template <WeightType type, Form form, int P>
 void multiply_rows(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
                    std::int64_t first, std::int64_t end, const Start* starts, std::int64_t row_starts, float* y,
@@ -360,7 +358,7 @@ void multiply_rows(const PackedMatrix& w, std::int64_t first_panel, std::int64_t
       if (t < P && next < panels) ahead.next = w.data + static_cast<std::size_t>(next) * w.panel_bytes;
       const auto rows = static_cast<int>((end - row + tiles - t - 1) / (tiles - t));
       tile_kernel<type, form, P, fewest>(rows, std::make_integer_sequence<int, most - fewest + 1>())(
-          w, p, last_panel, ahead, x, row, starts + (row - first) * row_starts, y, y_stride);
+          w, p, ahead, x, row, starts + (row - first) * row_starts, y, y_stride);
       row += rows;
     }
   }
@@ -383,13 +381,14 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
       for (std::size_t line = 0; line < w.panel_bytes; line += 64) __builtin_prefetch(panel + line, 0, 2);
     }
     if constexpr (quantized) fill_starts<type, form>(x, first, end, w.columns / kBlock, starts);
+    std::int64_t left_panel = first_panel;
     if constexpr (quantized && kPanels > 1) {
       if (end - first > few) {
-        multiply_rows<type, form, kPanels>(w, first_panel, last_panel, x, first, end, starts, row_starts, y, y_stride);
-        continue;
+        left_panel = last_panel - (last_panel - first_panel) % kPanels;
+        multiply_rows<type, form, kPanels>(w, first_panel, left_panel, x, first, end, starts, row_starts, y, y_stride);
       }
     }
-    multiply_rows<type, form, 1>(w, first_panel, last_panel, x, first, end, starts, row_starts, y, y_stride);
+    multiply_rows<type, form, 1>(w, left_panel, last_panel, x, first, end, starts, row_starts, y, y_stride);
   }
 }
 

@@ -92,7 +92,7 @@ template <bool coarse, int whole, int P, typename Add>
     for (int p = 0; p < P; ++p) values[p] = load_group(block.in(p) + g * layout::kGroupBytes);
     add(values, g);
   }
-  block = block + whole * layout::kGroupBytes;
+  block += whole * layout::kGroupBytes;
   constexpr int pairs = (layout::kGroups - whole) / 2;
   const __m512i high = _mm512_set1_epi8(static_cast<char>(0xF0));
 #pragma GCC unroll 4

@@ -14,6 +14,7 @@ struct Place {
     return at + static_cast<std::size_t>(panel) * apart;
   }
   [[nodiscard, gnu::always_inline]] Place operator+(std::size_t bytes) const { return {at + bytes, apart}; }
+  [[gnu::always_inline]] void operator+=(std::size_t bytes) { at += bytes; }
 };
 
 }  // namespace draftwerk::cpu
