@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from draftwerk.training.target import FrozenTarget
+from draftwerk.training.whole_blocks import fill_block
 
 _ROWS_AT_ONCE = 128
 
@@ -56,10 +57,11 @@ class ClusterLoss:
         self._place = torch.full((states.shape[0],), -1, device=states.device)
         self._place[positions] = torch.arange(positions.shape[0], device=states.device)
         clusters = head.centroids.shape[0]
-        self._expected = torch.empty(positions.shape[0], clusters, device=states.device)
+        looked_at = fill_block(positions)
+        self._expected = torch.empty(looked_at.shape[0], clusters, device=states.device)
         with torch.no_grad():
-            for first in range(0, positions.shape[0], _ROWS_AT_ONCE):
-                some = positions[first : first + _ROWS_AT_ONCE]
+            for first in range(0, looked_at.shape[0], _ROWS_AT_ONCE):
+                some = looked_at[first : first + _ROWS_AT_ONCE]
                 of_tokens = torch.softmax(target.logits(states[some], head.rows).float(), dim=-1)
                 of_clusters = of_tokens.view(some.shape[0], clusters, -1).sum(-1)
                 self._expected[first : first + some.shape[0]] = of_clusters

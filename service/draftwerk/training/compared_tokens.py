@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftwerk.training.whole_blocks import whole_blocks
+
 _BY_CHANCE = 1024
-"""Tokens of a batch that neither frequency nor text speaks for."""
+"""Tokens of a batch that neither frequency nor text speaks for; some more make a whole block (:mod:`.whole_blocks`)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class TokenChoice:
         chosen[self._all.token_ids] = True
         own = token_ids.flatten()
         chosen[own[self._is_other[own]]] = True
-        draws = torch.randint(len(self._others), (_BY_CHANCE,), generator=generator)
-        chosen[self._others[draws.to(self._others.device)]] = True
+        others = self._others[torch.randperm(len(self._others), generator=generator).to(self._others.device)]
+        count = int(chosen.sum())
+        chosen[others[~chosen[others]][: whole_blocks(count + _BY_CHANCE) - count]] = True
         return ComparedTokens.of(torch.nonzero(chosen)[:, 0], self._vocabulary)

@@ -2,7 +2,8 @@
 
 The same arithmetic as cpp/model/mtp.h and transformers' ``gemma4_assistant``, whose parameter names it has. Rows
 differ in what they may attend to, so a row attends to a slice of the target's K/V, under a mask: full layers see the
-positions before the row's own, sliding layers the last ``window + 1`` of those.
+positions before the row's own, sliding layers the last ``window + 1`` of those. Rows and keys are multiplied in whole
+blocks (:mod:`.whole_blocks`); what fills the last one up is dropped, or hidden by the mask.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional
 from draftwerk.loading.config import FULL, SLIDING, TextConfig
 from draftwerk.training.rows import Rows
 from draftwerk.training.shape import DrafterShape
+from draftwerk.training.whole_blocks import fill_block, whole_blocks
 
 CENTROIDS = "masked_embedding.centroids.weight"
 
@@ -48,9 +50,9 @@ class QueryOnlyAttention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, rows: Rows, rotation: Rotation, keys: Tensor, values: Tensor) -> Tensor:
-        queries = self.q_norm(self.q_proj(hidden).view(len(rows), -1, self._head_dim))
+        queries = self.q_norm(self.q_proj(hidden)[: len(rows)].view(len(rows), -1, self._head_dim))
         attended = _attend(_rotated(queries, rotation), rows, keys, values, self._reach)
-        output: Tensor = self.o_proj(attended.flatten(1))
+        output: Tensor = self.o_proj(fill_block(attended.flatten(1)))
         return output
 
 
@@ -167,13 +169,14 @@ class DrafterModule(nn.Module):
         Returns:
             The normed states [R, hidden], and their projection [R, backbone], the next step's ``previous``.
         """
-        hidden = self.pre_projection(torch.cat([embedded.float(), previous.float()], dim=-1)).float()
+        inputs = torch.cat([embedded.float(), previous.float()], dim=-1)
+        hidden = self.pre_projection(fill_block(inputs)).float()
         kinds = self.shape.text.layer_types
         rotations = {kind: self._rotation(kind, rows.position) for kind in dict.fromkeys(kinds)}
         for kind, layer in zip(kinds, self.model.layers, strict=True):
             hidden = layer(hidden, rows, rotations[kind], keys[kind], values[kind])
         states = self.model.norm(hidden)
-        return states, self.post_projection(states)
+        return states[: len(rows)], self.post_projection(states)[: len(rows)]
 
     def _rotation(self, layer_type: str, position: Tensor) -> Rotation:
         angles = position[:, None, None].float() * self.get_buffer(f"_frequencies_{layer_type}")
@@ -200,23 +203,24 @@ def _rotated(queries: Tensor, rotation: Rotation) -> Tensor:
 
 def _attend(queries: Tensor, rows: Rows, keys: Tensor, values: Tensor, reach: int | None) -> Tensor:
     """What each row sees, [R, heads, head size]. K/V have no gradients, so that autograd computes none."""
-    kv_heads = keys.shape[1]
+    kv_heads, length = keys.shape[1], keys.shape[2]
     attended = []
     for span in rows.spans:
-        first = 0 if reach is None else max(0, span.least - reach)
-        visible = slice(first, span.most)
-        position = rows.position[span.first : span.last, None]
-        key_position = torch.arange(first, span.most, device=queries.device)
-        hidden = key_position >= position
+        last = min(whole_blocks(span.most), length)
+        first = 0 if reach is None else max(0, last - whole_blocks(last - max(0, span.least - reach)))
+        position = rows.position[span.first : span.last]
+        key_position = torch.arange(first, last, device=queries.device)
+        hidden = key_position >= position[:, None]
         if reach is not None:
-            hidden |= key_position < position - reach
-        mask = torch.zeros_like(hidden, dtype=torch.float).masked_fill_(hidden, -torch.inf)
+            hidden |= key_position < position[:, None] - reach
+        mask = fill_block(torch.zeros_like(hidden, dtype=torch.float).masked_fill_(hidden, -torch.inf))
         # Heads that share K/V attend as so many rows more.
-        count = span.last - span.first
-        asked = queries[span.first : span.last].view(count, kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
-        heads = asked.shape[1]
-        scores = asked.flatten(1, 2) @ keys[span.sequence, :, visible].transpose(1, 2)
+        asked = fill_block(queries[span.first : span.last])
+        asked = asked.view(len(asked), kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
+        heads, count = asked.shape[1:3]
+        scores = asked.flatten(1, 2) @ keys[span.sequence, :, first:last].transpose(1, 2)
         weights = torch.softmax(scores.float().view(kv_heads, heads, count, -1) + mask, dim=-1).flatten(1, 2)
-        seen = weights.to(values.dtype) @ values[span.sequence, :, visible]
-        attended.append(seen.view(kv_heads, heads, count, -1).permute(2, 0, 1, 3).flatten(1, 2))
+        seen = weights.to(values.dtype) @ values[span.sequence, :, first:last]
+        seen = seen.view(kv_heads, heads, count, -1).permute(2, 0, 1, 3)
+        attended.append(seen[: span.last - span.first].flatten(1, 2))
     return torch.cat(attended)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from draftwerk.training.target import softcap
+from draftwerk.training.whole_blocks import fill_block
 
 _ROWS_AT_ONCE = 128
 
@@ -106,6 +107,8 @@ def _compare(
     states: Tensor, head: Tensor, cap: float, target: TargetDistribution, position: Tensor, following: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradient of the divergence with respect to the states, and the fields of a StepLoss."""
+    count = states.shape[0]
+    states, position, following = fill_block(states), fill_block(position), fill_block(following)
     results: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     gradients = []
     for rows in _some_at_a_time(states.shape[0]):
@@ -121,24 +124,19 @@ def _compare(
         kept = (log_draft.gather(1, index) - log_target.gather(1, index)).clamp_max_(0.0).exp_()
         kept = kept.masked_fill_(known < 0, 0.0)[:, 0]
         probability = log_target.exp()
-        divergence = _dot(probability, log_target.sub_(log_draft))
+        divergence = log_target.sub_(log_draft).mul_(probability).sum(-1)
         # draft - target: the gradient of the divergence with respect to the logits.
         difference = log_draft.exp_().sub_(probability)
         overlap = 1.0 - 0.5 * torch.linalg.vector_norm(difference, ord=1, dim=-1)
         if slope is not None:
             difference *= slope
-        gradients.append(difference.to(head.dtype) @ head)
+        gradients.append(raw.copy_(difference) @ head)
         results.append((divergence, overlap, agrees, kept))
-    of_states = torch.cat(gradients).to(states.dtype)
-    divergence, overlap, agrees, kept = (torch.cat(parts) for parts in zip(*results, strict=True))
+    of_states = torch.cat(gradients)[:count].to(states.dtype)
+    divergence, overlap, agrees, kept = (torch.cat(parts)[:count] for parts in zip(*results, strict=True))
     return of_states, divergence, overlap, agrees, kept
 
 
 def _some_at_a_time(rows: int) -> Iterator[slice]:
     for first in range(0, rows, _ROWS_AT_ONCE):
         yield slice(first, first + _ROWS_AT_ONCE)
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Sum over the last dimension of the products, in one pass."""
-    return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]

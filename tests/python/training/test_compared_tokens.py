@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from draftwerk.training.compared_tokens import TokenChoice
+from draftwerk.training.whole_blocks import whole_blocks
 
 DRAFTED = torch.tensor([9, 3, 4, 7, *range(100, 4000)])
 FREQUENT = torch.tensor([3, 7, 100, 101])
@@ -30,10 +31,16 @@ def test_frequent_ones_those_of_the_text_and_some_by_chance() -> None:
     found = set(chosen.token_ids.tolist())
     assert {3, 7, 100, 101} | {9, 2500, 3999} <= found
     assert found <= set(DRAFTED.tolist())
-    assert 500 < len(found) < 1100
+    assert len(found) == whole_blocks(4 + 3 + 1024)
     assert len(found) == len(chosen.token_ids)
     assert torch.equal(chosen.index[chosen.token_ids], torch.arange(len(found)))
     assert int((chosen.index >= 0).sum()) == len(found)
+
+
+def test_all_where_chance_would_take_more_than_there_are() -> None:
+    drafted = torch.arange(1000)
+    chosen = TokenChoice(drafted, torch.tensor([5, 1]), VOCABULARY).of_batch(torch.tensor([[1, 2]]), generator())
+    assert torch.equal(chosen.token_ids, drafted)
 
 
 def test_chance_is_the_generators() -> None:

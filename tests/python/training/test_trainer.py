@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_training
 import torch
 from tiny_training import HEADS, MODELS, random_ids
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from draftwerk.loading import open_assistant
 from draftwerk.training.batches import Batches
@@ -19,6 +21,7 @@ from draftwerk.training.export import read_drafter, write_drafter
 from draftwerk.training.options import TrainingOptions
 from draftwerk.training.target import FrozenTarget
 from draftwerk.training.trainer import NotFiniteError, StepFigures, Trainer
+from draftwerk.training.whole_blocks import BLOCK
 from draftwerk.weights import load_assistant, load_model
 
 OPTIONS = TrainingOptions(
@@ -65,6 +68,20 @@ def assert_same_weights(one: Trainer, other: Trainer) -> None:
     assert first.keys() == second.keys()
     for name, weight in first.items():
         assert torch.equal(weight, second[name]), name
+
+
+class ProductSizes(TorchDispatchMode):
+    """Rows and columns of all bf16 matrices that are multiplied meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default):
+            matrices = [argument for argument in args if argument.dtype == torch.bfloat16]
+            self.sizes.update(size for matrix in matrices for size in matrix.shape[-2:])
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_run_is_a_function_of_its_seed(target: FrozenTarget, batches: Batches, tmp_path: Path) -> None:
@@ -199,3 +216,18 @@ def test_a_gradient_of_centroids_alone_that_is_not_finite_ends_the_run(
     drafter.get_parameter(CENTROIDS).register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(NotFiniteError, match="step 1: the gradient is not finite"):
         run(trainer, batches)
+
+
+@pytest.mark.parametrize("clusters", [{}, {"num_centroids": 20, "centroid_intermediate_top_k": 7}])
+def test_products_have_few_shapes(tmp_path: Path, clusters: dict[str, int]) -> None:
+    """Whole blocks, and sizes of the models, however many rows there are: some processors compile for each shape."""
+    target = tiny_training.frozen(MODELS["gemma3"](seed=1), tmp_path / "target", dtype=torch.bfloat16)
+    drafter = tiny_training.tiny_drafter(target, draft_vocab_size=100, **clusters)
+    lengths = np.random.default_rng(1).integers(30, 400, 30)
+    texts = [random_ids(int(length), seed=index).astype(np.int32) for index, length in enumerate(lengths)]
+    with ProductSizes() as products:
+        run(Trainer(target, drafter, OPTIONS, tmp_path), Batches(texts, length=300, tokens_per_batch=700, seed=3))
+    fixed = {size for parameter in drafter.parameters() for size in parameter.shape} | {target.config.head_dim, 100}
+    blocks = {size for size in products.sizes if size % BLOCK == 0}
+    assert products.sizes - blocks <= fixed
+    assert len(blocks) > 3
