@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from draftwerk.training.errors import TrainingError
-from draftwerk.training.whole_blocks import whole_blocks
 
 _POOL = 32  # batches whose sequences are sorted by length together
 _LEAST = 3  # tokens of a sequence: one that starts a chain needs one before it and one behind
@@ -26,7 +25,7 @@ class Batch:
     """Sequences side by side.
 
     Attributes:
-        token_ids: [B, T] int64; 0 behind the end of a sequence. T is a whole number of blocks (:mod:`.whole_blocks`).
+        token_ids: [B, T] int64; 0 behind the end of a sequence.
         lengths: [B] int64; tokens of each sequence.
     """
 
@@ -66,7 +65,7 @@ class Batches:
     Args:
         sequences: token ids of each text.
         length: longest sequence of a batch, in tokens.
-        tokens_per_batch: most of them in a batch, padding up to the longest sequence included; at least ``length``.
+        tokens_per_batch: most of them in a batch, padding included; at least ``length``.
         seed: of the order.
 
     Raises:
@@ -105,7 +104,7 @@ class Batches:
             epoch += 1
         chosen = self._epoch(epoch)[index]
         lengths = self._lengths[chosen]
-        token_ids = np.zeros((chosen.size, whole_blocks(lengths.max())), np.int64)
+        token_ids = np.zeros((chosen.size, lengths.max()), np.int64)
         for row, piece in enumerate(chosen):
             token_ids[row, : lengths[row]] = self._pieces[piece]
         return Batch(torch.from_numpy(token_ids), torch.from_numpy(lengths))

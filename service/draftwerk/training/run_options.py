@@ -37,7 +37,7 @@ class RunOptions:
         draft_depth: drafts of a chain that are trained.
         learning_rate: at its peak.
         length: longest sequence of a batch, in tokens.
-        tokens_per_batch: most tokens of a batch, padding up to the longest sequence included.
+        tokens_per_batch: most tokens of a batch, padding included.
         accumulate: batches of an optimizer step.
         weights: how the engine that writes text holds the target's, as draftwerk.Engine takes it.
         precision: what training computes in, as choose_precision() takes it.

@@ -27,7 +27,7 @@ class TextBatches:
         shard: gives the shard with this number, and writes it if need be.
         identity: of the text, such as the digest of its manifest.
         length: longest sequence of a batch, in tokens.
-        tokens_per_batch: most of them in a batch, padding up to the longest sequence included; at least `length`.
+        tokens_per_batch: most of them in a batch, padding included; at least `length`.
         seed: of the order.
 
     Raises:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from draftwerk.loading.vocabulary_checks import HEAD
 from draftwerk.training.batches import Batch, BatchSource
@@ -35,6 +36,7 @@ from draftwerk.training.options import TrainingOptions
 from draftwerk.training.rows import Rows
 from draftwerk.training.state import load_state, save_state
 from draftwerk.training.target import Features, FrozenTarget
+from draftwerk.training.whole_blocks import whole_blocks
 
 _POSITIONS_PER_TAUGHT = 8  # every so many positions of a batch centroids learn from one
 
@@ -216,8 +218,9 @@ class Trainer:
     def _chains(self, batch: Batch, part: int, generator: torch.Generator, chain: _Sums) -> Tensor:
         """The divergence of the chains from every position of a batch, averaged over them, and the loss of clusters."""
         device = self._target.device
-        token_ids, lengths = batch.token_ids.to(device), batch.lengths.to(device)
-        width = token_ids.shape[1]
+        lengths = batch.lengths.to(device)
+        width = whole_blocks(batch.token_ids.shape[1])
+        token_ids = functional.pad(batch.token_ids, (0, width - batch.token_ids.shape[1])).to(device)
         features = self._features(token_ids)
         compared = self._choice.of_batch(token_ids, generator)
         own = self._own_head

@@ -1,7 +1,7 @@
 """Rows, keys and tokens in whole blocks, so that PyTorch multiplies matrices of few shapes.
 
 oneDNN, which multiplies bf16 for PyTorch on processors, compiles a kernel for every shape that it has not met lately.
-With AMX that takes 5 to 60 ms, and the product itself 1 to 20. Batches and steps of chains have any number of rows, so
+With AMX that takes 2 to 70 ms, and the product itself 1 to 20. Batches and steps of chains have any number of rows, so
 that without this most products would be the first of their shape. With it there are some hundreds of shapes, which stay
 compiled: oneDNN keeps 1,024 kernels. What was measured: docs/performance.md.
 """
