@@ -23,8 +23,8 @@ _CONTENTS = ("prompt", "messages", "turns")
 _SHOWN = 60  # characters of a bad line
 _LEAST_ROOM = 128  # tokens that a prompt has to leave for the text: as many as the evaluation of a run generates
 _ASIDE = 16  # one prompt in so many is for evaluation,
-_MOST_ASIDE = 64  # but not more than these
-_LEAST_TO_SHARE = 32  # prompts of a file; with fewer there is nothing to spare
+_LEAST_ASIDE, _MOST_ASIDE = 8, 64  # but so many at least and at most
+_LEAST_TO_SHARE = 32  # different prompts of a file; with fewer there is nothing to spare
 _STREAM = 4  # of random numbers; those of text.py and evaluation_prompts.py are 0 to 3
 
 
@@ -107,19 +107,33 @@ def read_prompts(path: Path, *, chat: bool = False) -> PromptsFile:
 def set_aside(prompts: PromptsFile, seed: int) -> tuple[PromptsFile, PromptsFile | None]:
     """Parts prompts into those that text is written from, and some for evaluation; None if there are too few to share.
 
+    Every category is in both by its share, as far as numbers allow. A prompt that comes several times is on one side
+    each time: logs of what people ask repeat themselves.
+
     Args:
         prompts: of a file.
         seed: of the choice.
     """
-    count = len(prompts.prompts)
+    different = {_said(prompt): prompt for prompt in reversed(prompts.prompts)}  # where each comes first
+    count = len(different)
     if count < _LEAST_TO_SHARE:
         return prompts, None
-    order = np.random.default_rng([seed, _STREAM]).permutation(count)
-    aside = set(order[: min(count // _ASIDE, _MOST_ASIDE)].tolist())
-    written, evaluated = (
-        tuple(prompt for i, prompt in enumerate(prompts.prompts) if (i in aside) is wanted) for wanted in (False, True)
+    names = list(different)
+    order = [names[index] for index in np.random.default_rng([seed, _STREAM]).permutation(count)]
+    order.sort(key=lambda name: different[name].category)
+    wanted = min(max(count // _ASIDE, _LEAST_ASIDE), _MOST_ASIDE)
+    aside = {order[i * count // wanted] for i in range(wanted)}
+    written = tuple(prompt for prompt in prompts.prompts if _said(prompt) not in aside)
+    evaluated = sorted((different[name] for name in aside), key=lambda prompt: prompt.line)
+    return (
+        dataclasses.replace(prompts, prompts=written),
+        dataclasses.replace(prompts, prompts=tuple(evaluated)),
     )
-    return dataclasses.replace(prompts, prompts=written), dataclasses.replace(prompts, prompts=evaluated)
+
+
+def _said(prompt: TextPrompt) -> str:
+    """The same for prompts that say the same, whatever their category and line."""
+    return json.dumps(prompt.content)
 
 
 def _as_message(prompt: TextPrompt) -> TextPrompt:

@@ -44,7 +44,7 @@ def finish(target: Checkpoint, directory: Path, notes: Notes | None = None, **ch
         read_options(place),
         target,
         notes or Notes(),
-        **{"command": "the command", "threads": 1, "prompts": 4, "evaluation": EVALUATION, **changes},
+        **{"command": "the command", "threads": 1, "prompts": 2, "evaluation": EVALUATION, **changes},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -176,13 +177,43 @@ def test_lines_may_be_what_a_user_says(tmp_path: Path) -> None:
 
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1))
 def test_some_prompts_are_set_aside_where_there_are_enough(count: int, seed: int) -> None:
-    prompts = PromptsFile(Path("p"), b"", tuple(TextPrompt(str(i), line=i + 1) for i in range(count)), "digest")
+    prompts = prompts_of(*(TextPrompt(str(i), line=i + 1) for i in range(count)))
     written, aside = set_aside(prompts, seed)
     if count < 32:
         assert (written, aside) == (prompts, None)
         return
     assert aside is not None
-    assert len(aside.prompts) == min(count // 16, 64)
+    assert len(aside.prompts) == min(max(count // 16, 8), 64)
     together = sorted((*written.prompts, *aside.prompts), key=lambda prompt: prompt.line)
     assert tuple(together) == prompts.prompts
     assert set_aside(prompts, seed) == (written, aside)
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=300), st.integers(0, 2**63 - 1))
+def test_a_prompt_that_comes_again_is_on_one_side(contents: list[int], seed: int) -> None:
+    prompts = prompts_of(*(TextPrompt(str(i), "xy"[line % 2], line) for line, i in enumerate(contents, 1)))
+    written, aside = set_aside(prompts, seed)
+    if len(set(contents)) < 32:
+        assert (written, aside) == (prompts, None)
+        return
+    assert aside is not None
+    assert len(aside.prompts) == 8
+    evaluated = {prompt.content for prompt in aside.prompts}
+    assert len(evaluated) == 8
+    assert written.prompts == tuple(prompt for prompt in prompts.prompts if prompt.content not in evaluated)
+
+
+def test_every_category_is_set_aside_by_its_share() -> None:
+    categories = ["a"] * 64 + ["b"] * 32 + ["c"] * 32
+    prompts = prompts_of(*(TextPrompt(str(i), category, i + 1) for i, category in enumerate(categories)))
+    chosen = set()
+    for seed in range(8):
+        _, aside = set_aside(prompts, seed)
+        assert aside is not None
+        assert Counter(prompt.category for prompt in aside.prompts) == {"a": 4, "b": 2, "c": 2}
+        chosen.add(aside)
+    assert len(chosen) == 8
+
+
+def prompts_of(*prompts: TextPrompt) -> PromptsFile:
+    return PromptsFile(Path("p"), b"", prompts, "digest")
