@@ -46,11 +46,17 @@ class Rows:
         return self.position.shape[0]
 
     @classmethod
-    def all_starts(cls, lengths: Tensor) -> Rows:
-        """Every position of sequences of these lengths [B] but the first, which has no state before it."""
-        sequence = torch.repeat_interleave(lengths - 1)
-        begin = torch.cumsum(lengths - 1, 0) - (lengths - 1)
-        position = torch.arange(sequence.shape[0], device=lengths.device) - begin[sequence] + 1
+    def from_starts(cls, starts: Tensor, lengths: Tensor) -> Rows:
+        """Every position of sequences of these lengths [B] from these [B] on.
+
+        Args:
+            starts: positive, as the first position has no state before it, and at most the length.
+            lengths: in tokens.
+        """
+        counts = lengths - starts
+        sequence = torch.repeat_interleave(counts)
+        begin = torch.cumsum(counts, 0) - counts
+        position = torch.arange(sequence.shape[0], device=lengths.device) - (begin - starts)[sequence]
         return cls(sequence, position)
 
     def those(self, index: Tensor) -> Rows:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from draftwerk.training.batches import Batch, Batches
+from draftwerk.training.batches import Batch, Batches, check_sizes
 from draftwerk.training.shards import Shard
 
-_ORDER = 2  # in which batches come: a run that was begun in another one cannot be gone on with
+_ORDER = 3  # of batches, and what they are: a run that was begun with others cannot be gone on with
 
 REPLAYED = 2
 """Older shards that every new one is mixed with. Text that comes back a few times teaches nearly as much as new text,
@@ -37,8 +37,7 @@ class TextBatches:
     def __init__(
         self, shard: Callable[[int], Shard], *, identity: str, length: int, tokens_per_batch: int, seed: int
     ) -> None:
-        # Sizes out of range are told now, not when the first text is there.
-        Batches([np.arange(length)], length=length, tokens_per_batch=tokens_per_batch, seed=seed)
+        check_sizes(length, tokens_per_batch)  # now, not when the first text is there
         self._shard = shard
         self._length = length
         self._tokens_per_batch = tokens_per_batch
@@ -77,7 +76,7 @@ class TextBatches:
 
     def _of_shard(self, number: int) -> Batches:
         return Batches(
-            [text.token_ids for text in self._shard(number).texts()],
+            list(self._shard(number).texts()),
             length=self._length,
             tokens_per_batch=self._tokens_per_batch,
             seed=self._seed + number,

@@ -216,7 +216,7 @@ class Trainer:
         torch.autograd.backward(loss / self._options.accumulate)
 
     def _chains(self, batch: Batch, part: int, generator: torch.Generator, chain: _Sums) -> Tensor:
-        """The divergence of the chains from every position of a batch, averaged over them, and the loss of clusters."""
+        """The divergence of the chains from every start of a batch, averaged over them, and the loss of clusters."""
         device = self._target.device
         lengths = batch.lengths.to(device)
         width = whole_blocks(batch.token_ids.shape[1])
@@ -232,7 +232,7 @@ class Trainer:
         following[torch.arange(token_ids.shape[0], device=device), lengths - 1] = -1
         following, flat_ids = following.flatten(), token_ids.flatten()
 
-        rows = Rows.all_starts(lengths)
+        rows = Rows.from_starts(batch.starts.to(device), lengths)
         starts = len(rows)
         at = rows.sequence * width + rows.position
         previous = features.states.flatten(0, 1)[at - 1]

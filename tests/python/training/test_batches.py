@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_training import text
 
 from draftwerk.training.batches import Batch, Batches
 from draftwerk.training.errors import TrainingError
+from draftwerk.training.shards import Text
 
 BOS = 2
 
 
-def sequences(count: int, longest: int, seed: int = 0) -> list[npt.NDArray[np.int32]]:
-    """Texts of all lengths, no token of which comes twice but the first."""
+def texts_of(count: int, longest: int, seed: int = 0) -> list[Text]:
+    """Of all lengths, with nothing but <bos> before them; no token comes twice but that."""
     rng = np.random.default_rng(seed)
     ids = np.arange(100, 100 + count * longest, dtype=np.int32).reshape(count, longest)
-    return [np.concatenate([[BOS], row[: rng.integers(0, longest)]]).astype(np.int32) for row in ids]
+    return [text(np.concatenate([[BOS], row[: rng.integers(0, longest)]])) for row in ids]
 
 
 def epoch(batches: Batches, number: int = 0) -> list[Batch]:
@@ -30,7 +33,7 @@ def tokens_of(batch: Batch) -> list[list[int]]:
 
 
 def test_every_token_comes_once_in_an_epoch() -> None:
-    texts = sequences(200, 60)
+    texts = texts_of(200, 60)
     batches = Batches(texts, length=20, tokens_per_batch=100, seed=1)
     seen: Counter[int] = Counter()
     for batch in epoch(batches):
@@ -44,19 +47,19 @@ def test_every_token_comes_once_in_an_epoch() -> None:
             seen.update(row[1:])
     # The last piece of a text may be too short to start a chain in.
     assert set(seen.values()) == {1}
-    missing = sum(text.size - 1 for text in texts) - len(seen)
+    missing = sum(len(its.token_ids) - 1 for its in texts) - len(seen)
     assert 0 < missing < len(texts)
     assert batches.tokens == sum(batch.tokens for batch in epoch(batches))
 
 
 def test_sequences_of_a_batch_are_about_equally_long() -> None:
-    batches = Batches(sequences(400, 100), length=100, tokens_per_batch=400, seed=1)
+    batches = Batches(texts_of(400, 100), length=100, tokens_per_batch=400, seed=1)
     padded = sum(batch.token_ids.numel() for batch in epoch(batches))
     assert batches.tokens > 0.9 * padded
 
 
 def test_the_order_is_that_of_the_seed_and_the_epoch() -> None:
-    texts = sequences(50, 30)
+    texts = texts_of(50, 30)
 
     def order(seed: int, number: int) -> list[list[list[int]]]:
         batches = Batches(texts, length=30, tokens_per_batch=60, seed=seed)
@@ -70,14 +73,16 @@ def test_the_order_is_that_of_the_seed_and_the_epoch() -> None:
 
 
 def test_the_fingerprint_is_that_of_the_text_and_how_it_is_cut() -> None:
-    texts = sequences(5, 30)
+    texts = texts_of(5, 30)
     sizes = {"length": 30, "tokens_per_batch": 60, "seed": 1}
     same = Batches(texts, **sizes).fingerprint
-    assert Batches([text.copy() for text in texts], **sizes).fingerprint == same
-    changed = [text.copy() for text in texts]
-    changed[3][-1] += 1
+    assert Batches(texts_of(5, 30), **sizes).fingerprint == same
+    changed = texts_of(5, 30)
+    changed[3].token_ids[-1] += 1
+    prompted = [text(its.token_ids, 2) for its in texts]
     others = [Batches(texts, **{**sizes, name: value + 1}) for name, value in sizes.items()]
-    assert same not in {other.fingerprint for other in [*others, Batches(changed, **sizes)]}
+    others += [Batches(changed, **sizes), Batches(prompted, **sizes)]
+    assert same not in {other.fingerprint for other in others}
 
 
 @pytest.mark.parametrize(
@@ -90,11 +95,39 @@ def test_the_fingerprint_is_that_of_the_text_and_how_it_is_cut() -> None:
 )
 def test_sizes_out_of_range(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(TrainingError) as refused:
-        Batches(sequences(5, 30), **{"length": 30, "tokens_per_batch": 60, "seed": 1, **sizes})
+        Batches(texts_of(5, 30), **{"length": 30, "tokens_per_batch": 60, "seed": 1, **sizes})
     assert str(refused.value) == message
 
 
-@pytest.mark.parametrize("texts", [[], [np.array([BOS, 5], np.int32)], [np.zeros(0, np.int32)]])
-def test_there_is_no_text(texts: list[npt.NDArray[np.int32]]) -> None:
-    with pytest.raises(TrainingError, match=rf"no text to train on: {len(texts)} sequences, none of 3 tokens or more"):
+@pytest.mark.parametrize("texts", [[], [text(np.array([BOS, 5]))], [text(np.zeros(0))], [text(np.arange(9), 8)]])
+def test_there_is_no_text(texts: list[Text]) -> None:
+    message = f"no text to train on: {len(texts)} texts, none with two tokens of the model's own"
+    with pytest.raises(TrainingError, match=message):
         Batches(texts, length=30, tokens_per_batch=60, seed=1)
+
+
+@given(st.integers(0, 90), st.integers(0, 90), st.integers(6, 40))
+def test_chains_start_at_what_the_target_wrote(prompt_length: int, generated: int, length: int) -> None:
+    """Each of its tokens but the last of a sequence, once; of a long prompt half of a sequence is kept before them."""
+    its = text(np.concatenate([[BOS], 100 + np.arange(prompt_length + generated)]), 1 + prompt_length)
+    own = list(range(100 + prompt_length, 100 + prompt_length + generated))
+    try:
+        batches = Batches([its], length=length, tokens_per_batch=length, seed=1)
+    except TrainingError:
+        assert generated < 2
+        return
+    rows, starts, prompts = [], [], []
+    for batch in epoch(batches):
+        (row,), start = tokens_of(batch), int(batch.starts[0])
+        assert row[0] == BOS
+        assert len(row) - start >= 2
+        rows.append(row)
+        starts += row[start:]
+        prompts += row[1:start]
+    last = len(own) - len(starts)  # what is left over at the end may be too short for a chain
+    assert last <= 1
+    assert sorted(starts) == own[: len(starts)]
+    kept = len(prompts)
+    whole = 1 + prompt_length + generated <= length
+    assert sorted(prompts) == list(range(100 + prompt_length - kept, 100 + prompt_length))
+    assert kept == (prompt_length if whole else min(prompt_length, length // 2))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tiny_training
 import torch
-from tiny_training import MODELS, random_ids
+from tiny_training import MODELS, random_ids, text
 
 from draftwerk.training.batches import Batches
 from draftwerk.training.drafter import DrafterModule
@@ -15,6 +15,8 @@ from draftwerk.training.options import TrainingOptions
 from draftwerk.training.rows import Rows
 from draftwerk.training.target import FrozenTarget
 from draftwerk.training.trainer import Trainer
+
+PROMPT = 3  # tokens that the target did not write, and at which no chain starts
 
 
 def every_chain(
@@ -27,7 +29,7 @@ def every_chain(
     for sequence in ids:
         features = target.features(sequence[None])
         targets = torch.softmax(target.logits(features.states, head)[0], -1)
-        for start in range(1, len(sequence)):
+        for start in range(PROMPT, len(sequence)):
             rows, previous = Rows(torch.tensor([0]), torch.tensor([start])), features.states[:, start - 1]
             divergence, shares = 0.0, [0.0] * depth
             reach = 1.0
@@ -57,11 +59,11 @@ def test_a_chain_goes_on_as_often_as_its_drafts_are_accepted(tmp_path: Path) -> 
     """Rows are drawn, and the loss is that of all rows, each counted as often as it is reached."""
     target = tiny_training.frozen(MODELS["gemma3"](seed=1), tmp_path / "target")
     ids = random_ids(2, 9)
-    text = Batches([row.astype(np.int32) for row in ids], length=9, tokens_per_batch=18, seed=0)
+    batches = Batches([text(row, PROMPT) for row in ids], length=9, tokens_per_batch=18, seed=0)
     options = TrainingOptions(steps=200, draft_depth=3, learning_rate=0.0, warmup_steps=0, seed=1)
     trainer = Trainer(target, tiny_training.tiny_drafter(target, draft_vocab_size=320), options, tmp_path / "states")
     loss, reached = every_chain(trainer.drafter, target, torch.from_numpy(ids), options.draft_depth)
-    figures = list(trainer.steps(text))
+    figures = list(trainer.steps(batches))
     assert_mean(loss, [step.loss for step in figures])
     for depth in (1, 2):
         assert 0.1 < reached[depth] < 0.9

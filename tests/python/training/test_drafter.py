@@ -87,7 +87,7 @@ def test_a_row_does_not_depend_on_the_others(tmp_path: Path) -> None:
     drafter = tiny_training.tiny_drafter(target)
     ids = torch.from_numpy(random_ids(3, 600))
     features = target.features(ids)
-    every = Rows.all_starts(torch.tensor([600, 40, 300]))
+    every = Rows.from_starts(torch.ones(3, dtype=torch.int64), torch.tensor([600, 40, 300]))
     assert len(every) == 599 + 39 + 299
     assert [(span.sequence, span.last - span.first) for span in every.spans] == [
         (0, 256), (0, 256), (0, 87), (1, 39), (2, 256), (2, 43),

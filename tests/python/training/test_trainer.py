@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_training
 import torch
-from tiny_training import HEADS, MODELS, random_ids
+from tiny_training import HEADS, MODELS, random_ids, text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from draftwerk.loading import open_assistant
@@ -37,8 +37,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> FrozenTarget:
 
 @pytest.fixture(scope="module")
 def batches() -> Batches:
-    ids = random_ids(12, 40).astype(np.int32)
-    return Batches([row[: 40 - 2 * index] for index, row in enumerate(ids)], length=40, tokens_per_batch=120, seed=3)
+    ids = random_ids(12, 40)
+    texts = [text(row[: 40 - 2 * index]) for index, row in enumerate(ids)]
+    return Batches(texts, length=40, tokens_per_batch=120, seed=3)
 
 
 def trainer_of(target: FrozenTarget, directory: Path, options: TrainingOptions = OPTIONS) -> Trainer:
@@ -119,15 +120,15 @@ def test_another_run_is_not_resumed(target: FrozenTarget, batches: Batches, tmp_
     changed = trainer_of(target, tmp_path, dataclasses.replace(OPTIONS, learning_rate=1e-3))
     with pytest.raises(TrainingError, match=r"learning_rate was 0\.003, and is 0\.001"):
         changed.resume(batches)
-    other_text = Batches([row.astype(np.int32) for row in random_ids(4, 30)], length=40, tokens_per_batch=120, seed=3)
+    other_text = Batches([text(row) for row in random_ids(4, 30)], length=40, tokens_per_batch=120, seed=3)
     with pytest.raises(TrainingError, match="text was"):
         trainer_of(target, tmp_path).resume(other_text)
 
 
 def test_training_beats_its_initialisation(target: FrozenTarget, tmp_path: Path) -> None:
-    text = Batches([row.astype(np.int32) for row in random_ids(64, 40)], length=40, tokens_per_batch=320, seed=0)
+    batches = Batches([text(row) for row in random_ids(64, 40)], length=40, tokens_per_batch=320, seed=0)
     options = TrainingOptions(steps=60, draft_depth=3, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=0)
-    figures = run(trainer_of(target, tmp_path, options), text)
+    figures = run(trainer_of(target, tmp_path, options), batches)
     first, last = figures[0], figures[-5:]
     assert np.mean([step.agreement[0] for step in last]) > first.agreement[0] + 0.1
     assert np.mean([step.overlap[0] for step in last]) > first.overlap[0] + 0.1
@@ -135,25 +136,25 @@ def test_training_beats_its_initialisation(target: FrozenTarget, tmp_path: Path)
 
 
 def test_centroids_learn_to_find_the_clusters(target: FrozenTarget, tmp_path: Path) -> None:
-    text = Batches([row.astype(np.int32) for row in random_ids(64, 40)], length=40, tokens_per_batch=320, seed=0)
+    batches = Batches([text(row) for row in random_ids(64, 40)], length=40, tokens_per_batch=320, seed=0)
     options = TrainingOptions(steps=50, draft_depth=3, learning_rate=6e-3, warmup_steps=5, ema_decay=0.9, seed=0)
     drafter = tiny_training.tiny_drafter(target, num_centroids=20, centroid_intermediate_top_k=4)
-    figures = run(Trainer(target, drafter, options, tmp_path), text)
+    figures = run(Trainer(target, drafter, options, tmp_path), batches)
     recall = [step.cluster_recall or 0.0 for step in figures]
     assert np.mean(recall[-25:]) > np.mean(recall[:5]) + 0.06
-    plain = run(Trainer(target, tiny_training.tiny_drafter(target), options, tmp_path / "plain"), text)
+    plain = run(Trainer(target, tiny_training.tiny_drafter(target), options, tmp_path / "plain"), batches)
     # Centroids adapt to the drafter, and not the other way round.
     assert [step.loss for step in figures] == [step.loss for step in plain]
 
 
 def test_frequent_tokens_are_compared_with_those_of_the_text(target: FrozenTarget, tmp_path: Path) -> None:
     """All of them being frequent, it is as without; few of them, it is another loss, which falls as well."""
-    text = Batches([row.astype(np.int32) for row in random_ids(64, 40)], length=40, tokens_per_batch=320, seed=0)
+    batches = Batches([text(row) for row in random_ids(64, 40)], length=40, tokens_per_batch=320, seed=0)
     options = TrainingOptions(steps=60, draft_depth=3, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=0)
 
     def losses(name: str, compared: torch.Tensor | None, steps: int = 5) -> list[float]:
         trainer = Trainer(target, tiny_training.tiny_drafter(target), options, tmp_path / name, compared)
-        return [step.loss for step in run(trainer, text, steps)]
+        return [step.loss for step in run(trainer, batches, steps)]
 
     drafted = tiny_training.tiny_drafter(target).draft_token_ids
     by_default = losses("default", None)
@@ -169,16 +170,16 @@ def test_a_published_drafter_is_trained_on(tmp_path: Path, head: str) -> None:
     target = FrozenTarget(checkpoint, dtype=torch.float32)
     drafter = read_drafter(open_assistant(path), checkpoint)
     came_with = {name: tensor.clone() for name, tensor in drafter.head.items()}
-    text = Batches([row.astype(np.int32) for row in random_ids(32, 40)], length=40, tokens_per_batch=320, seed=0)
+    batches = Batches([text(row) for row in random_ids(32, 40)], length=40, tokens_per_batch=320, seed=0)
     options = TrainingOptions(steps=30, draft_depth=2, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=0)
     trainer = Trainer(target, drafter, options, tmp_path / "states")
-    figures = run(trainer, text)
+    figures = run(trainer, batches)
     assert np.mean([step.overlap[0] for step in figures[-5:]]) > figures[0].overlap[0] + 0.03
     assert drafter.head.keys() == came_with.keys()
     assert all(torch.equal(tensor, came_with[name]) for name, tensor in drafter.head.items())
     write_drafter(drafter, trainer.averaged, tmp_path / "drafter", target_name="tiny")
     resumed = Trainer(target, read_drafter(open_assistant(path), checkpoint), options, tmp_path / "states")
-    assert resumed.resume(text)
+    assert resumed.resume(batches)
     assert_same_weights(resumed, trainer)
     native = load_model(checkpoint, threads=1)
     drafts, _ = load_assistant(open_assistant(tmp_path / "drafter"), checkpoint, native).draft([2, 5, 7], 4)
@@ -224,7 +225,7 @@ def test_products_have_few_shapes(tmp_path: Path, clusters: dict[str, int]) -> N
     target = tiny_training.frozen(MODELS["gemma3"](seed=1), tmp_path / "target", dtype=torch.bfloat16)
     drafter = tiny_training.tiny_drafter(target, draft_vocab_size=100, **clusters)
     lengths = np.random.default_rng(1).integers(30, 400, 30)
-    texts = [random_ids(int(length), seed=index).astype(np.int32) for index, length in enumerate(lengths)]
+    texts = [text(random_ids(int(length), seed=index)) for index, length in enumerate(lengths)]
     with ProductSizes() as products:
         run(Trainer(target, drafter, OPTIONS, tmp_path), Batches(texts, length=300, tokens_per_batch=700, seed=3))
     fixed = {size for parameter in drafter.parameters() for size in parameter.shape} | {target.config.head_dim, 100}

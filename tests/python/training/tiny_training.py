@@ -16,6 +16,7 @@ from draftwerk.loading import Checkpoint, open_checkpoint
 from draftwerk.training.drafter import DrafterModule
 from draftwerk.training.initial import start_from_target
 from draftwerk.training.shape import DrafterShape
+from draftwerk.training.shards import Text
 from draftwerk.training.target import FrozenTarget
 from tiny_drafters import reduced_head, save_reduced
 
@@ -59,3 +60,8 @@ def random_ids(*shape: int, seed: int = 0) -> npt.NDArray[np.int64]:
     ids = np.random.default_rng(seed).integers(3, VOCABULARY, shape)
     ids[..., 0] = tiny_checkpoint.BOS_TOKEN_ID
     return ids
+
+
+def text(ids: npt.NDArray[Any], prompt_length: int = 1) -> Text:
+    """As a target would have written it."""
+    return Text(ids.astype(np.int32), prompt_length, kind=0, end=0)
