@@ -68,6 +68,11 @@ def eval_drafter(
     timed: Annotated[
         int, typer.Option("--timed", min=0, help="Prompts that speed is measured on; 0: none.", metavar="N")
     ] = 12,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="Of texts that are sampled; others are greedy.", metavar="T")
+    ] = 1.0,
+    top_k: options.TopK = 64,
+    top_p: options.TopP = 0.95,
     seed: options.Seed = 0,
     weights: options.Weights = "auto",
     device: options.Device = "auto",
@@ -82,13 +87,15 @@ def eval_drafter(
         from draftwerk.training.evaluation import EvaluationOptions, Evaluator
         from draftwerk.training.evaluation_prompts import from_file, from_openings
         from draftwerk.training.prompts import read_prompts
+        from draftwerk.training.sampling import Sampling
         from draftwerk.weights import open_model
 
         if drafter in DRAFTERS and drafter != "auto":
             raise usage_error(f"--drafter {drafter} is no MTP drafter: {_GIVE}")
         if chat and prompts is None:
             raise usage_error("--chat is for --prompts: the built-in openings use a chat template anyway")
-        how = EvaluationOptions(max_tokens, draft_length, timed, seed, threads, weights, device)
+        sampled = Sampling(temperature, top_k, top_p)
+        how = EvaluationOptions(max_tokens, draft_length, timed, seed, threads, weights, device, sampled)
         given = None if prompts is None else read_prompts(prompts, chat=chat)
         with options.loading_progress(model) as progress:
             checkpoint = open_model(model, progress)
@@ -112,8 +119,6 @@ def eval_drafter(
 
 
 def _print(evaluation: Evaluation, console: Console) -> None:
-    from draftwerk.training.evaluation import SAMPLED
-
     title = f"{evaluation.model}, drafter {evaluation.drafter}, {evaluation.prompts} prompts"
     depths = range(2, evaluation.options.draft_length + 1)
     table = _table(title, "", "rounds", "tokens/step", "depth 1", *map(str, depths))
@@ -130,7 +135,8 @@ def _print(evaluation: Evaluation, console: Console) -> None:
     console.print(table)
     shares = ", ".join(f"{its.sampling} {its.loop_share:.0%}" for its in evaluation.acceptance)
     console.print(
-        f"sampled: {SAMPLED}; whole: with what comes when a text goes round in circles, {shares} of the tokens; "
+        f"sampled: {evaluation.options.sampled}; "
+        f"whole: with what comes when a text goes round in circles, {shares} of the tokens; "
         f"depth: how deep in the tree that the {evaluation.options.draft_length} drafts of a step form",
         style="dim",
         highlight=False,

@@ -54,10 +54,14 @@ _SETTLED = {
     "clusters": "clusters",
     "chosen_clusters": "chosen_clusters",
     "learning_rate": "learning_rate",
+    "length": "length",
     "accumulate": "accumulate",
     "weights": "weights",
     "precision": "precision",
 }
+# The same of RunOptions.text.served.
+_SERVED = ("temperature", "top_k", "top_p")
+_TOKENS_PER_BATCH = 2048
 _LEARNING_RATE = 5e-4
 _FINE_TUNING_RATE = 1e-4
 
@@ -84,6 +88,22 @@ def train_drafter(
             "--chat", help="Lines of --prompts are a user's messages, for the model's chat template.", metavar=""
         ),
     ] = False,
+    temperature: Annotated[
+        Optional[float],
+        typer.Option(
+            "--temperature",
+            help="What the model will be served with: texts are sampled and the drafter is evaluated like that. "
+            "0: greedily. Default: four usual ways to sample take turns.",
+            metavar="T",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int,
+        typer.Option("--top-k", help="With --temperature: keep the K most probable tokens; 0 keeps all.", metavar="K"),
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="With --temperature: keep this probability mass; 1 keeps all.", metavar="P")
+    ] = 1.0,
     from_drafter: Annotated[
         Optional[str],
         typer.Option(
@@ -143,8 +163,21 @@ def train_drafter(
             metavar="R",
         ),
     ] = None,
+    length: Annotated[
+        int,
+        typer.Option(
+            "--length",
+            help="Longest sequence of a batch, in tokens: longer texts are cut, and long prompts to half of it.",
+            metavar="N",
+        ),
+    ] = 1024,
     accumulate: Annotated[
-        int, typer.Option("--accumulate", help="Batches (of 2,048 tokens) whose gradients make a step.", metavar="N")
+        int,
+        typer.Option(
+            "--accumulate",
+            help=f"Batches (of {_TOKENS_PER_BATCH:,} tokens, or --length) whose gradients make a step.",
+            metavar="N",
+        ),
     ] = 1,
     weights: Annotated[
         str,
@@ -179,9 +212,11 @@ def train_drafter(
         from draftwerk.training.run import Run
         from draftwerk.training.run_directory import RunDirectory
         from draftwerk.training.run_options import RunOptions, begin, read_options
+        from draftwerk.training.sampling import Sampling
+        from draftwerk.training.text import TextOptions
 
         if resume:
-            options.refuse_beside(context, "--resume", "the run has its own", *_SETTLED.values())
+            options.refuse_beside(context, "--resume", "the run has its own", *_SETTLED.values(), *_SERVED)
             directory = RunDirectory(out)
             told = read_options(directory)
         else:
@@ -192,6 +227,8 @@ def train_drafter(
             if from_drafter is not None:
                 own = ("layers", "draft_vocabulary", "clusters", "chosen_clusters")
                 options.refuse_beside(context, "--from", "that drafter has its own", *own)
+            if temperature is None and (top_k, top_p) != (0, 1.0):
+                raise usage_error("--top-k and --top-p are for --temperature: by default ways to sample take turns")
             if learning_rate is None:
                 learning_rate = _LEARNING_RATE if from_drafter is None else _FINE_TUNING_RATE
             told = RunOptions(
@@ -207,9 +244,12 @@ def train_drafter(
                 clusters=clusters,
                 chosen_clusters=chosen_clusters,
                 learning_rate=learning_rate,
+                length=length,
+                tokens_per_batch=max(_TOKENS_PER_BATCH, length),
                 accumulate=accumulate,
                 weights=weights,
                 precision=precision,
+                text=TextOptions(served=None if temperature is None else Sampling(temperature, top_k, top_p)),
             )
         with options.loading_progress(told.model) as progress:
             from draftwerk.weights import open_model
@@ -260,6 +300,8 @@ def _command(context: typer.Context, told: RunOptions, out: Path) -> str:
         value = getattr(told, field)
         if value is not None and (value != flags[name].default or name == "model"):
             words += [flags[name].opts[0]] if value is True else [flags[name].opts[0], f"{value}"]
+    if told.text.served is not None:
+        words += [word for name in _SERVED for word in (flags[name].opts[0], f"{getattr(told.text.served, name)}")]
     return shlex.join(words)
 
 
@@ -276,7 +318,7 @@ def _naming_options(context: typer.Context) -> Iterator[None]:
         yield
     except TrainingError as error:
         name, is_value, rest = str(error).partition(" = ")
-        parameter = {**_SETTLED, "device": "device"}.get(name)
+        parameter = {**_SETTLED, **{name: name for name in (*_SERVED, "device")}}.get(name)
         if not is_value or parameter is None:
             raise
         raise usage_error(f"{_flags(context)[parameter].opts[0]} {rest}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from draftwerk.training.shards import count_shards, read_shard
 PROMPTS = 48
 """That a drafter is evaluated on."""
 
-_FORMAT = 2  # of evaluation.json; in the first one, which did not say so, fewer drafts were not measured on their own
+_FORMAT = 3  # of evaluation.json; the second did not say what "sampled" is, the first measured no fewer drafts
 
 
 def conclude(
@@ -51,7 +52,7 @@ def conclude(
         stop: asked now and then; once it says so, this ends without a report.
         threads: kernel threads of the engine; 0: all.
         prompts: most prompts to evaluate on.
-        evaluation: how to evaluate; seed and threads are those of the run.
+        evaluation: how to evaluate; seed, threads and how the model will be sampled from are those of the run.
 
     Returns:
         Whether it came to the end.
@@ -64,8 +65,7 @@ def conclude(
     step = max((entry["step"] for entry in entries if entry["kind"] == "step"), default=0)
     values = _evaluated(directory.evaluation, step)
     if values is None:
-        settings = asdict(evaluation or EvaluationOptions()) | {"seed": options.seed, "threads": threads}
-        how = EvaluationOptions(**settings)
+        how = evaluation_of_run(options, evaluation or EvaluationOptions(), threads)
 
         def report(what: str, done: int, total: int) -> None:
             observer.evaluating(what, done, total)
@@ -93,6 +93,14 @@ def conclude(
         _write(directory.evaluation, json.dumps(values, indent=2) + "\n")
     _write(directory.report, render_report(asdict(options), entries, values, command=command))
     return True
+
+
+def evaluation_of_run(options: RunOptions, evaluation: EvaluationOptions, threads: int) -> EvaluationOptions:
+    """How the drafter of a run is evaluated: with its seed, and as its model will be served."""
+    served = options.text.served
+    if served is None or served.temperature == 0.0:  # greedy text is a part of every evaluation
+        served = evaluation.sampled
+    return dataclasses.replace(evaluation, seed=options.seed, threads=threads, sampled=served)
 
 
 def _prompts(

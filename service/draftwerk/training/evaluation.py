@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,17 +26,12 @@ from draftwerk.training.errors import TrainingError
 from draftwerk.training.evaluation_prompts import EvaluationPrompt
 from draftwerk.training.repetition import length_before_loop
 from draftwerk.training.rounds import Acceptance, whole_rounds
+from draftwerk.training.sampling import Sampling
 from draftwerk.training.timing import Pace, step_seconds, tokens_per_second
 from draftwerk.weights import Progress
 
-SAMPLINGS: Mapping[str, SamplingParams] = {
-    "greedy": SamplingParams(),
-    "sampled": SamplingParams(temperature=1.0, top_k=64, top_p=0.95),
-}
-"""How models are served: by name, without the seed."""
-
-SAMPLED = "temperature 1, top_k 64, top_p 0.95"
-"""What "sampled" is, for people."""
+SAMPLINGS = ("greedy", "sampled")
+"""The names of the ways of sampling that everything is measured with; the second is EvaluationOptions.sampled."""
 
 DRAFTERS = ("drafter", "drafter and lookup", "lookup")
 """Whose drafts are timed. "drafter and lookup" is what `draftwerk serve` does with a drafter."""
@@ -61,6 +56,7 @@ class EvaluationOptions:
         seed: of sampling.
         threads: kernel threads; 0: all.
         weights: as for draftwerk.Engine; so is `device`.
+        sampled: what "sampled" is.
     """
 
     max_tokens: int = 128
@@ -70,6 +66,7 @@ class EvaluationOptions:
     threads: int = 0
     weights: str = "auto"
     device: str = "auto"
+    sampled: Sampling = dataclasses.field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -267,7 +264,8 @@ class Evaluator:
 
     def _params(self, sampling: str, **changes: Any) -> SamplingParams:
         given = {"seed": self._options.seed, "max_tokens": self._options.max_tokens, **changes}
-        return dataclasses.replace(SAMPLINGS[sampling], **given)
+        params = self._options.sampled.params if sampling == "sampled" else SamplingParams()
+        return dataclasses.replace(params, **given)
 
     # --- drafts accepted ----------------------------------------------------------------------------------------
 

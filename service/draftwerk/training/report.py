@@ -8,7 +8,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from draftwerk.training import charts
-from draftwerk.training.evaluation import LENGTH_TOKENS, SAMPLED
+from draftwerk.training.evaluation import LENGTH_TOKENS
+from draftwerk.training.sampling import Sampling
 
 _SHOWN_POSITIONS = 4  # of a chain, in the chart of agreement: few get further
 _HIDDEN = ("text", "model")  # options that are shown otherwise
@@ -56,7 +57,7 @@ def render_report(
         categories=_categories(evaluation["acceptance"], before),
         expected=_expected(evaluation["expected"]),
         duration=_duration,
-        sampled=SAMPLED,
+        sampled=Sampling(**evaluation["options"]["sampled"]),
         length_tokens=LENGTH_TOKENS,
         gains=_gains(evaluation["speeds"]),
     )

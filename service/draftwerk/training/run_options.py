@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from draftwerk.training.atomic_file import atomic_file
+from draftwerk.training.batches import check_sizes
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.precision import DTYPES
 from draftwerk.training.prompts import PromptsFile, read_prompts
 from draftwerk.training.run_directory import RunDirectory
+from draftwerk.training.sampling import Sampling
 from draftwerk.training.text import TextOptions
 from draftwerk.weights import WEIGHT_CHOICES
 
@@ -41,7 +43,7 @@ class RunOptions:
         accumulate: batches of an optimizer step.
         weights: how the engine that writes text holds the target's, as draftwerk.Engine takes it.
         precision: what training computes in, as choose_precision() takes it.
-        text: how text is written; its seed is `seed`.
+        text: how text is written; its seed is `seed`. What it says of sampling holds for the evaluation, too.
     """
 
     model: str
@@ -71,6 +73,7 @@ class RunOptions:
             raise TrainingError(f"hours = {self.hours}: must be more than 0, and at most 10000")
         if self.tokens is not None and not 1 <= self.tokens <= 1 << 40:
             raise TrainingError(f"tokens = {self.tokens}: must be 1 to {1 << 40}")
+        check_sizes(self.length, self.tokens_per_batch)
         if not 1 <= self.accumulate <= 1 << 20:
             raise TrainingError(f"accumulate = {self.accumulate}: must be 1 to {1 << 20}")
         if self.weights not in WEIGHT_CHOICES:
@@ -83,7 +86,9 @@ class RunOptions:
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> RunOptions:
         """From asdict(). What a run of an earlier version does not know is as it was then, by default."""
-        return cls(**{"precision": "bf16", **values, "text": TextOptions(**values["text"])})
+        served = values["text"].get("served")
+        text = TextOptions(**{**values["text"], "served": None if served is None else Sampling(**served)})
+        return cls(**{"precision": "bf16", **values, "text": text})
 
 
 def begin(

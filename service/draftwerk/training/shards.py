@@ -27,7 +27,7 @@ class Text:
     Attributes:
         token_ids: [tokens] int32, the prompt's first; the end token, if there is one, last.
         prompt_length: tokens that are the prompt's.
-        kind: how it was sampled, an index into draftwerk.training.text.KINDS.
+        kind: how it was sampled, an index into draftwerk.training.text.kinds_of_texts().
         end: why it ended, an index into ENDS.
     """
 

@@ -7,6 +7,7 @@ texts are computed together, and when, makes no difference to them, and a run th
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -23,6 +24,7 @@ from draftwerk.training.errors import TrainingError
 from draftwerk.training.openings import Openings
 from draftwerk.training.prompts import PromptsFile, TextPrompt, encode_prompt
 from draftwerk.training.repetition import LoopWatch
+from draftwerk.training.sampling import Sampling
 from draftwerk.training.shards import ENDS, Shard, Text, count_shards, write_shard
 
 if TYPE_CHECKING:
@@ -36,30 +38,44 @@ _LONG = 3
 
 @dataclass(frozen=True)
 class SamplingKind:
-    """A way to sample that models are served with.
+    """A way to sample that some texts have.
 
     Attributes:
-        name: for people.
         share: of the texts, 0 to 1.
-        temperature, top_k, top_p: see draftwerk.SamplingParams.
+        sampling: how.
     """
 
-    name: str
     share: float
-    temperature: float
-    top_k: int = 0
-    top_p: float = 1.0
+    sampling: Sampling
 
+
+_GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
+_WARM = Sampling(temperature=0.7, top_k=0, top_p=1.0)
 
 # The surer a model is of itself, the sooner it goes round in circles and is cut: of 1,280 texts of gemma-3-270m a third
 # were greedy (some prompts had been continued so before), and they held 11% of the 254,384 tokens.
 KINDS = (
-    SamplingKind("greedy", 0.4, 0.0),
-    SamplingKind("temperature 0.7", 0.25, 0.7),
-    SamplingKind("temperature 1, top_k 64, top_p 0.95", 0.25, 1.0, 64, 0.95),
-    SamplingKind("temperature 1", 0.1, 1.0),
+    SamplingKind(0.4, _GREEDY),
+    SamplingKind(0.25, _WARM),
+    SamplingKind(0.25, Sampling()),
+    SamplingKind(0.1, Sampling(temperature=1.0, top_k=0, top_p=1.0)),
 )
-_GREEDY = 0
+
+
+def kinds_of_texts(served: Sampling | None) -> tuple[SamplingKind, ...]:
+    """How texts are sampled.
+
+    Args:
+        served: how the model will be; None: nobody knows, and usual ways take turns.
+
+    Returns:
+        With a kind that is not greedy behind one that is: see planned_texts().
+    """
+    if served is None:
+        return KINDS
+    if served.temperature == 0.0:
+        return (SamplingKind(1.0, _GREEDY), SamplingKind(0.0, _WARM))
+    return (SamplingKind(1.0, served),)
 
 
 @dataclass(frozen=True)
@@ -71,12 +87,14 @@ class TextOptions:
         max_tokens: most tokens that are generated for a text; one of eight may have three times as many.
         texts_per_shard: texts in a file. What is lost when a run is killed is at most one file's.
         streams: texts that are written at the same time. Makes no difference to them.
+        served: how the model will be sampled from, and texts are therefore; None: by KINDS in turn.
     """
 
     seed: int = 0
     max_tokens: int = 512
     texts_per_shard: int = 256
     streams: int = 32
+    served: Sampling | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -96,7 +114,7 @@ class PlannedText:
 
     Attributes:
         prompt_ids: what it begins with.
-        kind: how it is sampled, an index into KINDS.
+        kind: how it is sampled, an index into what kinds_of_texts() gives.
         params: the same as the engine takes it.
     """
 
@@ -115,26 +133,22 @@ def planned_texts(engine: Engine, options: TextOptions, prompts: PromptsFile | N
         TrainingError: a prompt is too long for the model, or it has no chat template and prompts are chat messages.
     """
     source = _from_openings(options.seed, engine.has_chat_template) if prompts is None else _from_file(options, prompts)
-    shares = np.cumsum([kind.share for kind in KINDS])
+    kinds = kinds_of_texts(options.served)
+    shares = np.cumsum([kind.share for kind in kinds])
     greedy: set[tuple[int, ...]] = set()
     for index, prompt in enumerate(source):
         random = np.random.default_rng([options.seed, index, 1])
-        kind = min(int(np.searchsorted(shares, random.random() * shares[-1], side="right")), len(KINDS) - 1)
+        kind = min(int(np.searchsorted(shares, random.random() * shares[-1], side="right")), len(kinds) - 1)
         length = options.max_tokens * (_LONG if random.random() < _LONG_SHARE else 1)
         seed = int(random.integers(2**63))
         prompt_ids = encode_prompt(engine, prompt, prompts)
-        if kind == _GREEDY:
+        if kinds[kind].sampling == _GREEDY:
             # With nothing before it the model would write one and the same text.
-            kind = _GREEDY if len(prompt_ids) > 1 and prompt_ids not in greedy else _GREEDY + 1
+            if len(prompt_ids) == 1 or prompt_ids in greedy:
+                kind += 1
             greedy.add(prompt_ids)
-        way = KINDS[kind]
-        params = SamplingParams(
-            max_tokens=min(length, engine.info.max_context - len(prompt_ids)),
-            temperature=way.temperature,
-            top_k=way.top_k,
-            top_p=way.top_p,
-            seed=seed,
-        )
+        most = min(length, engine.info.max_context - len(prompt_ids))
+        params = dataclasses.replace(kinds[kind].sampling.params, max_tokens=most, seed=seed)
         yield PlannedText(prompt_ids, kind, params)
 
 
@@ -252,7 +266,10 @@ class TextWriter:
             "texts_per_shard": self._options.texts_per_shard,
             "openings_sha256": Openings().sha256 if prompts is None else None,
             "prompts_sha256": None if prompts is None else prompts.sha256,
-            "kinds": [asdict(kind) for kind in KINDS],
+            "kinds": [
+                {"name": str(kind.sampling), "share": kind.share, **asdict(kind.sampling)}
+                for kind in kinds_of_texts(self._options.served)
+            ],
         }
         data = json.dumps(manifest, indent=2).encode() + b"\n"
         digest = hashlib.sha256(data).hexdigest()

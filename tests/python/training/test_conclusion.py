@@ -16,11 +16,13 @@ from tiny_writer import with_tokenizer
 
 import tiny_checkpoint
 from draftwerk.loading import Checkpoint, CheckpointError
-from draftwerk.training.conclusion import conclude
+from draftwerk.training.conclusion import conclude, evaluation_of_run
 from draftwerk.training.evaluation import EvaluationOptions
 from draftwerk.training.run import Run
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import begin, read_options
+from draftwerk.training.sampling import Sampling
+from draftwerk.training.text import TextOptions
 from fake_checkpoint import VOCABULARY
 
 EVALUATION = EvaluationOptions(max_tokens=40, draft_length=3, timed_prompts=1)
@@ -51,7 +53,7 @@ def finish(target: Checkpoint, directory: Path, notes: Notes | None = None, **ch
 def test_a_run_ends_with_an_evaluation_and_a_report(trained: Path) -> None:
     values = json.loads((trained / "evaluation.json").read_text())
     assert (values["model"], values["drafter"], values["prompts"]) == ("tiny", "drafter", 2)
-    assert values["format"] == 2
+    assert values["format"] == 3
     assert values["prompts_from"] == "set aside from those given"
     assert [its["sampling"] for its in values["before"]] == [its["sampling"] for its in values["acceptance"]]
     assert values["acceptance"][0]["whole"]["rounds"] > 0
@@ -62,7 +64,16 @@ def test_a_run_ends_with_an_evaluation_and_a_report(trained: Path) -> None:
     assert after > before
     report = (trained / "report.html").read_text()
     assert "the command" in report
+    assert "Sampled: temperature 1, top_k 64, top_p 0.95." in report
     assert not [path for path in trained.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("served", [None, Sampling(0.6, 20, 0.8), Sampling(0.0)])
+def test_a_drafter_is_evaluated_as_its_model_will_be_served(served: Sampling | None) -> None:
+    options = dataclasses.replace(OPTIONS, text=TextOptions(served=served))
+    how = evaluation_of_run(options, EVALUATION, threads=3)
+    sampled = served if served is not None and served.temperature > 0.0 else EVALUATION.sampled
+    assert how == dataclasses.replace(EVALUATION, seed=OPTIONS.seed, threads=3, sampled=sampled)
 
 
 def test_what_was_evaluated_is_only_reported_again(target: Checkpoint, trained: Path) -> None:
@@ -84,7 +95,7 @@ def test_an_evaluation_of_another_format_is_done_again(target: Checkpoint, train
     place.evaluation.write_text(json.dumps(values))
     assert finish(target, place.path, notes)
     assert notes.evaluated
-    assert json.loads(place.evaluation.read_text())["format"] == 2
+    assert json.loads(place.evaluation.read_text())["format"] == 3
 
 
 def test_text_that_was_written_for_steps_that_are_lost_is_no_step(

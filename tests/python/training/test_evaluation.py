@@ -13,7 +13,7 @@ import pytest
 import tiny_training
 from tiny_writer import tiny_engine
 
-from draftwerk import Engine
+from draftwerk import Engine, SamplingParams
 from draftwerk.drafters import SyntheticDrafter
 from draftwerk.loading import Checkpoint
 from draftwerk.measurement import run_prompts
@@ -34,7 +34,7 @@ def texts(target: Checkpoint) -> dict[str, list[list[int]]]:
     """Prompts with what the model makes of them, by sampling."""
     recorded: dict[str, list[list[int]]] = {}
     with tiny_engine(target) as engine:
-        for sampling, params in SAMPLINGS.items():
+        for sampling, params in zip(SAMPLINGS, (SamplingParams(), OPTIONS.sampled.params), strict=True):
             its = dataclasses.replace(params, seed=OPTIONS.seed, max_tokens=OPTIONS.max_tokens)
             texts = engine.generate([list(prompt.token_ids) for prompt in PROMPTS], its)
             recorded[sampling] = [[*text.prompt_token_ids, *text.token_ids] for text in texts]
@@ -79,7 +79,7 @@ def test_acceptance_is_that_of_the_engines_statistics(target: Checkpoint, texts:
     accepted = drafted = 0
     with tiny_engine(target, drafter=drafter(texts, 0.6), draft_length=3) as engine:
         for prompt in PROMPTS:
-            params = dataclasses.replace(SAMPLINGS["greedy"], seed=OPTIONS.seed, max_tokens=OPTIONS.max_tokens)
+            params = SamplingParams(seed=OPTIONS.seed, max_tokens=OPTIONS.max_tokens)
             completion = engine.generate(list(prompt.token_ids), params)
             assert completion.finish_reason == "length"
             # Whole rounds are those that drafted at the last position.

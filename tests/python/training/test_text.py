@@ -26,6 +26,7 @@ from draftwerk.loading import Checkpoint
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.prompts import PromptsFile, read_prompts
 from draftwerk.training.repetition import length_before_loop
+from draftwerk.training.sampling import Sampling
 from draftwerk.training.shards import ENDS, Shard, Text, count_shards, read_shard, shard_path, write_shard
 from draftwerk.training.text import KINDS, TextOptions, TextWriter, planned_texts
 from fake_checkpoint import VOCABULARY, FakeCheckpoint
@@ -118,6 +119,18 @@ def test_shares_and_lengths_are_as_stated(engine: Engine) -> None:
     greedy = [plan.prompt_ids for plan in plans if plan.params.temperature == 0.0]
     assert len(set(greedy)) == len(greedy)
     assert min(map(len, greedy)) > 1
+
+
+@pytest.mark.parametrize("served", [Sampling(0.6, 20, 0.8), Sampling(0.0, 0, 1.0)])
+def test_texts_are_sampled_as_the_model_will_be_served(engine: Engine, served: Sampling) -> None:
+    seen: set[tuple[int, ...]] = set()
+    for plan in islice(planned_texts(engine, TextOptions(served=served)), 200):
+        given = Sampling(plan.params.temperature, plan.params.top_k, plan.params.top_p)
+        if served.temperature == 0.0 and (len(plan.prompt_ids) == 1 or plan.prompt_ids in seen):
+            assert given.temperature > 0.0  # it would be the text that was there before
+        else:
+            assert given == served
+        seen.add(plan.prompt_ids)
 
 
 def test_another_seed_is_another_text(engine: Engine) -> None:

@@ -29,6 +29,8 @@ from draftwerk.training.evaluation import EvaluationOptions
 from draftwerk.training.export import write_drafter
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, begin, read_options
+from draftwerk.training.sampling import Sampling
+from draftwerk.training.text import TextOptions
 
 
 def run_command(*arguments: str) -> Any:
@@ -105,20 +107,23 @@ def test_what_it_is_told_is_what_is_run(opened: Checkpoint, trains: Any, tmp_pat
     out = tmp_path / "out"
     result = run_command(
         *f"train-drafter -m tiny --out {out} --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64".split(),
-        *"--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --accumulate 3 --device cpu -t 2".split(),
-        *"--weights int8 --precision f32".split(),
+        *"--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --length 4096 --accumulate 3".split(),
+        *"--device cpu -t 2 --weights int8 --precision f32 --temperature 0.6 --top-k 20 --top-p 0.8".split(),
     )
     assert result.exit_code == 0, result.stderr
     (directory, told, checkpoint, rest), conclusion = calls
     sizes = {"layers": 1, "draft_vocab_size": 64, "clusters": 8, "chosen_clusters": 2}
+    batches = {"learning_rate": 0.001, "length": 4096, "tokens_per_batch": 4096, "accumulate": 3}
     forms = {"weights": "int8", "precision": "f32"}
-    assert told == RunOptions("tiny", tokens=500, seed=7, learning_rate=0.001, accumulate=3, **forms, **sizes)
+    text = TextOptions(served=Sampling(0.6, 20, 0.8))
+    assert told == RunOptions("tiny", tokens=500, seed=7, **sizes, **batches, **forms, text=text)
     assert told == read_options(directory)
     assert checkpoint is opened
     assert (rest["device"], rest["threads"]) == ("cpu", 2)
     assert conclusion["command"] == (
         f"draftwerk train-drafter --out {out} --model tiny --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64 "
-        "--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --accumulate 3 --weights int8 --precision f32"
+        "--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --length 4096 --accumulate 3 "
+        "--weights int8 --precision f32 --temperature 0.6 --top-k 20 --top-p 0.8"
     )
     assert conclusion["evaluation"] == EvaluationOptions(weights="int8")
     assert f"the drafter is {out / 'drafter'}" in result.stderr
@@ -338,6 +343,10 @@ def test_a_reader_of_messages_that_goes_away_is_no_file_of_the_run(trains: Any, 
         ("--tokens 5 --draft-vocabulary 64 --clusters 65", "error: --clusters 65: must be 0 to 64"),
         ("--tokens 5 --draft-vocabulary 64 --clusters 2 --chosen-clusters 0", "error: --chosen-clusters 0: must be"),
         ("--tokens 5 --learning-rate 2", "error: --learning-rate 2.0: must be"),
+        ("--tokens 5 --length 5", "error: --length 5: must be 6 to 1048576"),
+        ("--tokens 5 --temperature -1", "error: --temperature -1: must be 0, or 0.001 to 100"),
+        ("--tokens 5 --temperature 1 --top-p 2", "error: --top-p 2: must be more than 0"),
+        ("--tokens 5 --top-k 9", "error: --top-k and --top-p are for --temperature"),
         ("--tokens 5 --accumulate 0", "error: --accumulate 0: must be"),
         ("--tokens 5 --seed -1", "error: --seed -1: must be"),
         ("--tokens 5 --weights int3", "error: --weights int3: must be one of auto, int8, int4"),
@@ -446,10 +455,10 @@ def test_a_drafter_is_evaluated(
     prompts.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
     result = run_command(
         *f"eval-drafter -m tiny -d {drafter} --prompts {prompts} --max-tokens 40 --draft-length 2".split(),
-        *f"--timed 1 -t 1 --json {tmp_path / 'out.json'}".split(),
+        *f"--timed 1 -t 1 --temperature 0.7 --top-k 0 --top-p 1 --json {tmp_path / 'out.json'}".split(),
     )
     assert result.exit_code == 0, result.stderr
-    for shown in ("greedy", "depth 1", "sampled: temperature 1", "[even]", "drafter and lookup", "4 prompts"):
+    for shown in ("greedy", "depth 1", "sampled: temperature 0.7; whole", "[even]", "drafter and lookup", "4 prompts"):
         assert shown in result.stdout
     values = json.loads((tmp_path / "out.json").read_text())
     assert list(values["acceptance"][0]["by_category"]) == ["[even]", "odd"]
