@@ -42,13 +42,17 @@ class Evidence:
     Args:
         target: name of the model.
         drafter: name of the drafter.
+        made_for: name of the model that it was made for; None if it does not say.
         quantised: how the model's weights are quantised (see quantisation()), if they are.
         turn_marker: see turn_marker().
     """
 
-    def __init__(self, *, target: str, drafter: str, quantised: str | None, turn_marker: int | None) -> None:
+    def __init__(
+        self, *, target: str, drafter: str, made_for: str | None, quantised: str | None, turn_marker: int | None
+    ) -> None:
         self._target = target
         self._drafter = drafter
+        self._made_for = made_for
         self._quantised = quantised
         self._turn_marker = turn_marker
         self._requests: deque[tuple[bool, bool]] = deque(maxlen=_REQUESTS)  # has turn markers, is hot
@@ -76,8 +80,9 @@ class Evidence:
         if acceptance < _NOISE:
             likelier, other = other, likelier
         possible = [likelier, other, _UNLIKE_TRAINING]
-        if not _is_pair(self._target, self._drafter):
-            text = f"{likelier.text} (it is called {self._drafter}, the model {self._target})"
+        if not _is_pair(self._target, self._drafter, self._made_for):
+            says = f"is called {self._drafter}" if self._made_for is None else f"says it is for {self._made_for}"
+            text = f"{likelier.text} (it {says}, the model is called {self._target})"
             seen.append(replace(likelier, text=text, seen=True))
             possible.remove(likelier)
         if self._quantised is not None:
@@ -116,7 +121,7 @@ def turn_marker(engine: Engine, bos_token_id: int | None) -> int | None:
     return next((token for token, text in spelt if not text and token != bos_token_id), None)
 
 
-def _is_pair(target: str, drafter: str) -> bool:
-    """Whether a drafter bears the name of its target, as published ones do: "-assistant" behind it."""
-    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in (target, drafter)]
-    return plain[1].startswith(plain[0]) and "assistant" in plain[1]
+def _is_pair(target: str, drafter: str, made_for: str | None) -> bool:
+    """Whether a drafter says that it is for the target, or bears its name as published ones do: with "-assistant"."""
+    plain, called, given = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in (target, drafter, made_for or ""))
+    return given == plain or (called.startswith(plain) and "assistant" in called)

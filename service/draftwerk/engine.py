@@ -171,6 +171,7 @@ class Engine:
             evidence = Evidence(
                 target=checkpoint.name,
                 drafter=drafters.assistant.name,
+                made_for=drafters.assistant.base_model,
                 quantised=None if made_for_these_weights else quantisation(weights, checkpoint.weight_types),
                 turn_marker=turn_marker(self, checkpoint.bos_token_id),
             )

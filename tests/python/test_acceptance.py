@@ -26,7 +26,7 @@ TEMPLATED, RAW = [2, MARKER, 9, 9], [2, 9, 9, 9]
 
 def evidence(**known: Any) -> Evidence:
     return Evidence(
-        **{"target": "m", "drafter": "m-assistant", "quantised": None, "turn_marker": MARKER, **known}  # type: ignore[arg-type]
+        **{"target": "m", "drafter": "m-assistant", "made_for": None, "quantised": None, "turn_marker": MARKER, **known}  # type: ignore[arg-type]
     )
 
 
@@ -256,7 +256,7 @@ def test_what_points_to_a_cause_comes_first() -> None:
     text = {cause.name: cause.text for cause in causes}
     assert "in 3 of the last 4 requests" in text["hot_sampling"]
     assert "(3 of the last 4)" in text["no_chat_template"]
-    assert "it is called other, the model gemma-4-E2B-it" in text["other_checkpoint"]
+    assert "it is called other, the model is called gemma-4-E2B-it" in text["other_checkpoint"]
     assert "weights = int4" in text["quantised_target"]
 
 
@@ -282,17 +282,25 @@ def test_a_model_without_chat_template_misses_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "drafter", "pair"),
+    ("target", "drafter", "made_for", "pair"),
     [
-        ("gemma-4-E2B-it", "gemma-4-E2B-it-assistant", True),
-        ("Gemma 4 E2B It", "gemma-4-e2b-it-assistant-bf16", True),
-        ("google/gemma-4-E2B-it", "google/gemma-4-E4B-it-assistant", False),
-        ("gemma-4-E2B-it", "gemma-4-E2B-it", False),
-        ("gemma-4-E2B-it-medical", "gemma-4-E2B-it-assistant", False),
+        ("gemma-4-E2B-it", "gemma-4-E2B-it-assistant", None, True),
+        ("Gemma 4 E2B It", "gemma-4-e2b-it-assistant-bf16", None, True),
+        ("google/gemma-4-E2B-it", "google/gemma-4-E4B-it-assistant", None, False),
+        ("gemma-4-E2B-it", "gemma-4-E2B-it", None, False),
+        ("gemma-4-E2B-it-medical", "gemma-4-E2B-it-assistant", None, False),
+        ("gemma-4-E2B-it", "drafter", None, False),
+        ("gemma-4-E2B-it", "drafter", "gemma-4-E2B-it", True),
+        ("gemma-4-E2B-it-medical", "drafter", "gemma-4-E2B-it", False),
     ],
 )
-def test_a_drafter_bears_the_name_of_its_target(target: str, drafter: str, pair: bool) -> None:
-    assert (names(evidence(target=target, drafter=drafter).causes(0.0), seen=True) == []) == pair
+def test_a_drafter_says_what_it_is_for_or_bears_the_name_of_its_target(
+    target: str, drafter: str, made_for: str | None, pair: bool
+) -> None:
+    causes = evidence(target=target, drafter=drafter, made_for=made_for).causes(0.0)
+    assert (names(causes, seen=True) == []) == pair
+    if not pair and made_for is not None:
+        assert f"it says it is for {made_for}, the model is called {target}" in causes[0].text
 
 
 def test_how_weights_are_quantised() -> None:

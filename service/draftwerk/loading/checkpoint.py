@@ -64,6 +64,7 @@ class AssistantCheckpoint:
         head_token_ids: int32 [config.head_tokens], the tokens that its head can score, those of each centroid together;
             ``None`` if it has neither centroids nor a reduced head: all, in their own order.
         draft_length: how many tokens it was made to draft in a step; ``None`` if the checkpoint does not say.
+        base_model: name of the model that it was made for; ``None`` likewise.
         weight_types: type name to number of tensors stored so.
     """
 
@@ -72,6 +73,7 @@ class AssistantCheckpoint:
     config: AssistantConfig
     head_token_ids: npt.NDArray[np.int32] | None = field(repr=False)
     draft_length: int | None
+    base_model: str | None
     weight_types: dict[str, int]
     _sources: dict[str, Source | None] = field(repr=False)
 

@@ -143,6 +143,7 @@ def open_drafter(path: str, name: str | None) -> AssistantCheckpoint:
         config=config,
         head_token_ids=token_ids,
         draft_length=None,
+        base_model=gguf.string("general.base_model.0.name"),
         weight_types=histogram(sources),
         _sources=sources,
     )

@@ -110,7 +110,7 @@ def write_drafter(
         drafter: what is written.
         weights: its parameters by name, such as their moving average (``Trainer.averaged``).
         directory: where to; must not exist, or be empty.
-        target_name: what it was trained for, for the model card.
+        target_name: what it was trained for.
         started_from: the drafter that it was trained from, for the model card; ``None``: the target's last layers.
         draft_length: how many tokens it should draft in a step; ``None`` leaves it to the engine.
 
@@ -129,7 +129,7 @@ def write_drafter(
         tensors[DRAFT_TOKEN_IDS] = drafter.draft_token_ids.to("cpu", torch.int32)
     files = {
         "model.safetensors": save(tensors, metadata={"format": "pt"}),
-        "config.json": _json(configuration(drafter.shape)),
+        "config.json": _json({**configuration(drafter.shape), "base_model": target_name}),
         "README.md": _model_card(target_name, started_from).encode(),
     }
     if draft_length is not None:

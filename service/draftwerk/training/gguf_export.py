@@ -59,6 +59,9 @@ def write_gguf(
             writer.add_name(name)
             if license_name is not None:
                 writer.add_license(license_name)
+            if drafter.base_model is not None:
+                writer.add_base_model_count(1)
+                writer.add_base_model_name(0, drafter.base_model)
             _add_configuration(writer, drafter)
             for tensor in drafter.tensors():
                 _add_tensor(writer, tensor, matrices)

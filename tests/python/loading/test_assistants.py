@@ -96,6 +96,7 @@ def text(**fields: Any) -> Callable[[Json], object]:
 
 
 BAD_CONFIGS: dict[str, tuple[Callable[[Json], object], str]] = {
+    "base model": (changed(base_model=7), "base_model = 7 is not a name"),
     "no text_config": (lambda config: config.pop("text_config"), "field text_config is missing"),
     "text type": (text(model_type="gemma3_text"), "text_config: model_type 'gemma3_text' is not supported"),
     "other model": (changed(model_type="llama"), "model_type 'llama' is not supported as a drafter"),

@@ -66,7 +66,7 @@ def test_an_engine_says_it_in_its_statistics_and_once_in_the_log(model: Path, ca
     # Prompts were text, the names do not match, and int8 was asked for.
     seen = [cause["name"] for cause in warning["causes"] if cause["seen"]]
     assert (seen[0], seen[-1]) == ("no_chat_template", "quantised_target")
-    assert "it is called misfit, the model tiny" in warning["text"]
+    assert "it is called misfit, the model is called tiny" in warning["text"]
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [warning["text"]]
     assert json.dumps(warning)
 

@@ -32,6 +32,7 @@ def test_what_is_written(tmp_path: Path, family: str) -> None:
     write_drafter(drafter, dict(drafter.named_parameters()), directory, target_name="tiny", draft_length=4)
     config = json.loads((directory / "config.json").read_text())
     assert config["draft_vocab_size"] == 100
+    assert open_assistant(directory).base_model == config["base_model"] == "tiny"
     assert assistant_config_from_hugging_face("config.json", config).text == drafter.shape.text
     reference = transformers.AutoConfig.from_pretrained(directory).text_config
     full = reference.per_layer_config["full_attention"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,14 @@ def in_float32(config: AssistantConfig) -> dict[str, Any]:
     return rounded({**values, "text": rounded(values["text"])})
 
 
+def test_a_file_says_what_model_it_is_for(tmp_path: Path) -> None:
+    directory = saved(tmp_path, "gemma4", "reduced")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "base_model": "a model"}))
+    write_gguf(directory, tmp_path / "drafter.gguf", matrices="q8_0", name="Tiny")
+    assert open_assistant(tmp_path / "drafter.gguf").base_model == "a model"
+
+
 @pytest.mark.parametrize("matrices", ["bf16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("target", TARGETS)
@@ -63,7 +72,7 @@ def test_a_file_holds_what_the_directory_holds(target: str, head: str, matrices:
     path = tmp_path / "drafter.gguf"
     write_gguf(directory, path, matrices=matrices, name="Tiny", license_name="none")
     expected, found = open_assistant(directory), open_assistant(path)
-    assert found.name == "Tiny"
+    assert (found.name, found.base_model) == ("Tiny", expected.base_model)
     assert in_float32(found.config) == in_float32(expected.config)
     assert np.array_equal(found.head_token_ids, expected.head_token_ids)
     views = {view.name: view for view in found.tensors()}
