@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD := build/cpp
 
 PACKAGE_SOURCES := CMakeLists.txt pyproject.toml README.md LICENSE \
-	$(shell find cpp service -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name py.typed \) \
+	$(shell find cpp service -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name '*.pyi' -o -name py.typed -o -name '*.toml' -o -name '*.jinja' \) \
 	-o -path 'service/draftwerk/shipped/*' -type f)
 CLIENT_SOURCES := $(shell find client -type f \( -name '*.py' -o -name '*.pyi' -o -name py.typed -o -name pyproject.toml -o -name README.md \))
 CPP_SOURCES := $(shell find cpp tests/cpp tests/cuda -type f \( -name '*.cc' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' \))
