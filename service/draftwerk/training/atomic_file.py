@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -44,15 +44,21 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line to a file, and brings it to the disk. If it is cut off, it has no end of line.
+    """Adds a line to a file, and brings it to the disk. If a kill cuts it off, it has no end of line.
 
     Raises:
-        OSError: it cannot be written, because the disk is full for instance. Names `path`.
+        OSError: it cannot be written, because the disk is full for instance; nothing of it is there. Names `path`.
     """
     with _named(path):
-        with path.open("ab") as file:
-            file.write(line.encode() + b"\n")
-        _sync(path)
+        before = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("ab") as file:
+                file.write(line.encode() + b"\n")
+            _sync(path)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, before)
+            raise
 
 
 def remove_leftovers(directory: Path) -> None:

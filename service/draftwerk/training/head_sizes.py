@@ -27,7 +27,7 @@ class HeadSizes:
     chosen: int
 
     @classmethod
-    def of(cls, tokens: int, clusters: int | None, chosen: int, *, vocabulary: int) -> HeadSizes:
+    def of(cls, tokens: int, clusters: int | None, chosen: int, *, vocabulary: int, needed: int = 1) -> HeadSizes:
         """The sizes that come closest to what is wanted.
 
         Args:
@@ -35,6 +35,7 @@ class HeadSizes:
             clusters: so many; ``None``: of 32 tokens each if there are 8,192 or more, else none.
             chosen: so many of them, or all if there are fewer.
             vocabulary: the target's.
+            needed: tokens that there have to be, such as the target's end tokens.
 
         Raises:
             TrainingError: a size is out of range.
@@ -42,7 +43,7 @@ class HeadSizes:
         if clusters is None:
             clusters = tokens // _CLUSTER_SIZE if tokens >= _LEAST_CLUSTERED else 0
         for name, value, least, most in (
-            ("draft_vocab_size", tokens, 1, vocabulary),
+            ("draft_vocab_size", tokens, needed, vocabulary),
             ("clusters", clusters, 0, tokens),
             ("chosen_clusters", chosen, 1, 1 << 20),
         ):

@@ -73,8 +73,8 @@ def _read(path: Path) -> Features | None:
     try:
         tensors = load_file(path)
         states = tensors.pop("states")
-    except (FileNotFoundError, safetensors.SafetensorError, KeyError):
-        return None  # or damaged: computed again, and replaced
+    except (OSError, safetensors.SafetensorError, KeyError):
+        return None  # not there, or not readable: computed again, and replaced
     keys = {name.removeprefix("keys."): tensor for name, tensor in tensors.items() if name.startswith("keys.")}
     values = {name.removeprefix("values."): tensor for name, tensor in tensors.items() if name.startswith("values.")}
     return Features(states, keys, values)

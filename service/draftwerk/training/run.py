@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import math
+import re
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +34,7 @@ from draftwerk.training.export import open_drafter, read_drafter, write_drafter
 from draftwerk.training.head_sizes import MOST_COMPARED, HeadSizes
 from draftwerk.training.initial import fit_pre_projection, start_centroids, start_from_target
 from draftwerk.training.kept_features import KeptFeatures
+from draftwerk.training.memory_needs import MemoryNeeds
 from draftwerk.training.options import TrainingOptions
 from draftwerk.training.precision import DTYPES, choose_precision
 from draftwerk.training.prompts import set_aside
@@ -49,6 +53,8 @@ from draftwerk.training.vocabulary import DraftVocabulary, choose_draft_vocabula
 _TOKENS_PER_SAVE = 65_536  # trained between two states: some minutes on a processor, seconds on a GPU
 _REHEARSED_STEPS = 3  # timed when a run is to last a number of hours
 _MARGIN = 0.95  # of the time is planned for
+# As PyTorch says it of a processor's memory, in an error without a type of its own.
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
 _FIT_SHAPE = (16, 256)  # of the text that the first projection is fitted to: sequences, tokens of each
 
 
@@ -144,7 +150,7 @@ class Run:
         if options.start_from is None:
             vocabulary = checkpoint.config.vocab_size
             sizes = (options.draft_vocab_size, options.clusters, options.chosen_clusters)
-            head = HeadSizes.of(*sizes, vocabulary=vocabulary)
+            head = HeadSizes.of(*sizes, vocabulary=vocabulary, needed=max(1, len(set(checkpoint.eos_token_ids))))
             self._shape = DrafterShape.for_target(
                 checkpoint.config,
                 draft_vocab_size=head.tokens,
@@ -158,6 +164,7 @@ class Run:
         self._stop = stop
         self._device = _device(device)
         self._threads = threads
+        self._kept: KeptFeatures | None = None
         self._started = time.monotonic()
         self._spent = 0.0  # in the sessions before this one
         self._writing = 0.0
@@ -170,11 +177,12 @@ class Run:
 
         Raises:
             As the class, and RuntimeError: the engine failed.
-            TrainingError: the GPU has too little memory.
+            TrainingError: there is too little memory.
         """
         self._recall()
         try:
             with _torch_threads(self._threads), self._engine() as engine:
+                self._needs().check(self._device)
                 self._train(self._writer(engine))
         except Stopped:
             return False
@@ -182,6 +190,19 @@ class Run:
             raise TrainingError(f"{error}; {self._another_way()}") from None
         except torch.OutOfMemoryError as error:
             raise TrainingError(f"the GPU has too little memory to train there ({error}); use --device cpu") from None
+        except RuntimeError as error:
+            wanted = _OUT_OF_MEMORY.search(str(error))
+            if wanted is None:
+                raise
+            raise TrainingError(
+                f"there is too little memory to train here: PyTorch could not have {int(wanted[1]) / 1e9:.1f} GB more; "
+                "a shorter --length takes less, and so does --precision bf16"
+            ) from None
+        finally:
+            self._kept = None
+            if self._device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()  # an engine may need it next
         return True
 
     def _another_way(self) -> str:
@@ -208,6 +229,10 @@ class Run:
             progress=self._observer.loading,
         )
 
+    def _needs(self) -> MemoryNeeds:
+        start = self._options.start_from
+        return MemoryNeeds.of(self._checkpoint, self._shape if start is None else self._start(start), self._precision())
+
     def _writer(self, engine: Engine) -> TextWriter:
         prompts = prompts_of_run(self._directory, self._options)
         if prompts is not None:
@@ -226,12 +251,12 @@ class Run:
             seed=options.seed,
         )
         first = self._shard(writer, 0)
-        self._observer.phase("loading the target")
+        self._phase("loading the target")
         target = FrozenTarget(self._checkpoint, device=self._device, dtype=DTYPES[precision])
         vocabulary = self._vocabulary(target, first)
         drafter = self._new_drafter(target, vocabulary, first)
         compared = None if vocabulary is None else torch.from_numpy(vocabulary.most_frequent(MOST_COMPARED))
-        kept = KeptFeatures(target, self._directory.features)
+        kept = self._kept = KeptFeatures(target, self._directory.features)
 
         def trainer_of(drafter: DrafterModule, options: TrainingOptions) -> Trainer:
             return Trainer(target, drafter, options, self._directory.states, compared, kept.features)
@@ -239,7 +264,7 @@ class Run:
         plan = self._plan(lambda options: trainer_of(copy.deepcopy(drafter), options), batches, first)
         trainer = trainer_of(drafter, self._training_options(plan.steps))
         trainer.resume(batches)
-        keep = partial(self._keep, trainer, batches, kept)
+        keep = partial(self._keep, trainer, batches)
         try:
             self._take_steps(trainer, batches, plan, keep)
         except Stopped:
@@ -259,10 +284,17 @@ class Run:
             self._observer.step(progress)
             if figures.step % plan.save_every == 0 and figures.step < plan.steps:
                 keep()
-            if self._stop():
-                raise Stopped
+            self._poll()
             if self._time_is_up():
                 break
+
+    def _phase(self, what: str) -> None:
+        self._poll()
+        self._observer.phase(what)
+
+    def _poll(self) -> None:
+        if self._stop():
+            raise Stopped
 
     def _time_is_up(self) -> bool:
         return self._options.hours is not None and self._seconds > self._options.hours * 3600.0
@@ -273,7 +305,7 @@ class Run:
         while number >= writer.shards:
             started = time.monotonic()
             log = partial(self._log_text, writer.shards, started)
-            writer.write_shard(lambda done: self._wrote(writer.shards, done), log)
+            writer.write_shard(lambda done: self._wrote(writer.shards, done), log, self._with_room)
         return read_shard(self._directory.text, number)
 
     def _log_text(self, number: int, started: float, shard: Shard) -> None:
@@ -283,8 +315,7 @@ class Run:
 
     def _wrote(self, shard: int, progress: TextProgress) -> None:
         self._observer.writing(shard, progress)
-        if self._stop():
-            raise Stopped
+        self._poll()
 
     # --- the drafter --------------------------------------------------------------------------------------------
 
@@ -323,7 +354,7 @@ class Run:
         saved = self._directory.vocabulary()
         if saved is not None:
             return saved
-        self._observer.phase("choosing the tokens that can be drafted")
+        self._phase("choosing the tokens that can be drafted")
         figures = text_figures(target, [text.token_ids for text in first.texts()])
         if given is None:
             always = self._checkpoint.eos_token_ids
@@ -335,15 +366,23 @@ class Run:
         self._directory.save_vocabulary(vocabulary)
         return vocabulary
 
-    def _keep(self, trainer: Trainer, batches: TextBatches, kept: KeptFeatures) -> None:
+    def _keep(self, trainer: Trainer, batches: TextBatches) -> None:
         """Makes sure that state and drafter are those of the last step."""
-        if not trainer.step:
-            return
+        if trainer.step:
+            self._with_room(lambda: self._save(trainer, batches))
+
+    def _with_room(self, write: Callable[[], object]) -> None:
+        """Writes something. The disk may be full of features, which can be computed again: they make room for it."""
         try:
-            self._save(trainer, batches)
-        except WriteError:
-            kept.forget()  # the disk may be full of them, and they can be computed again
-            self._save(trainer, batches)
+            write()
+        except (OSError, WriteError):
+            if not self._directory.features.exists():
+                raise
+            if self._kept is not None:
+                self._kept.forget()
+            else:
+                shutil.rmtree(self._directory.features, ignore_errors=True)
+            write()
 
     def _save(self, trainer: Trainer, batches: TextBatches) -> None:
         if trainer.step != last_step(self._directory.states):
@@ -382,7 +421,7 @@ class Run:
             steps = math.ceil(self._options.tokens / (self._options.accumulate * batches.mean_tokens))
         else:
             assert self._options.hours is not None
-            self._observer.phase("measuring how fast training goes")
+            self._phase("measuring how fast training goes")
             # A batch comes 1 + REPLAYED times, and what the target computes of it is there from the second time on.
             new, tokens = self._rehearse(rehearsal, batches)
             known, _ = self._rehearse(rehearsal, batches)
@@ -398,7 +437,10 @@ class Run:
     def _rehearse(self, rehearsal: Callable[[TrainingOptions], Trainer], batches: TextBatches) -> tuple[float, float]:
         """Seconds and tokens of a step, measured on a drafter that is thrown away."""
         trainer = rehearsal(self._training_options(_REHEARSED_STEPS + 1))
-        taken = [(figures.tokens / figures.tokens_per_second, figures.tokens) for figures in trainer.steps(batches)]
+        taken = []
+        for figures in trainer.steps(batches):
+            taken.append((figures.tokens / figures.tokens_per_second, figures.tokens))
+            self._poll()
         seconds, tokens = zip(*taken[1:], strict=True)  # the first one warms up
         return float(np.median(seconds)), float(np.mean(tokens))
 
@@ -433,10 +475,10 @@ class Run:
         ]
         self._tokens = sum(entry["tokens"] for entry in kept if entry["kind"] == "step")
         self._written = sum(entry["tokens"] for entry in kept if entry["kind"] == "text")
-        self._directory.replace_log([*kept, self._line("session", {})])
+        self._with_room(lambda: self._directory.replace_log([*kept, self._line("session", {})]))
 
     def _log(self, kind: str, entry: Mapping[str, Any]) -> None:
-        self._directory.log(self._line(kind, entry))
+        self._with_room(lambda: self._directory.log(self._line(kind, entry)))
 
     def _line(self, kind: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         """It has the "step" that was the last one then."""

@@ -146,7 +146,7 @@ class RunDirectory:
         """Adds a line.
 
         Raises:
-            OSError: it cannot be written; it may be there in part.
+            OSError: it cannot be written; nothing of it is there.
         """
         append_line(self._log, json.dumps(entry))
 

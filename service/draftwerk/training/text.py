@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -216,12 +217,14 @@ class TextWriter:
         self,
         on_progress: Callable[[TextProgress], None] = lambda _: None,
         on_texts: Callable[[Shard], None] = lambda _: None,
+        write: Callable[[Callable[[], object]], object] = lambda writes: writes(),
     ) -> None:
         """Writes the next shard.
 
         Args:
             on_progress: told how far it is.
             on_texts: told of the texts when they are done, before there is a file of them.
+            write: calls what writes that file; may do so again if it fails.
 
         Raises:
             OSError: the disk is full, for instance; the shards before it stay.
@@ -229,7 +232,7 @@ class TextWriter:
         plans = [next(self._plan) for _ in range(self._options.texts_per_shard)]
         shard = Shard.of(asyncio.run(self._generate_all(plans, on_progress)))
         on_texts(shard)
-        write_shard(self._directory, self.shards, shard)
+        write(partial(write_shard, self._directory, self.shards, shard))
         self.shards += 1
 
     async def _generate_all(self, plans: list[PlannedText], on_progress: Callable[[TextProgress], None]) -> list[Text]:

@@ -38,3 +38,8 @@ def test_sizes_out_of_range(tokens: int, clusters: int | None, chosen: int, mess
     with pytest.raises(TrainingError) as refused:
         HeadSizes.of(tokens, clusters, chosen, vocabulary=70_000)
     assert str(refused.value) == message
+
+
+def test_end_tokens_are_among_those_that_can_be_drafted() -> None:
+    with pytest.raises(TrainingError, match="draft_vocab_size = 2: must be 3 to 70000"):
+        HeadSizes.of(2, 0, 1, vocabulary=70_000, needed=3)

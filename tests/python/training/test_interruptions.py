@@ -156,19 +156,39 @@ def test_a_disk_that_is_full_at_any_write_ends_the_run_in_one_line_and_it_goes_o
     assert_as_if_nothing_had_been(tmp_path / "run", whole)
 
 
-def test_features_make_room_for_a_state(
-    target: Checkpoint, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", [".step-", "log.jsonl", ".shard-", ".model.safetensors"])
+def test_features_make_room(
+    target: Checkpoint, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     features, refused = tmp_path / "run" / "features", []
 
     def full_of_features(path: Path) -> None:
-        if path.name.startswith(".step-") and features.exists():
+        if path.name.startswith(what) and features.exists():
             refused.append(path)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("draftwerk.training.atomic_file._sync", full_of_features)
     assert run(target, tmp_path / "run")
     assert len(refused) == 1  # then nothing is kept any more
+    assert_as_if_nothing_had_been(tmp_path / "run", whole)
+
+
+def test_features_make_room_for_the_beginning_of_a_session(
+    target: Checkpoint, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    features, refused = tmp_path / "run" / "features", []
+    features.mkdir()
+    (features / "some.safetensors").write_bytes(b"some")
+
+    def full_of_features(path: Path) -> None:
+        if features.exists():
+            refused.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("draftwerk.training.atomic_file._sync", full_of_features)
+    assert run(target, tmp_path / "run")
+    assert len(refused) == 1
     assert_as_if_nothing_had_been(tmp_path / "run", whole)
 
 
@@ -236,13 +256,13 @@ def test_steps_that_are_lost_cost_time_all_the_same(
     assert place.entries()[-1]["seconds"] >= spent > 0
 
 
-def test_a_line_that_a_full_disk_cuts_off_is_none(tmp_path: Path) -> None:
+def test_of_a_line_that_a_full_disk_cuts_off_nothing_is_left(tmp_path: Path) -> None:
     place, file = RunDirectory(tmp_path), tmp_path / "log.jsonl"
     place.log({"kind": "session"})
     with full_disk(file.stat().st_size + 5), pytest.raises(OSError, match="File too large") as refused:
         place.log({"kind": "text", "shard": 0})
     assert refused.value.filename == str(file)
-    assert file.read_bytes() == b'{"kind": "session"}\n{"kin'
+    assert file.read_bytes() == b'{"kind": "session"}\n'
     assert place.entries() == [{"kind": "session"}]
 
 

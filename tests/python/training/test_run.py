@@ -98,7 +98,7 @@ def test_a_run_is_a_function_of_what_it_is_told(target: Checkpoint, whole: tuple
     assert weights(tmp_path / "other") != weights(directory)
 
 
-@pytest.mark.parametrize("stop_at", ["the first text", "a text", "a step", "the last step"])
+@pytest.mark.parametrize("stop_at", ["the first text", "the target", "a text", "a step", "the last step"])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     target: Checkpoint, whole: tuple[Path, Notes], tmp_path: Path, stop_at: str
 ) -> None:
@@ -106,12 +106,13 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     notes = Notes()
     stops = {
         "the first text": lambda: bool(notes.texts),
+        "the target": lambda: "loading the target" in notes.phases,
         "a text": lambda: bool(notes.texts and notes.texts[-1][0] == 1 and notes.texts[-1][1].texts == 3),
         "a step": lambda: len(notes.steps) == 7,
         "the last step": lambda: len(notes.steps) == complete.steps[-1].plan.steps,
     }
     assert not run(target, tmp_path / "run", notes=notes, stop=stops[stop_at])
-    assert (tmp_path / "run" / "drafter").exists() == (stop_at != "the first text")
+    assert (tmp_path / "run" / "drafter").exists() == (stop_at not in ("the first text", "the target"))
     rest = Notes()
     assert run(target, tmp_path / "run", notes=rest)
     assert [p.figures.step for p in (*notes.steps, *rest.steps)] == [p.figures.step for p in complete.steps]
