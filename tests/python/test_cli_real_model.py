@@ -38,6 +38,17 @@ def test_greedy_text_is_the_check_value(real_model: str) -> None:
     assert json.loads(by_text.stdout)["token_ids"] == json.loads(by_ids.stdout)["token_ids"]
 
 
+def test_a_drafter_is_evaluated_without_what_training_needs(real_model: str) -> None:
+    missing = dict.fromkeys(("torch", "transformers", "safetensors", "gguf"))
+    program = f"import sys; sys.modules |= {missing}; from draftwerk.cli.main import app; app(sys.argv[1:])"
+    arguments = f"eval-drafter --model {real_model} --limit 2 --max-tokens 32 --timed 0 --json -".split()
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["prompts"] == 2
+    assert figures["acceptance"][0]["whole"]["tokens_per_step"] > 1
+
+
 def test_a_truncated_model_is_one_line_and_exit_2(real_model: str, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     with Path(open_checkpoint(real_model).path).open("rb") as whole:

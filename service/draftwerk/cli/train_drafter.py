@@ -209,6 +209,7 @@ def train_drafter(
     with reports_training_failures(), _naming_options(context):
         from draftwerk.training.conclusion import conclude
         from draftwerk.training.evaluation import EvaluationOptions
+        from draftwerk.training.prompts import read_prompts
         from draftwerk.training.run import Run
         from draftwerk.training.run_directory import RunDirectory
         from draftwerk.training.run_options import RunOptions, begin, read_options
@@ -251,14 +252,18 @@ def train_drafter(
                 precision=precision,
                 text=TextOptions(served=None if temperature is None else Sampling(temperature, top_k, top_p)),
             )
+        # What is wrong with prompts is told before a model is fetched.
+        given = None if resume or prompts is None else read_prompts(prompts, chat=chat)
         with options.loading_progress(told.model) as progress:
             from draftwerk.weights import open_model
 
             checkpoint = open_model(told.model, progress)
         with TrainingDisplay() as display, _stopping(display) as stop:
             if not resume:
-                directory = begin(out, told, lambda read: display.say(_how_read(read)))
+                directory = begin(out, told, given)
                 told = read_options(directory)
+                if given is not None:
+                    display.say(_how_read(given))
             with directory.held(), _saying_how_to_go_on(out):
                 run = Run(directory, told, checkpoint, display, stop=stop.is_set, device=device, threads=threads)
                 done = run.train() and conclude(
@@ -266,10 +271,10 @@ def train_drafter(
                     told,
                     checkpoint,
                     display,
-                    command=_command(context, told, out),
+                    command=_command(context, told, out, threads),
                     stop=stop.is_set,
                     threads=threads,
-                    evaluation=EvaluationOptions(weights=told.weights),
+                    evaluation=EvaluationOptions(weights=told.weights, device=device),
                 )
     if not done:
         raise CommandError(f"stopped; go on with: {_going_on(out)}", exit_code=130)
@@ -292,7 +297,7 @@ def _flags(context: typer.Context) -> dict[str | None, Any]:
     return {parameter.name: parameter for parameter in context.command.params}
 
 
-def _command(context: typer.Context, told: RunOptions, out: Path) -> str:
+def _command(context: typer.Context, told: RunOptions, out: Path, threads: int) -> str:
     """The command that begins such a run, without what is as it is by default."""
     flags = _flags(context)
     words = ["draftwerk", "train-drafter", "--out", str(out)]
@@ -302,6 +307,7 @@ def _command(context: typer.Context, told: RunOptions, out: Path) -> str:
             words += [flags[name].opts[0]] if value is True else [flags[name].opts[0], f"{value}"]
     if told.text.served is not None:
         words += [word for name in _SERVED for word in (flags[name].opts[0], f"{getattr(told.text.served, name)}")]
+    words += [flags["threads"].opts[0], f"{threads}"] * (threads > 0)
     return shlex.join(words)
 
 
@@ -326,10 +332,10 @@ def _naming_options(context: typer.Context) -> Iterator[None]:
 
 @contextmanager
 def _saying_how_to_go_on(out: Path) -> Iterator[None]:
-    """Turns a failed write or read into the one line that ends the command: what the run had written is still there.
+    """Turns what ends the command into one line: what the run had written before is still there.
 
     Raises:
-        CommandError: a file cannot be written or read.
+        CommandError: a file cannot be written or read, or the user interrupts at once.
     """
     from draftwerk.training.errors import WriteError
 
@@ -337,6 +343,8 @@ def _saying_how_to_go_on(out: Path) -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise  # no file of the run
+    except KeyboardInterrupt:
+        raise CommandError(f"interrupted; go on with: {_going_on(out)}", exit_code=130) from None
     except (OSError, WriteError) as error:
         what = str(error) if isinstance(error, WriteError) else file_error(error)
         remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
@@ -345,16 +353,20 @@ def _saying_how_to_go_on(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _stopping(display: TrainingDisplay) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the next one interrupts."""
+    """An event that the first Ctrl-C sets, or the SIGTERM of a scheduler; the next one ends the command at once."""
     stop = threading.Event()
 
     def ask(_: int, __: FrameType | None) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, before)
-        display.say("stopping after this step, with a state to go on from (Ctrl-C again: at once)")
+        restore()
+        display.say("stopping as soon as what was done can be gone on with (Ctrl-C again: at once)")
 
-    before = signal.signal(signal.SIGINT, ask)
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()

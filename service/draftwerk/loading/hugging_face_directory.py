@@ -158,6 +158,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is damaged.
     """
     raw = _read_json(directory / "config.json")
+    if raw is None and (directory / "run.json").exists():
+        raise CheckpointError(directory, f"is the directory of a training run: its drafter is {directory / 'drafter'}")
     if raw is None:
         raise CheckpointError(directory, "no config.json: not a Hugging Face checkpoint")
     return raw

@@ -42,7 +42,7 @@ def open_drafter(drafter: str | os.PathLike[str]) -> AssistantCheckpoint:
     """Opens a drafter: a directory, a GGUF file or a name on the hub.
 
     Raises:
-        TrainingError: there is none, or this is the directory of the training run that it is from.
+        TrainingError: there is none.
         CheckpointError: it is damaged, not supported, or no drafter.
     """
     path = Path(drafter)
@@ -51,8 +51,6 @@ def open_drafter(drafter: str | os.PathLike[str]) -> AssistantCheckpoint:
             f"{drafter}: no such file or directory, and no name on the hub: give a drafter's directory, its GGUF file, "
             "or a name such as google/gemma-4-E2B-it-assistant"
         )
-    if (path / "run.json").exists() and not (path / "config.json").exists():
-        raise TrainingError(f"{drafter} is the directory of a training run: its drafter is {path / 'drafter'}")
     return open_assistant(drafter)
 
 

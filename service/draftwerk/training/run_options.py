@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,26 +90,24 @@ class RunOptions:
         return cls(**{"precision": "bf16", **values, "text": text})
 
 
-def begin(
-    directory: Path, options: RunOptions, on_prompts: Callable[[PromptsFile], None] = lambda _: None
-) -> RunDirectory:
+def begin(directory: Path, options: RunOptions, prompts: PromptsFile | None = None) -> RunDirectory:
     """Makes the directory of a new run. Prompts are copied there, so that the run does not depend on their file; nor
     does it depend on the working directory.
 
     Args:
         directory: of the run.
         options: what it is told.
-        on_prompts: told of the prompts that were read, if they are from a file.
+        prompts: its prompts, if they have been read.
 
     Raises:
         TrainingError: the directory is in use; the prompts cannot be used.
         OSError: a file cannot be read or written.
     """
-    prompts = None if options.prompts is None else read_prompts(Path(options.prompts), chat=options.chat)
+    if prompts is None and options.prompts is not None:
+        prompts = read_prompts(Path(options.prompts), chat=options.chat)
     run = RunDirectory(directory)
     run.begin({"options": asdict(_with_absolute_paths(options))})
     if prompts is not None:
-        on_prompts(prompts)
         with atomic_file(run.prompts) as copy:
             copy.write(prompts.data)
     return run

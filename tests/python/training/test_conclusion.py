@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import tiny_training
 import torch
 from tiny_run import OPTIONS, Notes, run
+from tiny_training import HEADS
 from tiny_writer import with_tokenizer
 
 import tiny_checkpoint
-from draftwerk.loading import Checkpoint, CheckpointError
+from draftwerk.loading import Checkpoint, CheckpointError, open_assistant
 from draftwerk.training.conclusion import conclude, evaluation_of_run
 from draftwerk.training.evaluation import EvaluationOptions
 from draftwerk.training.run import Run
@@ -140,6 +142,19 @@ def test_a_drafter_is_gone_on_with(target: Checkpoint, trained: Path, tmp_path: 
     tuned(tmp_path / "parts", stop=lambda: next(polls) == 30)
     tuned(tmp_path / "parts")
     assert weights(tmp_path / "parts" / "drafter") == weights(tmp_path / "whole" / "drafter")
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_drafter_that_training_did_not_make_is_gone_on_with(tmp_path: Path, head: str) -> None:
+    """As Google's are: for Gemma 4, with a head of its own, or with one of this project's."""
+    published, checkpoint = tiny_training.published(tmp_path, head, vocab_size=VOCABULARY, cluster_size=13)
+    target = with_tokenizer(Path(checkpoint.path))
+    assert run(target, tmp_path / "run", start_from=str(published), tokens=600)
+    assert finish(target, tmp_path / "run")
+    assert open_assistant(tmp_path / "run" / "drafter").config == open_assistant(published).config
+    values = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert values["acceptance"][0]["whole"]["rounds"] > 0
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_a_drafter_of_another_model_is_refused(trained: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from tiny_writer import with_tokenizer
 from typer.testing import CliRunner
 
+import tiny_checkpoint
 from draftwerk.cli.main import app
 from draftwerk.cli.training_display import TrainingDisplay
 from draftwerk.loading import Checkpoint, open_assistant, open_checkpoint
@@ -31,6 +32,7 @@ from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, begin, read_options
 from draftwerk.training.sampling import Sampling
 from draftwerk.training.text import TextOptions
+from fake_checkpoint import VOCABULARY
 
 
 def run_command(*arguments: str) -> Any:
@@ -123,9 +125,9 @@ def test_what_it_is_told_is_what_is_run(opened: Checkpoint, trains: Any, tmp_pat
     assert conclusion["command"] == (
         f"draftwerk train-drafter --out {out} --model tiny --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64 "
         "--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --length 4096 --accumulate 3 "
-        "--weights int8 --precision f32 --temperature 0.6 --top-k 20 --top-p 0.8"
+        "--weights int8 --precision f32 --temperature 0.6 --top-k 20 --top-p 0.8 --threads 2"
     )
-    assert conclusion["evaluation"] == EvaluationOptions(weights="int8")
+    assert conclusion["evaluation"] == EvaluationOptions(weights="int8", device="cpu")
     assert f"the drafter is {out / 'drafter'}" in result.stderr
     assert result.stdout == ""
 
@@ -144,19 +146,20 @@ def test_a_run_that_another_process_works_on_is_one_line(
     assert not done
 
 
-def test_ctrl_c_ends_behind_a_step_and_the_run_can_be_gone_on_with(
-    opened: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked_by", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_behind_a_step_and_the_run_can_be_gone_on_with(
+    opened: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_by: signal.Signals
 ) -> None:
     out = tmp_path / "out"
     monkeypatch.setattr("draftwerk.cli.training_display._SECONDS_BETWEEN_LINES", 0.0)
     step = TrainingDisplay.step
 
-    def step_and_ctrl_c(display: TrainingDisplay, progress: Any) -> None:
+    def step_and_signal(display: TrainingDisplay, progress: Any) -> None:
         step(display, progress)
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(asked_by)
 
     with monkeypatch.context() as patched:
-        patched.setattr(TrainingDisplay, "step", step_and_ctrl_c)
+        patched.setattr(TrainingDisplay, "step", step_and_signal)
         stopped = run_command(
             *f"train-drafter -m tiny --out {out} --tokens 4000 --layers 1 --draft-vocabulary 64 --clusters 0".split(),
             *"--device cpu -t 2".split(),
@@ -164,13 +167,32 @@ def test_ctrl_c_ends_behind_a_step_and_the_run_can_be_gone_on_with(
     assert stopped.exit_code == 130, stopped.stderr
     assert "step 1 of 3: loss " in stopped.stderr
     assert "acceptance by position " in stopped.stderr
-    assert "stopping after this step, with a state to go on from" in stopped.stderr
+    assert "stopping as soon as what was done can be gone on with" in stopped.stderr
     assert f"error: stopped; go on with: draftwerk train-drafter --out {out} --resume" in stopped.stderr
     done = run_command("train-drafter", "--out", str(out), "--resume", "--device", "cpu", "-t", "2")
     assert done.exit_code == 0, done.stderr
     assert "step 3 of 3: loss " in done.stderr
     assert f"what it is worth is in {out / 'report.html'}" in done.stderr
     assert [entry["step"] for entry in RunDirectory(out).entries() if entry["kind"] == "step"] == [1, 2, 3]
+
+
+def test_the_second_ctrl_c_ends_it_at_once(trains: Any, tmp_path: Path) -> None:
+    def interrupted() -> bool:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        return True
+
+    trains(interrupted)
+    out = tmp_path / "out"
+    result = run_command("train-drafter", "-m", "tiny", "--tokens", "9", "--out", str(out))
+    assert result.exit_code == 130
+    assert result.stderr.endswith(f"error: interrupted; go on with: draftwerk train-drafter --out {out} --resume\n")
+
+
+def test_prompts_are_read_before_a_model_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("draftwerk.weights.open_model", lambda *_: pytest.fail("the model was opened"))
+    command = f"train-drafter -m tiny --tokens 9 --out {tmp_path / 'out'} --prompts /nowhere"
+    assert "/nowhere: No such file" in run_command(*command.split()).stderr
 
 
 def test_a_run_is_gone_on_with_as_it_was_told(trains: Any, tmp_path: Path) -> None:
@@ -418,7 +440,7 @@ def test_a_drafter_is_exported(drafter: Path, tmp_path: Path, matrices: str | No
         ("{model} --gguf {out}/x.gguf", "is a whole model"),
         ("{there} --gguf {out}/x.gguf", "{there}: "),
         ("nowhere --gguf {out}/x.gguf", "nowhere: no such file or directory, and no name on the hub: give a drafter's"),
-        ("{run} --gguf {out}/x.gguf", "{run} is the directory of a training run: its drafter is {run}/drafter"),
+        ("{run} --gguf {out}/x.gguf", "{run}: is the directory of a training run: its drafter is {run}/drafter"),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(
@@ -507,4 +529,25 @@ def test_wrong_options_of_an_evaluation_are_one_line(opened: Checkpoint, argumen
     result = run_command("eval-drafter", "-m", "tiny", "-t", "1", *arguments.split())
     assert result.exit_code in (1, 2)
     assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_run_has_its_drafter_in_a_directory(opened: Checkpoint, tmp_path: Path) -> None:
+    run = begin(tmp_path / "run", RunOptions("tiny", tokens=9))
+    result = run_command("eval-drafter", "-m", "tiny", "-d", str(run.path))
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: {run.path}: is the directory of a training run: its drafter is {run.drafter}\n",
+    )
+
+
+@pytest.mark.parametrize("command", ["train-drafter --from {} --tokens 9 --out {out}", "eval-drafter -d {}"])
+def test_a_drafter_that_does_not_fit_is_one_line(
+    opened: Checkpoint, drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    wider = tiny_checkpoint.save(tiny_checkpoint.tiny_model(vocab_size=VOCABULARY, hidden_size=96), tmp_path / "wider")
+    monkeypatch.setattr("draftwerk.weights.open_model", lambda *_: with_tokenizer(wider))
+    result = run_command(*command.format(drafter, out=tmp_path / "out").split(), "-m", "wider")
+    assert result.exit_code == 2
+    assert "does not fit wider: it is for hidden size 64, and the model has 96" in result.stderr
     assert result.stderr.count("\n") == 1

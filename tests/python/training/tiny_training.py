@@ -41,12 +41,21 @@ def tiny_drafter(target: FrozenTarget, *, draft_vocab_size: int = 100, seed: int
     return drafter
 
 
-def published(directory: Path, head: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Checkpoint]:
+def published(
+    directory: Path,
+    head: str,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    vocab_size: int = VOCABULARY,
+    cluster_size: int = 11,
+) -> tuple[Path, Checkpoint]:
     """A drafter that training did not make, with one of HEADS, and its target, of hidden size 64."""
-    model = tiny_gemma4.dense_k_eq_v(seed=6)
+    model = tiny_gemma4.dense_k_eq_v(seed=6, vocab_size=vocab_size)
     target = tiny_gemma4.save(model, directory / "target", dtype=dtype)
     own, centroids = head.startswith("own"), "centroids" in head
-    assistant = tiny_gemma4.assistant_for(model, centroids=32 if own and centroids else 0, seed=7)
+    assistant = tiny_gemma4.assistant_for(
+        model, centroids=vocab_size // cluster_size if own and centroids else 0, seed=7
+    )
     if own:
         drafter = tiny_gemma4.save(assistant, directory / "published", dtype=dtype)
     else:
