@@ -1,8 +1,9 @@
 """What a draft costs: drafters with reduced heads and random weights for any target, timed beside its own passes.
 
-    python bench/draft_times.py gemma-3-270m --heads 16384/512 16384 --weights auto int8 int4
+    python bench/draft_times.py gemma-3-270m --heads shipped 16384/512 16384 --weights auto int8 int4
 
-A head is TOKENS/CENTROIDS, of which 32 are chosen, or TOKENS alone. Milliseconds are those of one draft for all
+A head is TOKENS/CENTROIDS, of which 32 are chosen, or TOKENS alone; "shipped" is the drafter that goes with the model,
+whole, with its own weights. Milliseconds are those of one draft for all
 sequences of a step, smallest / median: of rounds right behind a pass of the target, which leaves the caches to itself,
 as in an engine's steps; and of rounds behind each other. Numbers of sequences and of drafts take turns, so that a slow
 spell of the machine falls on all of them.
@@ -16,7 +17,7 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ import torch
 from compare_llama_cpp import machine
 from safetensors.torch import save_file
 
-from draftwerk.loading import TextConfig, open_assistant, open_checkpoint
+from draftwerk.loading import (
+    AssistantCheckpoint,
+    Checkpoint,
+    TextConfig,
+    find_assistant,
+    open_assistant,
+    open_checkpoint,
+)
 from draftwerk.loading.hugging_face_config import assistant_config_from_hugging_face
 from draftwerk.weights import load_assistant, load_model
 
@@ -82,6 +90,27 @@ def write_drafter(directory: Path, config: dict[str, Any]) -> Path:
     return directory
 
 
+def drafters(
+    checkpoint: Checkpoint, head: str, layers: int, weights: Sequence[str], directory: Path
+) -> Iterator[tuple[str, AssistantCheckpoint]]:
+    """A drafter as it is held in each of these types.
+
+    Raises:
+        SystemExit: no drafter goes with the model.
+    """
+    if head == "shipped":
+        found = find_assistant(checkpoint.path)
+        if found is None:
+            raise SystemExit(f"no drafter goes with {checkpoint.name}")
+        yield "auto", open_assistant(found)
+        return
+    tokens, _, centroids = head.partition("/")
+    config = configuration(checkpoint.config, layers, int(tokens), int(centroids or 0))
+    assistant = open_assistant(write_drafter(directory / head.replace("/", "-"), config))
+    for held in weights:
+        yield held, assistant
+
+
 def milliseconds(seconds: Sequence[float]) -> tuple[float, float]:
     """Smallest and median."""
     return min(seconds) * 1e3, statistics.median(seconds) * 1e3
@@ -90,7 +119,7 @@ def milliseconds(seconds: Sequence[float]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--heads", nargs="+", default=["16384/512"])
+    parser.add_argument("--heads", nargs="+", default=["shipped"])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--weights", nargs="+", default=["auto", "int8", "int4"], help="of the drafter")
     parser.add_argument("--threads", type=int, default=0)
@@ -104,10 +133,7 @@ def main() -> None:
     passes: list[float] = []
     with tempfile.TemporaryDirectory() as directory:
         for head in arguments.heads:
-            tokens, _, centroids = head.partition("/")
-            config = configuration(checkpoint.config, arguments.layers, int(tokens), int(centroids or 0))
-            assistant = open_assistant(write_drafter(Path(directory) / head.replace("/", "-"), config))
-            for weights in arguments.weights:
+            for weights, assistant in drafters(checkpoint, head, arguments.layers, arguments.weights, Path(directory)):
                 drafter = load_assistant(assistant, checkpoint, target, weights=weights)
                 behind, again = defaultdict(list), defaultdict(list)
                 for _ in range(arguments.rounds):

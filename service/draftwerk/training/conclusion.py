@@ -119,7 +119,7 @@ def _prompts(
 def _prompts_from(options: RunOptions) -> str:
     """What _prompts() gives, for people."""
     if options.prompts is None:
-        return "built-in openings that no text was written from"
+        return "built-in openings, filled in otherwise than those that text was written from"
     _, aside = _prompts_of_file(options)
     return "set aside from those given" if aside else "those that text was written from: too few to set some aside"
 
