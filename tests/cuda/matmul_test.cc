@@ -67,7 +67,7 @@ class ProductsOfRows : public ::testing::Test {
 
   std::mt19937 random{11};
   Uploader uploader;
-  Projections projections{std::size_t{227} << 10};
+  Projections projections{{std::size_t{227} << 10, 132}};
   std::vector<float> norm_scale = cpu::random_values(4096, random);
   Norm norm{norm_scale.data(), 1e-5F};
 };
@@ -426,11 +426,12 @@ TEST_F(ProductsOfRows, OfARowAreItsOwn) {
   }
 }
 
-// Prompts are multiplied by another kernel, on devices with less shared memory by a third: all to the same bits.
+// Prompts are multiplied by another kernel, where they make work enough for the device by a third: all to the same
+// bits.
 TEST_F(ProductsOfRows, OfAPromptAreThoseOfFewRows) {
   projections.reserve(170, 170, 1600, 70);
-  Projections narrow(std::size_t{99} << 10);
-  narrow.reserve(170, 170, 1600, 70);
+  Projections wide({std::size_t{227} << 10, 1});
+  wide.reserve(170, 170, 1600, 70);
   struct Case {
     WeightType type;
     int outputs;
@@ -462,7 +463,7 @@ TEST_F(ProductsOfRows, OfAPromptAreThoseOfFewRows) {
     const std::vector<float> few = result(projections, 0, 40);
     const std::vector<float> many = result(projections, 0, c.rows);
     emulation::set_order(Order::shuffled, 4);
-    EXPECT_EQ(result(narrow, 0, c.rows), many);
+    EXPECT_EQ(result(wide, 0, c.rows), many);
     const std::vector<float> late = result(projections, c.rows - 9, 9);
     emulation::set_order(Order::forward);
     EXPECT_TRUE(std::equal(few.begin(), few.end(), many.begin()));
@@ -491,6 +492,20 @@ TEST_F(ProductsOfRows, AreTheSameEachTimeAGraphRuns) {
   LaunchList again;
   projections.project(again, 9, x.tensor(), nullptr, part);
   EXPECT_TRUE(std::ranges::equal(again.bytes(), launches.bytes()));
+}
+
+// The wide tile reads weights half as often; the narrow one makes more blocks, and needs less shared memory.
+TEST(TilesOfRows, FillTheDevice) {
+  const ProductDevice hopper{std::size_t{227} << 10, 132};
+  const ProductDevice small{std::size_t{99} << 10, 132};
+  const auto rows_of = [](int rows, int outputs, const ProductDevice& device) {
+    return tile_rows(rows, (outputs + 127) / 128, device);
+  };
+  EXPECT_EQ(rows_of(64, 5376, hopper), 32);
+  EXPECT_EQ(rows_of(144, 5376, hopper), 64);
+  EXPECT_EQ(rows_of(144, 2 * 21504, hopper), 128);
+  EXPECT_EQ(rows_of(512, 5376, hopper), 128);
+  EXPECT_EQ(rows_of(512, 5376, small), 64);
 }
 
 // Shapes of real models fill an H200, by slices that are worth starting.

@@ -50,8 +50,8 @@ CudaBackend::CudaBackend(DeviceInfo device)
       stream_(Stream::create()),
       piece_(kFirstPiece),
       graphs_(kGraphs, launch_mode()),
-      projections_(device_.shared_bytes),
-      experts_(device_.shared_bytes),
+      projections_({device_.shared_bytes, device_.multiprocessors}),
+      experts_({device_.shared_bytes, device_.multiprocessors}),
       attention_(device_.multiprocessors, static_cast<std::size_t>(device_.multiprocessors) * kAttentionScratch) {}
 
 CudaBackend::~CudaBackend() {

@@ -283,14 +283,14 @@ std::int64_t tiles_for(std::int64_t pairs, int experts, int tile) {
 }
 
 /// Rows of a tile, for as many rows as an expert gets on average; a tile should have room for twice that.
-int expert_tile_rows(std::int64_t pairs, int experts, std::size_t shared_bytes) {
+int expert_tile_rows(std::int64_t pairs, int experts, const ProductDevice& device) {
   const std::int64_t average = (pairs + experts - 1) / experts;
-  return tile_rows(static_cast<int>(2 * average), shared_bytes);
+  return tile_rows(static_cast<int>(2 * average), device);
 }
 
 }  // namespace
 
-ExpertMixture::ExpertMixture(std::size_t shared_bytes) : shared_bytes_(shared_bytes) { allow_products(shared_bytes); }
+ExpertMixture::ExpertMixture(const ProductDevice& device) : device_(device) { allow_products(device); }
 
 void ExpertMixture::reserve(int max_rows, int chosen, const Experts& experts) {
   max_rows_ = std::max<std::int64_t>(max_rows_, max_rows);
@@ -299,7 +299,7 @@ void ExpertMixture::reserve(int max_rows, int chosen, const Experts& experts) {
   max_hidden_ = std::max(max_hidden_, static_cast<int>(experts.gate_up->columns()));
   max_mlp_ = std::max(max_mlp_, experts.mlp);
   // More rows have larger tiles, of which fewer are full.
-  const int tile = expert_tile_rows(max_pairs_, 1, shared_bytes_);
+  const int tile = expert_tile_rows(max_pairs_, 1, device_);
   max_slots_ = max_pairs_ + std::min<std::int64_t>(max_pairs_, max_experts_) * (tile - 1);
   const auto floats = [](std::int64_t a, std::int64_t b) { return static_cast<std::size_t>(a * b) * sizeof(float); };
   scores_.reserve(floats(max_rows_, max_experts_));
@@ -360,7 +360,7 @@ void ExpertMixture::run(LaunchList& launches, const StepView& step, Tensor input
   score(launches, rows, input, router);
   choose(launches, step, router, experts.count);
   Products products{};
-  products.tile_rows = expert_tile_rows(pairs, experts.count, shared_bytes_);
+  products.tile_rows = expert_tile_rows(pairs, experts.count, device_);
   products.tile_count = sort(launches, rows, chosen, experts.count, products.tile_rows);
   products.expert_tiles = static_cast<const ExpertTile*>(tiles_.get());
   products.slots = static_cast<const std::int32_t*>(slots_.get());
@@ -389,7 +389,7 @@ void ExpertMixture::run(LaunchList& launches, const StepView& step, Tensor input
                        0,
                        0,
                        Epilogue::geglu};
-  record_products(launches, gate_up.format, shared_bytes_, products);
+  record_products(launches, gate_up.format, device_, products);
 
   record_operands(launches, static_cast<int>(pairs), gated, nullptr, operands);
   products.operands = {operands, static_cast<std::int64_t>(operand_bytes(1, mlp))};
@@ -410,7 +410,7 @@ void ExpertMixture::run(LaunchList& launches, const StepView& step, Tensor input
                        0,
                        0,
                        Epilogue::none};
-  record_products(launches, down.format, shared_bytes_, products);
+  record_products(launches, down.format, device_, products);
 
   const auto parts = static_cast<unsigned>((hidden + kThreads - 1) / kThreads);
   launches.add(sum_experts, {dim3(static_cast<unsigned>(rows), parts), dim3(kThreads)},

@@ -15,8 +15,7 @@ namespace draftwerk::cuda {
 
 class ExpertMixture {
  public:
-  /// `shared_bytes`: what a block of the device may ask for (cudaDeviceProp::sharedMemPerBlockOptin).
-  explicit ExpertMixture(std::size_t shared_bytes);
+  explicit ExpertMixture(const ProductDevice& device);
 
   /// Makes room for steps of up to `max_rows` rows, beside what there is room for already. Scratch of earlier launches
   /// moves: none may be under way, or launched again.
@@ -34,7 +33,7 @@ class ExpertMixture {
   /// Fills in the tiles, of which there are at most the number that it returns.
   int sort(LaunchList& launches, int rows, int chosen, int experts, int tile_rows);
 
-  std::size_t shared_bytes_;
+  ProductDevice device_;
   std::int64_t max_rows_ = 0;
   std::int64_t max_pairs_ = 0;  ///< of a row and an expert that it goes to
   std::int64_t max_slots_ = 0;  ///< places for pairs in tiles of one expert

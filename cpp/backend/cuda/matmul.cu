@@ -17,9 +17,10 @@ constexpr int kThreads = kSliceWarps * kWarp;
 // Steps of more rows are left to the other kernel: this one reads the weights once for every 32.
 constexpr int kFewRows = 64;
 constexpr int kMostTiles = 4;
-// Rows of a block of that one, where it may have the shared memory of an A100 or less.
+// Rows and panels of a block of that one. The wide tile is for devices with the shared memory of an A100 or more.
 constexpr int kWideTile = 128;
 constexpr int kNarrowTile = 64;
+constexpr int kTilePanels = 8;
 constexpr std::size_t kWideTileBytes = std::size_t{163} << 10;
 
 /// How a block of the kernel cuts its work.
@@ -276,15 +277,14 @@ __global__ void __launch_bounds__(kThreads, Block<kFormat, kTiles>::kBlocks) mul
 /// other, kRowWarps side by side, each with 64 outputs and 32 rows.
 template <WeightFormat kFormat, int kRowWarps>
 struct Tile {
-  static constexpr int kPanels = 4;  // of a warp
-  static constexpr int kTiles = 4;
   static constexpr int kOutputWarps = 2;
+  static constexpr int kPanels = kTilePanels / kOutputWarps;  // of a warp
+  static constexpr int kTiles = 4;
   static constexpr int kThreads = kOutputWarps * kRowWarps * kWarp;
-  static constexpr int kBlockPanels = kOutputWarps * kPanels;
   static constexpr int kBlockTiles = kRowWarps * kTiles;
   static constexpr int kSums = kPanels * kTiles * 4;  // of a thread
   static constexpr int kOperandBlocks = Chunk<kFormat>::kColumns / kBlockColumns;
-  static constexpr int kOperandOffset = kBlockPanels * Chunk<kFormat>::kBytes;
+  static constexpr int kOperandOffset = kTilePanels * Chunk<kFormat>::kBytes;
   static constexpr int kStageBytes = kOperandOffset + kBlockTiles * kOperandBlocks * kFragmentBytes;
   static constexpr int kStages = kRowWarps == 4 ? 4 : 3;
   static constexpr std::size_t kTotalBytes = std::size_t{kThreads} * kSums * sizeof(float);
@@ -305,8 +305,7 @@ __global__ void __launch_bounds__(Tile<kFormat, kRowWarps>::kThreads, 1) multipl
   const RowTile here(a, part, static_cast<int>(blockIdx.x), T::kBlockTiles * kRows);
   if (here.rows <= 0) return;
   const bool pair = part.paired != nullptr;
-  const int first_panel =
-      (static_cast<int>(blockIdx.y) - part.first_unit) * (pair ? T::kBlockPanels / 2 : T::kBlockPanels);
+  const int first_panel = (static_cast<int>(blockIdx.y) - part.first_unit) * (pair ? kTilePanels / 2 : kTilePanels);
   const int panels = (part.outputs + kPanelRows - 1) / kPanelRows;
   float* const totals = reinterpret_cast<float*>(dynamic_shared());                               // [kSums][thread]
   auto* const operands = reinterpret_cast<const std::byte**>(dynamic_shared() + T::kTotalBytes);  // [row]
@@ -316,7 +315,7 @@ __global__ void __launch_bounds__(Tile<kFormat, kRowWarps>::kThreads, 1) multipl
   const auto fetch = [&](int chunk) {
     std::byte* stage = ring + chunk % T::kStages * T::kStageBytes;
     constexpr int kPieces = kChunkBytes / 16;
-    for (int i = thread; i < T::kBlockPanels * kPieces; i += T::kThreads) {
+    for (int i = thread; i < kTilePanels * kPieces; i += T::kThreads) {
       // Of a pair, a warp has two panels of each matrix: the same outputs.
       const int place = i / kPieces;
       const bool second = pair && place % 4 >= 2;
@@ -424,12 +423,12 @@ void with_block(WeightFormat format, int rows, Body&& body) {
   });
 }
 
-/// or body.operator()<format, kRowWarps>() for that of many: the wider tile where a block may have the shared memory.
+/// or body.operator()<format, kRowWarps>() for that of many.
 template <typename Body>
-void with_tile(WeightFormat format, std::size_t shared_bytes, Body&& body) {
+void with_tile(WeightFormat format, int rows, Body&& body) {
   with_format(format, [&]<WeightFormat kFormat>() {
     static_assert(Tile<kFormat, 4>::kShared <= kWideTileBytes);
-    if (shared_bytes >= kWideTileBytes) {
+    if (rows == kWideTile) {
       body.template operator()<kFormat, 4>();
     } else {
       body.template operator()<kFormat, 2>();
@@ -445,9 +444,17 @@ int split_count(const MatrixView& weight) {
   return std::clamp(kUnitsAtOnce / groups, 1, std::max(most, 1));
 }
 
-int tile_rows(int rows, std::size_t shared_bytes) {
+int tile_rows(int rows, const ProductDevice& device) {
   if (rows <= 2 * kRows) return rows <= kRows ? kRows : 2 * kRows;
-  return rows <= kFewRows ? kMostTiles * kRows : shared_bytes >= kWideTileBytes ? kWideTile : kNarrowTile;
+  return rows <= kFewRows ? kMostTiles * kRows : device.shared_bytes >= kWideTileBytes ? kWideTile : kNarrowTile;
+}
+
+int tile_rows(int rows, int blocks_of_tile, const ProductDevice& device) {
+  const int size = tile_rows(rows, device);
+  // 144 rows with [5376, 21504] are 84 blocks of the wide tile or 126 of the narrow one, on 132 multiprocessors: at the
+  // 400 TFLOP/s that mma.sync is expected to give all of them, 0.23 ms or 0.12.
+  const int blocks = (rows + size - 1) / size * blocks_of_tile;
+  return size == kWideTile && blocks < device.multiprocessors ? kNarrowTile : size;
 }
 
 // Splits are at most kUnitsAtOnce / groups. Twice that many, for pairs and for units larger than a group.
@@ -457,7 +464,7 @@ std::size_t counter_count() {
 
 std::size_t partial_floats() { return counter_count() * kPanelsPerUnit * kPanelRows * kMostTiles * kRows; }
 
-void record_products(LaunchList& launches, WeightFormat format, std::size_t shared_bytes, Products products) {
+void record_products(LaunchList& launches, WeightFormat format, const ProductDevice& device, Products products) {
   // Numbers the units of a kernel whose units have so many panels, and gives their number.
   const auto number_units = [&products](int unit_panels, bool by_split) {
     int units = 0;
@@ -473,14 +480,19 @@ void record_products(LaunchList& launches, WeightFormat format, std::size_t shar
     }
     return units;
   };
-  const int size = products.expert_tiles == nullptr ? tile_rows(products.rows, shared_bytes) : products.tile_rows;
-  if (products.expert_tiles == nullptr) products.tile_count = (products.rows + size - 1) / size;
-  if (size > kMostTiles * kRows) {
-    with_tile(format, shared_bytes, [&]<WeightFormat kFormat, int kRowWarps>() {
+  const bool of_experts = products.expert_tiles != nullptr;
+  const bool many = of_experts ? products.tile_rows > kMostTiles * kRows : products.rows > kFewRows;
+  const int blocks_of_tile = many ? number_units(kTilePanels, false) : 0;
+  int size = products.tile_rows;
+  if (!of_experts) {
+    size = tile_rows(products.rows, blocks_of_tile, device);
+    products.tile_count = (products.rows + size - 1) / size;
+  }
+  if (many) {
+    with_tile(format, size, [&]<WeightFormat kFormat, int kRowWarps>() {
       using T = Tile<kFormat, kRowWarps>;
-      const auto units = static_cast<unsigned>(number_units(T::kBlockPanels, false));
-      launches.add(multiply_many<kFormat, kRowWarps>,
-                   {dim3(static_cast<unsigned>(products.tile_count), units), dim3(T::kThreads), T::kShared}, products);
+      const dim3 grid(static_cast<unsigned>(products.tile_count), static_cast<unsigned>(blocks_of_tile));
+      launches.add(multiply_many<kFormat, kRowWarps>, {grid, dim3(T::kThreads), T::kShared}, products);
     });
     return;
   }
@@ -492,16 +504,19 @@ void record_products(LaunchList& launches, WeightFormat format, std::size_t shar
   });
 }
 
-void allow_products(std::size_t shared_bytes) {
+void allow_products(const ProductDevice& device) {
   for (const WeightFormat format : kWeightFormats) {
     for (const int rows : {kRows, 2 * kRows, 4 * kRows}) {
       with_block(format, rows, [&]<WeightFormat kFormat, int kTiles>() {
         allow_shared(multiply_few<kFormat, kTiles>, Block<kFormat, kTiles>::kShared);
       });
     }
-    with_tile(format, shared_bytes, [&]<WeightFormat kFormat, int kRowWarps>() {
-      allow_shared(multiply_many<kFormat, kRowWarps>, Tile<kFormat, kRowWarps>::kShared);
-    });
+    for (const int rows : {kNarrowTile, kWideTile}) {
+      if (rows == kWideTile && device.shared_bytes < kWideTileBytes) continue;
+      with_tile(format, rows, [&]<WeightFormat kFormat, int kRowWarps>() {
+        allow_shared(multiply_many<kFormat, kRowWarps>, Tile<kFormat, kRowWarps>::kShared);
+      });
+    }
   }
 }
 

@@ -79,16 +79,23 @@ struct Products {
   std::int32_t unused;
 };
 
-/// Rows that a block takes at once in a product of so many.
-[[nodiscard]] int tile_rows(int rows, std::size_t shared_bytes);
+/// What products need to know of a device. Their bits do not depend on it.
+struct ProductDevice {
+  std::size_t shared_bytes;  ///< that a block may ask for (cudaDeviceProp::sharedMemPerBlockOptin), at least 99 KiB
+  int multiprocessors;
+};
+
+/// Rows that a block takes at once in a product of so many, if multiprocessors do not matter.
+[[nodiscard]] int tile_rows(int rows, const ProductDevice& device);
+/// The same where each tile of many rows has so many blocks: fewer where the device would be left without work.
+[[nodiscard]] int tile_rows(int rows, int blocks_of_tile, const ProductDevice& device);
 /// What `partials` and `counters` need for any launch, in elements.
 [[nodiscard]] std::size_t partial_floats();
 [[nodiscard]] std::size_t counter_count();
 
-/// Records a launch; fills in where the units of every part begin, and without experts the tiles. `shared_bytes` is
-/// what a block of this device may ask for (cudaDeviceProp::sharedMemPerBlockOptin), at least 99 KiB.
-void record_products(LaunchList& launches, WeightFormat format, std::size_t shared_bytes, Products products);
+/// Records a launch; fills in where the units of every part begin, and without experts the tiles.
+void record_products(LaunchList& launches, WeightFormat format, const ProductDevice& device, Products products);
 /// Lets the kernels have the shared memory that they need; once per process and device.
-void allow_products(std::size_t shared_bytes);
+void allow_products(const ProductDevice& device);
 
 }  // namespace draftwerk::cuda

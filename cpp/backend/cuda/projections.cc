@@ -120,7 +120,7 @@ void Projections::multiply(LaunchList& launches, int rows, std::span<const Outpu
                                                0,
                                                output.epilogue};
     }
-    if (products.part_count > 0) record_products(launches, format, shared_bytes_, products);
+    if (products.part_count > 0) record_products(launches, format, device_, products);
   }
 }
 

@@ -21,8 +21,7 @@ namespace draftwerk::cuda {
 /// Weights are DeviceWeights; tensors are float32 in device memory, of `rows` rows.
 class Projections {
  public:
-  /// `shared_bytes`: what a block of the device may ask for (cudaDeviceProp::sharedMemPerBlockOptin).
-  explicit Projections(std::size_t shared_bytes) : shared_bytes_(shared_bytes) { allow_products(shared_bytes); }
+  explicit Projections(const ProductDevice& device) : device_(device) { allow_products(device); }
 
   /// See Backend::reserve. Scratch of earlier launches moves: none may be under way, or launched again.
   void reserve(int max_rows, int max_outputs, int max_columns, int vocabulary);
@@ -79,7 +78,7 @@ class Projections {
   [[nodiscard]] OperandSink sink_of(std::size_t turn, int columns) const;
   void multiply(LaunchList& launches, int rows, std::span<const Output> outputs, float softcap = 0.0F);
 
-  std::size_t shared_bytes_;
+  ProductDevice device_;
   int max_rows_ = 0;
   int max_outputs_ = 0;
   int max_columns_ = 0;
