@@ -57,8 +57,8 @@ def open_drafter(drafter: str | os.PathLike[str]) -> AssistantCheckpoint:
 def read_drafter(checkpoint: AssistantCheckpoint, target: Checkpoint) -> DrafterModule:
     """A drafter to go on from. Its layers and projections are trained, in float32, and the centroids of a reduced head.
 
-    A head of its own stays as it is, and centroids with it: training compares all of its tokens, whichever clusters a
-    state would choose.
+    A head of its own stays as it is, and centroids with it: training compares its tokens whichever clusters a state
+    would choose.
 
     Args:
         checkpoint: an opened drafter, quantised or not.

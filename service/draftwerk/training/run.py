@@ -344,12 +344,15 @@ class Run:
         return open_drafter(self._directory.initial if self._directory.initial.exists() else drafter)
 
     def _vocabulary(self, target: FrozenTarget, first: Shard) -> DraftVocabulary | None:
-        """What can be drafted; None where a drafter to go on from says that, and all of it is compared."""
-        given = None
+        """What can be drafted, and how often; None where a drafter to go on from says that, and all is compared."""
+        given: npt.NDArray[np.int32] | None = None
         if self._options.start_from is not None:
             start = self._start(self._options.start_from)
-            given = start.head_token_ids
-            if given is None or start.config.draft_vocab_size <= MOST_COMPARED:
+            given = np.arange(target.config.vocab_size, dtype=np.int32)  # a head of its own
+            if start.config.draft_vocab_size:
+                assert start.head_token_ids is not None
+                given = start.head_token_ids
+            if len(given) <= MOST_COMPARED:
                 return None
         saved = self._directory.vocabulary()
         if saved is not None:

@@ -88,8 +88,8 @@ class Trainer:
         drafter: on the target's device.
         options: of the run.
         directory: where its states lie.
-        compared: token ids [n], those of a reduced head that every batch compares distributions over, beside tokens of
-            its own; by default all tokens that can be drafted.
+        compared: token ids [n], those that every batch compares distributions over, beside tokens of its own; by
+            default all tokens that can be drafted.
         features: gives what ``target.features`` does, such as :meth:`.kept_features.KeptFeatures.features`.
     """
 
@@ -223,9 +223,8 @@ class Trainer:
         token_ids = functional.pad(batch.token_ids, (0, width - batch.token_ids.shape[1])).to(device)
         features = self._features(token_ids)
         compared = self._choice.of_batch(token_ids, generator)
-        own = self._own_head
-        target_head = self._target.embedding[compared.token_ids] if own is None else self._target.embedding
-        head = target_head if own is None else own
+        target_head = self._target.embedding[compared.token_ids]
+        head = target_head if self._own_head is None else self._own_head[compared.token_ids]
         target = TargetDistribution.of(self._target.logits(features.states.flatten(0, 1), target_head))
         # [B * T]: the index of the token behind each position, -1 behind the last.
         following = compared.index[token_ids.roll(-1, 1)]

@@ -144,13 +144,18 @@ def test_a_drafter_is_gone_on_with(target: Checkpoint, trained: Path, tmp_path: 
     assert weights(tmp_path / "parts" / "drafter") == weights(tmp_path / "whole" / "drafter")
 
 
+@pytest.mark.parametrize("most_compared", [16_384, 64])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_drafter_that_training_did_not_make_is_gone_on_with(tmp_path: Path, head: str) -> None:
+def test_a_drafter_that_training_did_not_make_is_gone_on_with(
+    tmp_path: Path, head: str, most_compared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As Google's are: for Gemma 4, with a head of its own, or with one of this project's."""
+    monkeypatch.setattr("draftwerk.training.run.MOST_COMPARED", most_compared)
     published, checkpoint = tiny_training.published(tmp_path, head, vocab_size=VOCABULARY, cluster_size=13)
     target = with_tokenizer(Path(checkpoint.path))
     assert run(target, tmp_path / "run", start_from=str(published), tokens=600)
     assert finish(target, tmp_path / "run")
+    assert (tmp_path / "run" / "vocabulary.npz").exists() == (most_compared == 64)
     assert open_assistant(tmp_path / "run" / "drafter").config == open_assistant(published).config
     values = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert values["acceptance"][0]["whole"]["rounds"] > 0

@@ -14,6 +14,7 @@ from tiny_training import HEADS, MODELS, random_ids, text
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from draftwerk.loading import open_assistant
+from draftwerk.loading.vocabulary_checks import HEAD
 from draftwerk.training.batches import Batches
 from draftwerk.training.drafter import CENTROIDS
 from draftwerk.training.errors import TrainingError
@@ -164,21 +165,42 @@ def test_frequent_tokens_are_compared_with_those_of_the_text(target: FrozenTarge
     assert np.mean(few[-5:]) < np.mean(few[:5])
 
 
+def test_rows_of_a_head_of_its_own_are_chosen_with_those_of_the_target(tmp_path: Path) -> None:
+    """In whatever order: each token is scored by its own row."""
+    path, checkpoint = tiny_training.published(tmp_path, "own")
+    target = FrozenTarget(checkpoint, dtype=torch.float32)
+    batches = Batches([text(row) for row in random_ids(16, 40)], length=40, tokens_per_batch=320, seed=0)
+    options = TrainingOptions(steps=1, draft_depth=2, learning_rate=0.0, warmup_steps=0, seed=0)
+
+    def loss(compared: torch.Tensor | None, scaled: float = 1.0) -> float:
+        drafter = read_drafter(open_assistant(path), checkpoint)
+        drafter.head[HEAD] = drafter.head[HEAD] * scaled
+        trainer = Trainer(target, drafter, options, tmp_path / "states", compared)
+        return run(trainer, batches)[0].loss
+
+    everything = torch.randperm(checkpoint.config.vocab_size, generator=torch.Generator().manual_seed(1))
+    assert loss(everything) == pytest.approx(loss(None), rel=1e-4)
+    assert loss(everything, scaled=-1.0) != pytest.approx(loss(None), rel=1e-3)
+
+
+@pytest.mark.parametrize("compared", [None, 40])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_published_drafter_is_trained_on(tmp_path: Path, head: str) -> None:
+def test_a_published_drafter_is_trained_on(tmp_path: Path, head: str, compared: int | None) -> None:
+    """Of its head all tokens are compared, or some."""
     path, checkpoint = tiny_training.published(tmp_path, head)
     target = FrozenTarget(checkpoint, dtype=torch.float32)
     drafter = read_drafter(open_assistant(path), checkpoint)
     came_with = {name: tensor.clone() for name, tensor in drafter.head.items()}
     batches = Batches([text(row) for row in random_ids(32, 40)], length=40, tokens_per_batch=320, seed=0)
     options = TrainingOptions(steps=30, draft_depth=2, learning_rate=3e-3, warmup_steps=5, ema_decay=0.9, seed=0)
-    trainer = Trainer(target, drafter, options, tmp_path / "states")
+    some = None if compared is None else drafter.draft_token_ids[:compared]
+    trainer = Trainer(target, drafter, options, tmp_path / "states", some)
     figures = run(trainer, batches)
     assert np.mean([step.overlap[0] for step in figures[-5:]]) > figures[0].overlap[0] + 0.03
     assert drafter.head.keys() == came_with.keys()
     assert all(torch.equal(tensor, came_with[name]) for name, tensor in drafter.head.items())
     write_drafter(drafter, trainer.averaged, tmp_path / "drafter", target_name="tiny")
-    resumed = Trainer(target, read_drafter(open_assistant(path), checkpoint), options, tmp_path / "states")
+    resumed = Trainer(target, read_drafter(open_assistant(path), checkpoint), options, tmp_path / "states", some)
     assert resumed.resume(batches)
     assert_same_weights(resumed, trainer)
     native = load_model(checkpoint, threads=1)
