@@ -123,6 +123,22 @@ TEST_F(Emulation, SumsRowsInEveryOrderOfThreads) {
   }
 }
 
+TEST_F(Emulation, RefusesAnAddressOnTheStack) {
+  std::vector<float> on_heap(2);
+  float on_stack[2] = {};
+  for (float* to : {on_heap.data(), on_stack}) {
+    LaunchList list;
+    list.add(add_one, {dim3(1), dim3(1)}, {on_heap.data(), to});
+    if (to == on_stack) {
+      EXPECT_THROW(list.run(nullptr), CudaError);
+      EXPECT_THROW(static_cast<void>(list.instantiate(true)), CudaError);
+    } else {
+      EXPECT_NO_THROW(list.run(nullptr));
+    }
+  }
+  check(cudaDeviceSynchronize(), "waiting");
+}
+
 TEST_F(Emulation, RunsAGraphAsOftenAsItIsLaunched) {
   std::vector<float> values(64, 1.0F);
   std::vector<float> sums(1);
@@ -194,11 +210,11 @@ TEST_F(Emulation, ThreadsThatWaitForeverAreNamed) {
 TEST_F(Emulation, TheSanitizerSeesWhatIsReadBeyondMemory) {
   constexpr int kFloats = 100;
   const DeviceMemory memory = DeviceMemory::of(kFloats * sizeof(float));
-  float out = 0;
+  std::vector<float> out(1);
   const auto run = [&](void (*kernel)(Read), int index) {
     LaunchList list;
     list.add(kernel, {dim3(1), dim3(1), kFloats * sizeof(float)},
-             {static_cast<const float*>(memory.get()), &out, index});
+             {static_cast<const float*>(memory.get()), out.data(), index});
     list.run(nullptr);
     check(cudaDeviceSynchronize(), "waiting");
   };

@@ -108,10 +108,10 @@ TEST_F(Growth, IsWhatTheHostWouldHaveGrown) {
       places[proposed].position = position + 1;
       places[proposed].sampling = &sampling[proposed];
     }
-    std::byte arena[1];
+    std::vector<std::byte> arena(1);
     StepUpload upload;
     upload.reserve(static_cast<int>(tokens.size()), static_cast<int>(outputs.size()));
-    upload.fill({tokens, positions, segments, outputs, growths}, {arena}, {passes, proposing});
+    upload.fill({tokens, positions, segments, outputs, growths}, {arena.data()}, {passes, proposing});
 
     std::vector<ProposedRow> found(static_cast<std::size_t>(passes * proposing));
     std::vector<SampledRow> proposing_rows(static_cast<std::size_t>(proposing));

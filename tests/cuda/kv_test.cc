@@ -289,8 +289,9 @@ TEST_F(KvTest, MovesCopyOnePositionExactly) {
     const std::vector<std::byte> expected = pages.content();
     pages.restore(content);
     LaunchList list;
-    const MovedLayer layer = moved_layer(kv);
-    move_kv(list, {&layer, all.data(), sequences.data(), tables.data(), pages.arena(), 1, 3, layer.components, 0});
+    const std::vector<MovedLayer> layers = {moved_layer(kv)};
+    move_kv(list, {layers.data(), all.data(), sequences.data(), tables.data(), pages.arena(), 1, 3,
+                   layers.front().components, 0});
     list.run(nullptr);
     check(cudaDeviceSynchronize(), "waiting");
     EXPECT_EQ(pages.content(), expected);

@@ -131,14 +131,14 @@ __global__ void add(const Add a) {
 TEST(GraphCache, RunsListsAndKeepsTheLatestGraphs) {
   GraphCache cache(2);
   const Stream stream = Stream::create();
-  int sum = 0;
+  std::vector<int> sum(1);
   const auto run = [&](int number) {
     LaunchList list;
-    list.add(add, {dim3(1), dim3(1)}, {&sum, number});
-    list.add(add, {dim3(1), dim3(1)}, {&sum, 100 * number});
+    list.add(add, {dim3(1), dim3(1)}, {sum.data(), number});
+    list.add(add, {dim3(1), dim3(1)}, {sum.data(), 100 * number});
     cache.run(list, stream.get());
     stream.wait();
-    return std::exchange(sum, 0);
+    return std::exchange(sum[0], 0);
   };
   EXPECT_EQ(run(1), 101);
   EXPECT_EQ(cache.graphs(), 0U) << "a list that is seen once has no graph";
@@ -153,7 +153,7 @@ TEST(GraphCache, RunsListsAndKeepsTheLatestGraphs) {
   EXPECT_EQ(run(1), 101);
   EXPECT_EQ(cache.graphs(), 0U);
   LaunchList of_nothing;
-  of_nothing.add(add, {dim3(0), dim3(1)}, {&sum, 1});
+  of_nothing.add(add, {dim3(0), dim3(1)}, {sum.data(), 1});
   EXPECT_TRUE(of_nothing.empty());
   cache.run(of_nothing, stream.get());
   cache.clear();
@@ -175,13 +175,13 @@ TEST(GraphCache, LaunchesAsItIsTold) {
   const auto run = [](LaunchMode mode) {
     GraphCache cache(2, mode);
     const Stream stream = Stream::create();
-    int sum = 0;
+    std::vector<int> sum(1);
     LaunchList list;
-    list.add(set, {dim3(1), dim3(1)}, {&sum, 5});
-    list.add(add_too_early, {dim3(1), dim3(1)}, {&sum, 1});
+    list.add(set, {dim3(1), dim3(1)}, {sum.data(), 5});
+    list.add(add_too_early, {dim3(1), dim3(1)}, {sum.data(), 1});
     for (int i = 0; i < 2; ++i) cache.run(list, stream.get());
     stream.wait();
-    return std::pair(sum, cache.graphs());
+    return std::pair(sum[0], cache.graphs());
   };
   EXPECT_EQ(run(LaunchMode::early), std::pair(5, std::size_t{1}));
   EXPECT_EQ(run(LaunchMode::ordered), std::pair(6, std::size_t{1}));

@@ -1,7 +1,10 @@
 #include <cuda_runtime.h>
+#include <pthread.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -125,6 +128,27 @@ bool is_pinned_or_device(const void* pointer) {
 
 /// A launch, with a copy of its argument.
 emulation::Launch launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, const void* argument) {
+/// Whether an address lies in what is in use of this thread's stack, which no GPU can read.
+bool is_on_the_stack(std::uintptr_t address) {
+  thread_local const std::uintptr_t kEnd = [] {
+    pthread_attr_t attributes;
+    void* begin = nullptr;
+    std::size_t bytes = 0;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &begin, &bytes);
+    pthread_attr_destroy(&attributes);
+    return reinterpret_cast<std::uintptr_t>(begin) + bytes;
+  }();
+  return address >= reinterpret_cast<std::uintptr_t>(__builtin_frame_address(0)) && address < kEnd;
+}
+
+/// Whether one of the words of a kernel's argument is such an address.
+bool holds_the_stack(const void* argument, std::size_t bytes) {
+  std::vector<std::uintptr_t> words(bytes / sizeof(std::uintptr_t) + 1);
+  std::memcpy(words.data(), argument, bytes);
+  return std::ranges::any_of(words, is_on_the_stack);
+}
+
   const Kernel& known = runtime().kernels.at(kernel);
   std::vector<std::max_align_t> copy(known.argument_bytes / sizeof(std::max_align_t) + 1);
   std::memcpy(copy.data(), argument, known.argument_bytes);
@@ -150,11 +174,12 @@ void run_all(std::span<const emulation::Launch> launches) {
   emulation::run(launches);
 }
 
-cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared) {
+cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, const void* argument) {
   const auto found = runtime().kernels.find(kernel);
   const bool fits = found != runtime().kernels.end() && shared <= found->second.most_shared && grid.x > 0 &&
                     grid.y > 0 && grid.z > 0 && grid.y < 65536 && grid.z < 65536 &&
-                    block.x * block.y * block.z <= emulation::kMaxThreads;
+                    block.x * block.y * block.z <= emulation::kMaxThreads &&
+                    !holds_the_stack(argument, found->second.argument_bytes);
   if (fits && !found->second.prefers_shared) ++runtime().prefer_cache;
   return told(fits ? cudaSuccess : cudaErrorInvalidValue);
 }
@@ -371,7 +396,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
   const Lock lock(runtime().mutex);
-  const cudaError_t error = check_launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes);
+  const cudaError_t error =
+      check_launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes, arguments[0]);
   if (error != cudaSuccess) return error;
   return enqueue_launch(config->stream,
                         [launch = launch(kernel, config->gridDim, config->blockDim, config->dynamicSmemBytes,
@@ -394,7 +420,7 @@ cudaError_t cudaGraphAddNode(cudaGraphNode_t* node, cudaGraph_t graph, const cud
                              const cudaGraphEdgeData* edge, std::size_t count, cudaGraphNodeParams* parameters) {
   const Lock lock(runtime().mutex);
   const cudaKernelNodeParamsV2& p = parameters->kernel;
-  const cudaError_t error = check_launch(p.func, p.gridDim, p.blockDim, p.sharedMemBytes);
+  const cudaError_t error = check_launch(p.func, p.gridDim, p.blockDim, p.sharedMemBytes, p.kernelParams[0]);
   const bool chained = count == (graph->launches.empty() ? 0 : 1) && parameters->type == cudaGraphNodeTypeKernel;
   if (error != cudaSuccess || !chained) return told(cudaErrorInvalidValue);
   graph->launches.push_back(launch(p.func, p.gridDim, p.blockDim, p.sharedMemBytes, p.kernelParams[0]));
