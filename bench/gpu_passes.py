@@ -183,7 +183,6 @@ def measure(size: str, weights: str, gpu: _core.Gpu | None, context: int, rounds
     target, drafter = load(size, weights, gpu)
     config = dataclasses.asdict(config_from_hugging_face(size, values))
     yield {
-        "backend": target.description,
         "weight_bytes": target.weight_bytes,
         "bytes_read": target.weight_bytes * share_read(values),
         "drafter_bytes": drafter.weight_bytes,
@@ -200,6 +199,7 @@ def measure(size: str, weights: str, gpu: _core.Gpu | None, context: int, rounds
         for count in DRAFTS:
             drafts[count].append(statistics.median(drafter.time_drafts(1, count, 10, context)) / count)
     yield {
+        "backend": target.description,  # which says what became of launches
         "pass_ms": {rows: statistics.median(seconds) * 1e3 for rows, seconds in passes.items()},
         "draft_ms": {count: statistics.median(seconds) * 1e3 for count, seconds in drafts.items()},
     }

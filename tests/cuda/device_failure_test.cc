@@ -77,6 +77,20 @@ TEST_F(DeviceFailureTest, AStepWithoutAGraphIsLaunchedKernelByKernel) {
   testing::expect_nothing_left(engine);
 }
 
+TEST_F(DeviceFailureTest, ADeviceThatRefusesEarlyStartsComputesTheSameAndSaysSo) {
+  TinyModel tiny(WeightType::bf16);
+  Engine engine(tiny.model(), testing::small_options(), {}, {});
+  const Request request = make_request(random_tokens(5, 1), 9);
+  emulation::refuse_early_starts();
+  const std::vector<TokenId> refused = testing::run(engine, request).token_ids;
+  EXPECT_EQ(tiny.model().backend().description(), "cuda sm_90, emulated, launches ordered");
+  emulation::reset();
+  TinyModel other(WeightType::bf16);
+  Engine early(other.model(), testing::small_options(), {}, {});
+  EXPECT_EQ(testing::run(early, request).token_ids, refused);
+  EXPECT_EQ(other.model().backend().description(), "cuda sm_90, emulated");
+}
+
 TEST_F(DeviceFailureTest, AllThatRunsEndsAndNothingMoreIsTaken) {
   TinyModel tiny(WeightType::bf16);
   Engine engine(tiny.model(), testing::small_options(), {}, {});

@@ -188,6 +188,54 @@ TEST(GraphCache, LaunchesAsItIsTold) {
   EXPECT_EQ(run(LaunchMode::single), std::pair(6, std::size_t{0}));
 }
 
+/// What became of a list of kernels that begin early.
+struct Refused {
+  int sum;
+  std::size_t graphs;
+  LaunchMode mode;
+  bool operator==(const Refused&) const = default;
+};
+/// Runs one three times; before the second, which makes its graph, `refuse` says what is refused.
+Refused add_three_times(void (*refuse)()) {
+  GraphCache cache(2);
+  const Stream stream = Stream::create();
+  std::vector<int> sum(1);
+  LaunchList list;
+  list.add(add, {dim3(1), dim3(1)}, {sum.data(), 1});
+  list.add(add, {dim3(1), dim3(1)}, {sum.data(), 10});
+  cache.run(list, stream.get());
+  refuse();
+  for (int i = 0; i < 2; ++i) cache.run(list, stream.get());
+  stream.wait();
+  emulation::reset();
+  return {sum[0], cache.graphs(), cache.mode()};
+}
+
+TEST(GraphCache, GoesOnWithoutEarlyStartsWhereTheyAreRefused) {
+  const Refused ordered = {33, 1, LaunchMode::ordered};
+  EXPECT_EQ(add_three_times(emulation::refuse_early_starts), ordered);
+  EXPECT_EQ(add_three_times([] { emulation::fail_graph(cudaErrorInvalidValue); }), ordered);
+  EXPECT_EQ(add_three_times([] { emulation::fail_graph_launch(cudaErrorNotSupported); }), ordered);
+}
+
+TEST(GraphCache, LaunchesKernelByKernelWhereMemoryIsShort) {
+  const Refused early = {33, 1, LaunchMode::early};
+  EXPECT_EQ(add_three_times([] { emulation::fail_graph(cudaErrorMemoryAllocation); }), early);
+  EXPECT_EQ(add_three_times([] { emulation::fail_graph_launch(cudaErrorMemoryAllocation); }), early);
+}
+
+TEST(GraphCache, SaysWhatIsRefusedOtherwise) {
+  GraphCache cache(2, LaunchMode::ordered);
+  const Stream stream = Stream::create();
+  std::vector<int> sum(1);
+  LaunchList list;
+  list.add(add, {dim3(1), dim3(1)}, {sum.data(), 1});
+  cache.run(list, stream.get());
+  emulation::fail_graph(cudaErrorNotSupported);
+  EXPECT_THROW(cache.run(list, stream.get()), CudaError);
+  emulation::reset();
+}
+
 TEST(GraphCache, IsToldByTheEnvironment) {
   const auto mode_of = [](const char* value) {
     setenv("DRAFTWERK_CUDA_LAUNCHES", value, 1);

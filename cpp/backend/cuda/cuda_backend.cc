@@ -60,7 +60,9 @@ CudaBackend::~CudaBackend() {
 }
 
 std::string CudaBackend::description() const {
-  return "cuda sm_" + std::to_string(device_.major * 10 + device_.minor) + ", " + device_.name;
+  const LaunchMode mode = graphs_.mode();
+  const std::string launches = mode == LaunchMode::early ? "" : ", launches " + std::string(launch_mode_name(mode));
+  return "cuda sm_" + std::to_string(device_.major * 10 + device_.minor) + ", " + device_.name + launches;
 }
 
 std::optional<MemoryInfo> CudaBackend::memory() const {

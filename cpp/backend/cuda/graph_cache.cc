@@ -11,10 +11,23 @@ namespace draftwerk::cuda {
 LaunchMode launch_mode() {
   const char* wish = std::getenv("DRAFTWERK_CUDA_LAUNCHES");
   const std::string_view mode = wish == nullptr ? "" : wish;
-  if (mode.empty() || mode == "early") return LaunchMode::early;
-  if (mode == "ordered") return LaunchMode::ordered;
-  if (mode == "single") return LaunchMode::single;
+  if (mode.empty()) return LaunchMode::early;
+  for (const LaunchMode known : {LaunchMode::early, LaunchMode::ordered, LaunchMode::single}) {
+    if (mode == launch_mode_name(known)) return known;
+  }
   throw std::runtime_error("DRAFTWERK_CUDA_LAUNCHES=" + std::string(mode) + ": expected early, ordered or single");
+}
+
+std::string_view launch_mode_name(LaunchMode mode) {
+  switch (mode) {
+    case LaunchMode::early:
+      return "early";
+    case LaunchMode::ordered:
+      return "ordered";
+    case LaunchMode::single:
+      return "single";
+  }
+  return "";
 }
 
 void GraphCache::run(const LaunchList& launches, cudaStream_t stream) {
@@ -35,16 +48,26 @@ void GraphCache::run(const LaunchList& launches, cudaStream_t stream) {
   }
   entries_.splice(entries_.begin(), entries_, found->second);
   GraphExec& graph = entries_.front().graph;
+  try {
+    return launch(graph, launches, stream);
+  } catch (const CudaError& error) {
+    // Which is slower, and no worse; there may be memory the next time.
+    if (error.code() == cudaErrorMemoryAllocation) return launches.run(stream);
+    if (mode_ != LaunchMode::early) throw;
+  }
+  // Early starts are what graphs may be refused for: a driver that does not take them computes all the same.
+  mode_ = LaunchMode::ordered;
+  graphs_ -= graph.get() != nullptr ? 1 : 0;
+  graph = GraphExec();
+  launch(graph, launches, stream);
+}
+
+void GraphCache::launch(GraphExec& graph, const LaunchList& launches, cudaStream_t stream) {
   if (graph.get() == nullptr) {
-    try {
-      graph = launches.instantiate(mode_ == LaunchMode::early);
-    } catch (const CudaError& error) {
-      if (error.code() != cudaErrorMemoryAllocation) throw;
-      return launches.run(stream);  // which is slower, and no worse; there may be memory the next time
-    }
+    graph = launches.instantiate(mode_ == LaunchMode::early);
     ++graphs_;
   }
-  check(cudaGraphLaunch(graph.get(), stream), "launching a step");
+  check(cudaGraphLaunch(graph.get(), stream), "launching a step");  // for the first time, it may need memory as well
 }
 
 void GraphCache::clear() {

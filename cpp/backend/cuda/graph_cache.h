@@ -1,6 +1,7 @@
 // Runs what was recorded as a graph, and keeps the graphs: a step of the same launches as an earlier one is one call.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <list>
 #include <string>
@@ -21,6 +22,8 @@ enum class LaunchMode {
 /// What the environment says in DRAFTWERK_CUDA_LAUNCHES, or `early`. All compute the same; which of them fail says what
 /// a fault is of. std::runtime_error if it says something else.
 LaunchMode launch_mode();
+/// As the environment says it.
+std::string_view launch_mode_name(LaunchMode mode);
 
 /// The graphs of the launch lists that were run last.
 class GraphCache {
@@ -30,10 +33,13 @@ class GraphCache {
 
   /// Runs a list, none of whose graphs may be under way in another stream. A list that is seen for the first time is
   /// launched kernel by kernel: many are never seen again, and instantiating a graph takes longer than it saves.
+  /// From a graph of early starts on that the device refuses, launches are `ordered`.
   void run(const LaunchList& launches, cudaStream_t stream);
   /// Forgets all graphs, as their arguments point to memory that is gone.
   void clear();
   [[nodiscard]] std::size_t graphs() const { return graphs_; }
+  /// What there is now; any thread may ask.
+  [[nodiscard]] LaunchMode mode() const { return mode_; }
 
  private:
   struct Entry {
@@ -42,8 +48,11 @@ class GraphCache {
   };
   using Entries = std::list<Entry>;
 
+  /// Makes a graph of a list if there is none, and launches it.
+  void launch(GraphExec& graph, const LaunchList& launches, cudaStream_t stream);
+
   std::size_t capacity_;
-  LaunchMode mode_;
+  std::atomic<LaunchMode> mode_;
   std::size_t graphs_ = 0;
   Entries entries_;  ///< the latest first
   std::unordered_map<std::string_view, Entries::iterator> by_key_;

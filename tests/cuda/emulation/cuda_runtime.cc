@@ -74,6 +74,8 @@ struct Runtime {
   int fail_after = -1;
   cudaError_t fail_with = cudaSuccess;
   cudaError_t fail_graph = cudaSuccess;
+  cudaError_t fail_graph_launch = cudaSuccess;
+  bool refuse_early = false;
   cudaError_t dead = cudaSuccess;  ///< the error that ended the device
   cudaError_t last = cudaSuccess;
 };
@@ -126,8 +128,6 @@ bool is_pinned_or_device(const void* pointer) {
   return false;
 }
 
-/// A launch, with a copy of its argument.
-emulation::Launch launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, const void* argument) {
 /// Whether an address lies in what is in use of this thread's stack, which no GPU can read.
 bool is_on_the_stack(std::uintptr_t address) {
   thread_local const std::uintptr_t kEnd = [] {
@@ -149,6 +149,8 @@ bool holds_the_stack(const void* argument, std::size_t bytes) {
   return std::ranges::any_of(words, is_on_the_stack);
 }
 
+/// A launch, with a copy of its argument.
+emulation::Launch launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared, const void* argument) {
   const Kernel& known = runtime().kernels.at(kernel);
   std::vector<std::max_align_t> copy(known.argument_bytes / sizeof(std::max_align_t) + 1);
   std::memcpy(copy.data(), argument, known.argument_bytes);
@@ -219,6 +221,8 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorIllegalAddress";
     case cudaErrorLaunchFailure:
       return "cudaErrorLaunchFailure";
+    case cudaErrorNotSupported:
+      return "cudaErrorNotSupported";
   }
   return "cudaErrorUnknown";
 }
@@ -428,6 +432,7 @@ cudaError_t cudaGraphAddNode(cudaGraphNode_t* node, cudaGraph_t graph, const cud
   if (programmatic && (edge->from_port != cudaGraphKernelNodePortProgrammatic || runtime().major < 9)) {
     return told(cudaErrorInvalidValue);
   }
+  if (programmatic && runtime().refuse_early) return told(cudaErrorNotSupported);
   graph->launches.back().early = programmatic;
   graph->handles.push_back(std::make_unique<EmulatedGraphNode>());
   *node = graph->handles.back().get();
@@ -447,6 +452,8 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
   const Lock lock(runtime().mutex);
+  const cudaError_t error = std::exchange(runtime().fail_graph_launch, cudaSuccess);
+  if (error != cudaSuccess) return told(error);
   return enqueue_launch(stream, [executable] { run_all(executable->launches); });
 }
 
@@ -519,6 +526,8 @@ void fail_launch(int after, cudaError_t error) {
 }
 
 void fail_graph(cudaError_t error) { runtime().fail_graph = error; }
+void fail_graph_launch(cudaError_t error) { runtime().fail_graph_launch = error; }
+void refuse_early_starts() { runtime().refuse_early = true; }
 
 void reset() {
   const Lock lock(runtime().mutex);
@@ -532,7 +541,8 @@ void reset() {
   r.fail_pinned = false;
   r.copies_until_failure = -1;
   r.fail_after = -1;
-  r.fail_graph = cudaSuccess;
+  r.fail_graph = r.fail_graph_launch = cudaSuccess;
+  r.refuse_early = false;
   r.dead = r.last = cudaSuccess;
   set_order(Order::changing);
 }

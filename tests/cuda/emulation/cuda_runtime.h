@@ -22,6 +22,7 @@ enum cudaError_t {
   cudaErrorNotReady = 600,
   cudaErrorIllegalAddress = 700,
   cudaErrorLaunchFailure = 719,
+  cudaErrorNotSupported = 801,
 };
 using cudaStream_t = struct EmulatedStream*;
 using cudaEvent_t = struct EmulatedEvent*;
@@ -176,6 +177,10 @@ void fail_copy(int after, cudaError_t error);
 void fail_launch(int after, cudaError_t error);
 /// The next graph that is to be made fails with this error, after which the device works as before.
 void fail_graph(cudaError_t error);
+/// The same of the next launch of a graph.
+void fail_graph_launch(cudaError_t error);
+/// Graphs whose kernels begin early are not supported from now on.
+void refuse_early_starts();
 /// Everything as at the beginning, but for what is allocated.
 void reset();
 
