@@ -155,7 +155,7 @@ class RandomCommands {
 };
 
 TEST(EngineCommandsTest, RandomCommandsChangeNoToken) {
-  const bool few = testing::test_backend_is_emulated();
+  const bool few = !testing::test_backend_is_cpu();
   const Sizes sizes = few ? Sizes{3, 20, 12, 16, 30, 9} : Sizes{8, 150, 30, 40, 120, 27};
   SmallModel small;
   Reference reference;

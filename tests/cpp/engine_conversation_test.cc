@@ -34,7 +34,7 @@ struct Turn {
 
 /// A conversation of lengths on both sides of page and window borders; the last turn adds nothing to the text so far.
 std::vector<Turn> expected_turns() {
-  const bool few = testing::test_backend_is_emulated();
+  const bool few = !testing::test_backend_is_cpu();
   const int count = few ? 4 : 8;
   Reference reference;
   std::vector<Turn> turns;
@@ -77,14 +77,14 @@ TEST_P(EngineConversation, ComputesOnlyWhatIsNewAndTheSameTokens) {
 }
 
 std::vector<Variant> variants() {
-  if (testing::test_backend_is_emulated()) return {{"none", 3, true}, {"random", 16, false}};
+  if (!testing::test_backend_is_cpu()) return {{"none", 3, true}, {"random", 16, false}};
   return {{"none", 64, false}, {"none", 3, true}, {"random", 64, true}, {"random", 16, false}, {"lookup", 64, true}};
 }
 
 INSTANTIATE_TEST_SUITE_P(Variants, EngineConversation, ::testing::ValuesIn(variants()));
 
 TEST(EngineConversationTest, AnotherBeginningOrAnotherSaltTakesNothingOver) {
-  if (testing::test_backend_is_emulated()) GTEST_SKIP() << "what is taken over is no matter of the device";
+  if (!testing::test_backend_is_cpu()) GTEST_SKIP() << "what is taken over is no matter of the device";
   SmallModel small;
   Reference reference;
   for (const bool prefix_cache : {false, true}) {

@@ -21,6 +21,8 @@ using testing::TinyModel;
 
 enum class Kind : std::uint8_t { gemma3, edge, dense, experts };
 
+constexpr const char* kKindNames[] = {"gemma3", "edge", "dense", "experts"};
+
 ModelConfig config_of(Kind kind) {
   switch (kind) {
     case Kind::edge:
@@ -40,7 +42,7 @@ std::vector<Request> requests() {
   std::mt19937 random(5);
   std::vector<Request> all;
   const std::vector<TokenId> shared = testing::random_prompt(random, 45, 300);
-  const bool few = testing::test_backend_is_emulated();
+  const bool few = !testing::test_backend_is_cpu();
   for (int i = 0; i < (few ? 4 : 6); ++i) {
     Request request;
     if (i % 2 == 0) request.prompt = shared;
@@ -103,16 +105,25 @@ TEST_P(Gemma4Promise, TokensDoNotDependOnHowTheyAreComputed) {
   EXPECT_EQ(run_all(engine, requests()), tokens);
   EXPECT_EQ(run_all(engine, requests()), tokens) << "with a warm prefix cache";
   // Few clusters of few tokens seldom hold what the target chooses: of few texts nothing may be accepted.
-  const bool seldom = variant.clusters > 0 && variant.draft_vocabulary > 0 && testing::test_backend_is_emulated();
+  const bool seldom = variant.clusters > 0 && variant.draft_vocabulary > 0 && !testing::test_backend_is_cpu();
   if (variant.draft_length > 0 && !seldom) {
     EXPECT_GT(engine.statistics().accepted, 0);
   }
 }
 
-/// Where threads are emulated, those of Gemma 4 alone.
+/// Beside the processor, those of Gemma 4 alone.
 std::vector<Kind> kinds() {
-  if (testing::test_backend_is_emulated()) return {Kind::edge, Kind::dense, Kind::experts};
+  if (!testing::test_backend_is_cpu()) return {Kind::edge, Kind::dense, Kind::experts};
   return {Kind::gemma3, Kind::edge, Kind::dense, Kind::experts};
+}
+
+std::string name_of(const ::testing::TestParamInfo<Gemma4Promise::ParamType>& tested) {
+  const auto& [kind, type, variant] = tested.param;
+  std::string name = std::string(kKindNames[static_cast<int>(kind)]) + "_" + weight_type_name(type) + "_" +
+                     variant.drafters + "_" + std::to_string(variant.clusters) + "_clusters_of_" +
+                     std::to_string(variant.draft_vocabulary);
+  std::ranges::replace(name, '+', '_');
+  return name;
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -122,7 +133,8 @@ INSTANTIATE_TEST_SUITE_P(
                                          Variant{"mtp", 60, 0, 8, 16, 1, 3}, Variant{"mtp", 0, 150, 4, 64, 2, 16},
                                          Variant{"mtp", 40, 280, 8, 16, 1, 3},
                                          Variant{"mtp+lookup", 60, 0, -1, 64, 2, 16},
-                                         Variant{"random", 0, 0, 4, 33, 2, 16})));
+                                         Variant{"random", 0, 0, 4, 33, 2, 16})),
+    name_of);
 
 TEST(MtpDrafter, DraftsDoNotDependOnTheSequencesBesideIt) {
   for (const auto& [clusters, draft_vocabulary] : {std::pair(0, 0), {60, 0}, {0, 150}, {25, 150}}) {
@@ -138,14 +150,14 @@ TEST(MtpDrafter, DraftsDoNotDependOnTheSequencesBesideIt) {
 
 // Whatever was accepted before, and wherever in a tree, the engine's rounds begin as the same text's do from scratch.
 TEST(MtpDrafter, ReadsTheStateOfTheRowThatChoseTheToken) {
-  const bool emulated = testing::test_backend_is_emulated();
-  for (const int drafts : emulated ? std::vector{4} : std::vector{1, 4, 8}) {
+  const bool few = !testing::test_backend_is_cpu();
+  for (const int drafts : few ? std::vector{4} : std::vector{1, 4, 8}) {
     TinyModel tiny(WeightType::f32, 1, 128, testing::tiny_edge_config());
     EngineOptions options = testing::small_options();
     options.draft_length = drafts;
     Engine engine(tiny.model(), options, tiny.drafters("mtp"), {});
     Request request = requests()[0];
-    request.max_tokens = emulated ? 20 : 60;
+    request.max_tokens = few ? 20 : 60;
     const RequestId id = engine.submit(request);
     const Outcome outcome = collect(engine, {id})[id];
     engine.close();
@@ -165,7 +177,7 @@ TEST(MtpDrafter, ReadsTheStateOfTheRowThatChoseTheToken) {
       while (outcome.drafted[done]) text.push_back(outcome.token_ids[done++]);
       text.push_back(outcome.token_ids[done++]);
     }
-    EXPECT_GT(agreed, emulated ? 1 : 5);
+    EXPECT_GT(agreed, few ? 1 : 5);
     EXPECT_GE(outcome.statistics.accepted, agreed);
     EXPECT_LT(outcome.statistics.accepted, outcome.statistics.drafted);
   }

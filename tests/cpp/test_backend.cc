@@ -5,6 +5,6 @@
 namespace draftwerk::testing {
 
 std::unique_ptr<Backend> make_test_backend(int threads) { return make_cpu_backend(threads); }
-bool test_backend_is_emulated() { return false; }
+bool test_backend_is_cpu() { return true; }
 
 }  // namespace draftwerk::testing

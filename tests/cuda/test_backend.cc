@@ -5,6 +5,6 @@
 namespace draftwerk::testing {
 
 std::unique_ptr<Backend> make_test_backend(int) { return make_cuda_backend(0); }
-bool test_backend_is_emulated() { return true; }
+bool test_backend_is_cpu() { return false; }
 
 }  // namespace draftwerk::testing

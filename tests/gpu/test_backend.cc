@@ -9,6 +9,6 @@ std::unique_ptr<Backend> make_test_backend(int) {
   static const CudaLibrary kLibrary(DRAFTWERK_CUDA_LIBRARY);
   return kLibrary.make_backend(0);
 }
-bool test_backend_is_emulated() { return false; }
+bool test_backend_is_cpu() { return false; }
 
 }  // namespace draftwerk::testing

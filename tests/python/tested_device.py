@@ -32,9 +32,9 @@ LEAST_TOLERANCE = 1e-2
 DRAFT_TOLERANCE = 0.15
 
 
-def few(everywhere: T, emulated: T) -> T:
-    """What to try: less where threads are emulated."""
-    return emulated if EMULATED else everywhere
+def few(on_the_processor: T, on_a_gpu: T) -> T:
+    """What to try: less where threads are emulated, or a GPU's time is rare."""
+    return on_the_processor if GPU is None else on_a_gpu
 
 
 def load(checkpoint: Checkpoint, **options: Any) -> _core.Model:
