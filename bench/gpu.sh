@@ -9,11 +9,14 @@
 # --seconds: for all of it, 480 if it is not given. A stage starts where at least half of the most that it may take is
 #   left, and is ended when the time is over.
 # --wheels: a directory of wheels that are installed beside the packages of python3, which stay as they are:
-#   ros-gtest-vendor, and what else is missing there (`pip download` for that machine's Python).
+#   ros-gtest-vendor, without which the C++ tests are left out, and what else may be missing there. For Python 3.12:
+#     python3 -m pip download --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+#       --platform manylinux2014_x86_64 -c constraints.txt -d wheels \
+#       ros-gtest-vendor pybind11 pytest iniconfig pluggy pygments hypothesis sortedcontainers
 # --only: of the stages behind the build, these (names as in stages.txt). A build that is there already is brought up to
 #   date.
-# There have to be nvcc 13, cmake, ninja and Python 3.10 or newer with its headers, torch, transformers and pytest; ncu
-# and compute-sanitizer for the stages named after them.
+# There have to be nvcc 13, cmake, ninja and Python 3.10 or newer with its headers, torch and transformers; ncu and
+# compute-sanitizer for the stages named after them.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -45,14 +48,14 @@ keep() { tar -czf "$out/gpu.tar.gz.new" -C "$build" logs results && mv "$out/gpu
 
 say() { echo "$*" | tee -a "$out/stages.txt"; }
 
-# run NAME MOST_SECONDS COMMAND...: runs it if there is time; 1 if it did not succeed, and says why.
+# run NAME MOST_SECONDS COMMAND...: runs it if there is time; 1 if it did not succeed, 2 if there was none, and says so.
 run() {
   local name=$1 most=$2 began=$SECONDS left=$((budget - SECONDS)) status took ended
   shift 2
   if ((left < 1 || 2 * left < most)); then
     say "$name: not started, $left s are left"
     failures=1
-    return 1
+    return 2
   fi
   ((most = most < left ? most : left))
   timeout -k 5 "$most" "$@" >"$logs/$name.log" 2>&1
@@ -80,6 +83,9 @@ stage() { asked "$1" && run "$@"; }
 
 # measure NAME MOST_SECONDS COMMAND...: one whose last lines are what it found.
 measure() { stage "$@" && tail -n 24 "$logs/$1.log" | cut -c 1-700; }
+
+# tested NAME MOST_SECONDS COMMAND...: a stage of the C++ tests, if there are any.
+tested() { [[ $gtest == ON ]] && stage "$@"; }
 
 # --- the packages of python3, and more beside them: made from a virtual environment, another one sees none of its ---
 
@@ -113,21 +119,46 @@ if asked transformers; then  # 10 GB that are compared on, written while the com
   weights=$!
   trap 'kill "$weights" 2>/dev/null' EXIT
 fi
-run configure 60 cmake -S . -B "$build" -G Ninja -DDRAFTWERK_BUILD_CUDA=ON -DDRAFTWERK_BUILD_TESTS=ON \
+if [[ -e $("$python" -c 'import sys; print(sys.prefix)')/src/gtest_vendor/src/gtest-all.cc ]]; then
+  gtest=ON
+  targets=(draftwerk_gpu_tests draftwerk_gpu_arithmetic_tests draftwerk_gpu_kernel_tests)
+else
+  gtest=OFF
+  targets=()
+  failures=1
+  say "C++ tests: left out, there is no ros-gtest-vendor among the wheels"
+fi
+run configure 60 cmake -S . -B "$build" -G Ninja -DDRAFTWERK_BUILD_CUDA=ON -DDRAFTWERK_BUILD_TESTS=$gtest \
   -DCMAKE_CUDA_ARCHITECTURES="$capability-real" -DPython_EXECUTABLE="$python" \
-  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" || exit
+  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" || exit 1
 # Of tests that do not compile, speed can be measured all the same.
-run build 240 cmake --build "$build" --target _core draftwerk_cuda draftwerk_gpu_tests draftwerk_gpu_arithmetic_tests \
-  draftwerk_gpu_kernel_tests -- -k 0 || run library 120 cmake --build "$build" --target _core draftwerk_cuda || exit
+run build 240 cmake --build "$build" --target _core draftwerk_cuda "${targets[@]}" -- -k 0 \
+  || run library 120 cmake --build "$build" --target _core draftwerk_cuda || exit 1
 cp "$build"/_core*.so service/draftwerk/
 
 # --- the stages: what is right, what is fast, what explains it ------------------------------------------------------
 
-stage arithmetic 15 "$build/draftwerk_gpu_arithmetic_tests"
-stage kernels 60 "$build/draftwerk_gpu_kernel_tests" --gtest_brief=1
-stage tests 60 "$build/draftwerk_gpu_tests" --gtest_brief=1
+tested arithmetic 15 "$build/draftwerk_gpu_arithmetic_tests"
+tested tests 60 "$build/draftwerk_gpu_tests" --gtest_brief=1
+status=$?
+# What fails may be right where kernels are launched in another way: then all that follows is.
+if [[ $gtest == ON && $status == 1 && -z ${DRAFTWERK_CUDA_LAUNCHES:-} ]] && asked tests; then
+  for launches in ordered single; do
+    if run "tests-$launches" 30 env DRAFTWERK_CUDA_LAUNCHES=$launches "$build/draftwerk_gpu_tests" --gtest_brief=1; then
+      export DRAFTWERK_CUDA_LAUNCHES=$launches
+      say "launches: $launches from here on"
+      break
+    fi
+  done
+fi
 measure passes-E2B 60 "$python" bench/gpu_passes.py E2B --rounds 1 --json "$results/passes-E2B.json"
 measure passes-31B 120 "$python" bench/gpu_passes.py 31B --rounds 1 --json "$results/passes-31B.json"
+# Each suite in a process of its own, as no kernel runs in one after an illegal access.
+tested kernels 60 bash -c '
+  suites=$("$0" --gtest_list_tests | sed -n "s/^\([^ ]*\.\).*/\1/p") && [[ $suites ]] || exit
+  status=0
+  for suite in $suites; do "$0" --gtest_brief=1 --gtest_filter="$suite*" || status=1; done
+  exit $status' "$build/draftwerk_gpu_kernel_tests"
 if asked transformers && run weights 60 tail --pid="$weights" -f /dev/null; then
   measure transformers 90 "$python" bench/compare_transformers.py "$build/weights/E2B" --device cuda --weights bf16 \
     --told --tokens 128 --rounds 1 --json "$results/transformers.json"
@@ -137,15 +168,23 @@ stage parity 90 env DRAFTWERK_PROMISE_EXAMPLES=2 DRAFTWERK_PROMISE_CASES=9 DRAFT
   "$python" -m pytest -q -p no:cacheprovider tests/python/test_devices.py tests/python/test_cuda_parity.py \
   tests/python/test_fp8.py tests/python/test_gemma4_parity.py tests/python/test_drafter_parity.py \
   tests/python/test_gemma4_promise.py
+# Drafts, logits, and texts of a model like E2B's, whose drafter has clusters, and of one with experts. Kernel by
+# kernel, which the tools know best, and then as graphs.
 tiny='MtpDrafter.DraftsDoNotDependOnTheSequencesBesideIt:EngineTest.LogprobsAreThoseOfTheScoredLogits'
-for tool in memcheck racecheck; do
-  stage $tool 40 compute-sanitizer --tool $tool --error-exitcode 9 "$build/draftwerk_gpu_tests" --gtest_filter="$tiny"
+tiny+=':*Gemma4Promise*/edge_q8_0_mtp_60_clusters_of_0:*Gemma4Promise*/experts_f32_mtp_0_clusters_of_0'
+for tool in memcheck racecheck synccheck; do
+  tested $tool 60 env DRAFTWERK_CUDA_LAUNCHES=single compute-sanitizer --tool $tool --error-exitcode 9 \
+    "$build/draftwerk_gpu_tests" --gtest_filter="$tiny"
 done
+[[ ${DRAFTWERK_CUDA_LAUNCHES:-} != single ]] \
+  && tested memcheck-graphs 40 compute-sanitizer --tool memcheck --error-exitcode 9 "$build/draftwerk_gpu_tests" \
+    --gtest_filter="$tiny"
 measure steps-E2B 45 "$python" bench/gpu_profile.py steps E2B --json "$results/steps-E2B.json"
 # All launches of a pass of the smallest model, for whose size they count for most. The clocks stay as they are found:
 # ncu would lock them to the base clock, for everybody and for all other figures.
-stage ncu 60 ncu --csv --log-file "$results/kernels.csv" --print-units base --kill yes --clock-control none \
-  --cache-control none --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed \
+stage ncu 60 env DRAFTWERK_CUDA_LAUNCHES=single ncu --csv --log-file "$results/kernels.csv" --print-units base \
+  --kill yes --clock-control none --cache-control none \
+  --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed \
   --launch-skip 1000 --launch-count 470 "$python" bench/gpu_profile.py passes E2B
 [[ -s $results/kernels.csv ]] \
   && measure losses 10 "$python" bench/gpu_profile.py losses "$results/kernels.csv" --json "$results/losses.json"

@@ -25,7 +25,7 @@ case "$*" in
   *--build*)
     mkdir -p build/gpu service/draftwerk
     touch build/gpu/_core.so
-    for name in arithmetic_tests tests; do
+    for name in arithmetic_tests tests kernel_tests; do
       printf '#!/bin/sh\\nseq 1 40\\nexit 3\\n' >build/gpu/draftwerk_gpu_$name
       chmod +x build/gpu/draftwerk_gpu_$name
     done ;;
@@ -38,11 +38,24 @@ esac
 }
 
 
+# Of a test program: what GoogleTest lists, and what it says of a suite.
+SUITES = """#!/bin/bash
+if [[ $* == *--gtest_list_tests* ]]; then
+  printf 'Running main() from gtest_main.cc\\nFirst.\\n  Test\\nAll/Second.  # of types\\n  Test/0\\nThird.\\n  Test\\n'
+else
+  echo "$*"
+  [[ $* != *All/Second.* ]]
+fi
+"""
+
+
 class Script:
     """bench/gpu.sh in a tree of its own.
 
     Attributes:
         out: where its results go.
+        programs: where pretended programs and modules lie.
+        googletest: what says that GoogleTest is there.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -50,8 +63,8 @@ class Script:
         self._tree = directory / "tree"
         (self._tree / "bench").mkdir(parents=True)
         shutil.copy(BENCH / "gpu.sh", self._tree / "bench")
-        self._programs = directory / "programs"
-        self._programs.mkdir()
+        self.programs = directory / "programs"
+        self.programs.mkdir()
         for name, text in PRETENDED.items():
             self.program(name, text)
         self.module("torch", "")
@@ -59,16 +72,25 @@ class Script:
         self.python("gpu_passes", "import sys; print('passed', sys.argv[1])")
         self.python("gpu_profile", "print('profiled')")
         self.python("compare_transformers", "print('compared')")
+        self.googletest = self._tree / "build/gpu/venv/src/gtest_vendor/src/gtest-all.cc"
+        self.googletest.parent.mkdir(parents=True)
+        self.googletest.touch()
 
     def program(self, name: str, text: str) -> None:
         """Pretends to be an executable."""
-        path = self._programs / name
+        path = self.programs / name
         path.write_text("#!/bin/bash\n" + text)
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     def module(self, name: str, text: str) -> None:
         """Pretends to be an installed module."""
-        (self._programs / f"{name}.py").write_text(text)
+        (self.programs / f"{name}.py").write_text(text)
+
+    def test_program(self, name: str, text: str) -> None:
+        """Pretends to be the tests of a name, once they are built."""
+        (self.programs / f"draftwerk_gpu_{name}").write_text(text)
+        copied = f"cp {self.programs}/draftwerk_gpu_* build/gpu\n    chmod +x build/gpu/draftwerk_gpu_* ;;\n"
+        self.program("cmake", PRETENDED["cmake"].replace("    done ;;\n", f"    done\n    {copied}"))
 
     def edit(self, old: str, new: str) -> None:
         """Changes the script."""
@@ -83,10 +105,10 @@ class Script:
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """The script from beginning to end."""
-        path = f"{self._programs}:{os.environ['PATH']}"
+        path = f"{self.programs}:{os.environ['PATH']}"
         return subprocess.run(
             [self._tree / "bench" / "gpu.sh", *arguments, self.out],
-            env={**os.environ, "PATH": path, "PYTHONPATH": str(self._programs)},
+            env={**os.environ, "PATH": path, "PYTHONPATH": str(self.programs)},
             capture_output=True,
             text=True,
             timeout=60,
@@ -118,13 +140,15 @@ def test_what_fails_is_said_and_the_rest_goes_on(script: Script) -> None:
         "build": "passed",
         "arithmetic": "failed, status 3",
         "tests": "failed, status 3",
+        "tests-ordered": "failed, status 3",
+        "tests-single": "failed, status 3",
         "passes-E2B": "passed",
         "weights": "passed",
         "transformers": "passed",
         "memcheck": "failed, status 9",
     }
     tail = [f"  | {number}" for number in range(21, 41)]
-    at = result.stdout.splitlines().index("tests: failed, status 3, 0 s")
+    at = result.stdout.splitlines().index("tests-single: failed, status 3, 0 s")
     assert result.stdout.splitlines()[at + 1 : at + 22] == [*tail, "passes-E2B: passed, 0 s"], "the end of its log"
     assert "\npassed E2B\n" in result.stdout
     assert sorted(path.name for path in script.out.iterdir()) == ["gpu.tar.gz", "stages.txt"]
@@ -132,17 +156,19 @@ def test_what_fails_is_said_and_the_rest_goes_on(script: Script) -> None:
 
 
 def test_a_stage_finds_those_before_it_in_the_archive(script: Script) -> None:
-    script.program("ncu", f"tar -tzf {script.out}/gpu.tar.gz")
-    script.edit("stage arithmetic 15", "stage arithmetic 999")
+    script.program("ncu", f"tar -tzf {script.out}/gpu.tar.gz; echo launches $DRAFTWERK_CUDA_LAUNCHES")
+    script.edit("tested arithmetic 15", "tested arithmetic 999")
     result = script.run("--seconds", "200", "--only", "arithmetic tests ncu")
     assert script.stages() == {
         "configure": "passed",
         "build": "passed",
         "arithmetic": "not started",
         "tests": "failed, status 3",
+        "tests-ordered": "failed, status 3",
+        "tests-single": "failed, status 3",
         "ncu": "passed",
     }
-    assert {"logs/build.log", "logs/tests.log"} <= set(script.archived("logs/ncu.log").split())
+    assert {"logs/build.log", "logs/tests.log", "single"} <= set(script.archived("logs/ncu.log").split())
     assert result.returncode == 1
 
 
@@ -177,6 +203,72 @@ def test_tests_that_do_not_compile_leave_the_rest(script: Script) -> None:
         "library": "passed",
         "passes-E2B": "passed",
     }
+
+
+def test_without_googletest_speed_is_measured(script: Script) -> None:
+    script.googletest.unlink()
+    script.program("cmake", "echo $* >>$(dirname $0)/cmake.txt" + PRETENDED["cmake"])
+    result = script.run("--only", "arithmetic tests passes-E2B kernels memcheck")
+    assert result.returncode == 1
+    assert script.stages() == {
+        "C++ tests": "left out, there is no ros-gtest-vendor among the wheels",
+        "configure": "passed",
+        "build": "passed",
+        "passes-E2B": "passed",
+    }
+    configured, built = (script.programs / "cmake.txt").read_text().splitlines()
+    assert "-DDRAFTWERK_BUILD_TESTS=OFF" in configured
+    assert "gpu_tests" not in built
+
+
+@pytest.mark.parametrize("passing", ["ordered", "single"])
+def test_all_goes_on_with_launches_that_pass_the_tests(script: Script, passing: str) -> None:
+    script.test_program("tests", f'#!/bin/sh\n[ "$DRAFTWERK_CUDA_LAUNCHES" = {passing} ]\n')
+    script.python("gpu_passes", "import os; print('launches', os.environ.get('DRAFTWERK_CUDA_LAUNCHES'))")
+    script.program("compute-sanitizer", "echo $DRAFTWERK_CUDA_LAUNCHES $*")
+    result = script.run("--only", "tests passes-E2B synccheck memcheck-graphs")
+    assert result.returncode == 1
+    assert script.stages() == {
+        "configure": "passed",
+        "build": "passed",
+        "tests": "failed, status 1",
+        "tests-ordered": "passed" if passing == "ordered" else "failed, status 1",
+        **({"tests-single": "passed"} if passing == "single" else {}),
+        "launches": f"{passing} from here on",
+        "passes-E2B": "passed",
+        "synccheck": "passed",
+        **({"memcheck-graphs": "passed"} if passing == "ordered" else {}),
+    }
+    assert f"\nlaunches {passing}\n" in result.stdout
+    assert script.archived("logs/synccheck.log").startswith("single --tool synccheck ")
+
+
+def test_each_suite_of_kernels_has_a_process(script: Script) -> None:
+    script.test_program("kernel_tests", SUITES)
+    script.run("--only", "kernels")
+    assert script.stages()["kernels"] == "failed, status 1"
+    assert script.archived("logs/kernels.log").splitlines() == [
+        f"--gtest_brief=1 --gtest_filter={suite}.*" for suite in ("First", "All/Second", "Third")
+    ]
+    script.test_program("kernel_tests", "#!/bin/sh\n")
+    script.run("--only", "kernels")
+    assert script.stages()["kernels"] == "failed, status 1", "no tests are not all that there should be"
+
+
+def test_sanitizers_run_tests_that_there_are() -> None:
+    filters = "".join(re.findall(r"tiny\+?='(.*)'", (BENCH / "gpu.sh").read_text())).split(":")
+    sources = "".join(path.read_text() for path in (ROOT / "tests" / "cpp").glob("*_test.cc"))
+    variant = re.compile(r"\*Gemma4Promise\*/([a-z]+)_(f32|q8_0)_(\w+)_(\d+)_clusters_of_(\d+)")
+    for pattern in filters:
+        if named := variant.fullmatch(pattern):
+            kind, _, drafters, clusters, vocabulary = named.groups()
+            assert f"Kind::{kind}" in sources
+            assert f'Variant{{"{drafters}", {clusters}, {vocabulary}, ' in sources, pattern
+        else:
+            assert (
+                f"TEST({pattern.replace('.', ', ')})" in sources or f"TEST_F({pattern.replace('.', ', ')})" in sources
+            )
+    assert len(filters) == 4
 
 
 def test_parity_is_that_of_the_emulated_device() -> None:
