@@ -14,8 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "backend/cpu/quantized_blocks.h"
 #include "backend/cpu/reference.h"
-#include "backend/cuda/device.cuh"
 #include "backend/cuda/kv.h"
 #include "operand_values.h"
 #include "step_arrays.h"
@@ -25,7 +25,7 @@ namespace {
 
 constexpr std::size_t kScratch = std::size_t{8} << 20;
 
-double rounded(float x) { return double{emulation::f16_to_float(emulation::float_to_f16(x))}; }
+double rounded(float x) { return double{cpu::half_to_float(cpu::float_to_half(x))}; }
 
 struct Shape {
   int query_heads;
@@ -125,7 +125,7 @@ class Layer {
     if (shape_.type == KvType::f32) {
       std::memcpy(at + std::ptrdiff_t{index} * 4, &x, 4);
     } else {
-      const std::uint16_t half = emulation::float_to_f16(x);
+      const std::uint16_t half = cpu::float_to_half(x);
       std::memcpy(at + std::ptrdiff_t{index} * 2, &half, 2);
     }
   }

@@ -14,8 +14,8 @@
 #include <span>
 #include <vector>
 
+#include "backend/cpu/quantized_blocks.h"
 #include "backend/cpu/reference.h"
-#include "backend/cuda/device.cuh"
 #include "step_arrays.h"
 
 namespace draftwerk::cuda {
@@ -70,7 +70,7 @@ double element(const std::byte* at, int index, KvType type) {
   }
   std::uint16_t half;
   std::memcpy(&half, at + std::ptrdiff_t{index} * 2, 2);
-  return double{emulation::f16_to_float(half)};
+  return double{cpu::half_to_float(half)};
 }
 
 std::vector<double> normed_and_rotated(std::span<const float> x, std::span<const float> scale, int position,

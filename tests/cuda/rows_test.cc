@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "backend/cpu/reference.h"
-#include "backend/cuda/device.cuh"
 #include "operand_values.h"
 #include "step_arrays.h"
 

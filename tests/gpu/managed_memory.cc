@@ -1,4 +1,4 @@
-// All of a test program's memory is managed, so that kernels can be handed a std::vector's.
+// All of a test program's memory is managed: tests read what kernels wrote, and hand them a std::vector's.
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -43,6 +43,11 @@ std::pmr::memory_resource& pool() {
 constexpr std::size_t kHeader = 64;  // in front of what is allocated: its size, or 0 for the C library's
 
 }  // namespace
+
+/// What the linker has the program call where it says cudaMalloc (--wrap).
+extern "C" cudaError_t __wrap_cudaMalloc(void** pointer, std::size_t bytes) {
+  return cudaMallocManaged(pointer, bytes, cudaMemAttachGlobal);
+}
 
 void* operator new(std::size_t bytes) {
   const bool managed = !within;
