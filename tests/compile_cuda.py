@@ -1,5 +1,6 @@
 """Builds the wheel of the CUDA backend with nvcc, sees whether the core takes it, and looks at what ptxas says of its
-kernels: one that spills registers is slow.
+kernels: one that spills registers is slow. Compiles what only a GPU's tests have (bench/gpu.sh) as well, without
+linking it: the rest of them is compiled for the processor anyway.
 
     python tests/compile_cuda.py build/cuda --architectures 80-real 90a-real
 
@@ -21,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Bytes that are known to be spilled, by architecture and part of a kernel's name: products of one tile of int4 and
 # attention with heads of 512 over float16, on an architecture that they are not tuned for.
 ALLOWED = {("sm_80", "multiply_fewILNS0_12WeightFormatE2ELi1EE"): 4, ("sm_80", "attend_spansILi512ELi1EtEE"): 156}
+
+# Of the GPU's tests; what they say of C++ is the same on all.
+TESTS_ARCHITECTURE = "90a-real"
 
 
 def main() -> int:
@@ -60,7 +64,36 @@ def main() -> int:
     if problem := what_is_wrong_with(next(wheels.glob("*.whl")), wheels / "installed", binaries / "python"):
         print(problem)
         return 1
+    if problem := what_does_not_compile(arguments.directory.resolve() / "tests", binaries, environment):
+        print(problem)
+        return 1
     return 0 if all(map(is_allowed, spilling)) else 1
+
+
+def what_does_not_compile(directory: Path, binaries: Path, environment: dict[str, str]) -> str:
+    """Nothing, if the files of tests/cuda and tests/gpu that are for a GPU compile; objects go to a directory."""
+    options = ["DRAFTWERK_BUILD_CUDA=ON", "DRAFTWERK_BUILD_TESTS=ON", "DRAFTWERK_BUILD_PYTHON=OFF"]
+    options += [f"CMAKE_CUDA_ARCHITECTURES={TESTS_ARCHITECTURE}", f"Python_EXECUTABLE={binaries / 'python'}"]
+    ninja = [binaries / "ninja", "-C", directory]
+    output = ""
+
+    def run(*command: str | Path) -> bool:
+        nonlocal output
+        done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        output = done.stdout
+        return done.returncode == 0
+
+    if not run(binaries / "cmake", "-S", ROOT, "-B", directory, *(f"-D{option}" for option in options)):
+        return output
+    if not run(*ninja, "-t", "targets", "all"):
+        return output
+    objects = re.findall(r"^(CMakeFiles/draftwerk_gpu_\w+\.dir/tests/(?:cuda|gpu)/\S+\.o):", output, re.MULTILINE)
+    if not objects:
+        return "there are no tests for a GPU"
+    if not run(*ninja, *objects):
+        return output
+    print(f"nvcc: {len(objects)} files of tests for a GPU")
+    return ""
 
 
 def is_allowed(spilling: tuple[str, str, int]) -> bool:
