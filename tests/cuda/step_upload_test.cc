@@ -94,6 +94,34 @@ TEST(StepUpload, ListsOfRowsThatComeLaterAreCopiedByThemselves) {
   EXPECT_EQ(view.tokens[1], 99);
 }
 
+// A step of one row does not pay for the largest that there may be; but as many rows are the same launches.
+TEST(StepUpload, IsLaidOutByTheRowsOfTheStep) {
+  StepUpload upload;
+  upload.reserve(512, 64);
+  const std::vector<PageId> pages(64, 3);
+  const auto fill = [&](int rows, int outputs) {
+    const std::vector<TokenId> tokens(static_cast<std::size_t>(rows), 1);
+    std::vector<std::int64_t> positions(tokens.size());
+    std::iota(positions.begin(), positions.end(), 0);
+    std::vector<int> output_rows(static_cast<std::size_t>(outputs));
+    std::iota(output_rows.begin(), output_rows.end(), 0);
+    const std::vector<Segment> segments = {{0, rows, 0, {pages.data(), pages.data()}}};
+    upload.fill({tokens, positions, segments, output_rows}, {nullptr});
+    std::vector<Copy> copies;
+    upload.collect(copies);
+    return std::pair(upload.view(), copies.at(0).bytes);
+  };
+  EXPECT_GT(fill(512, 64).second, 512U * kMaxPath);
+  const auto [one, bytes_of_one] = fill(1, 1);
+  EXPECT_LE(bytes_of_one, 4096U);
+  const auto [seven, bytes_of_seven] = fill(7, 1);
+  const auto [eight, bytes_of_eight] = fill(8, 5);
+  EXPECT_EQ(bytes_of_seven, bytes_of_eight);
+  EXPECT_EQ(seven.paths, eight.paths);
+  EXPECT_EQ(seven.pages, eight.pages);
+  EXPECT_NE(one.pages, eight.pages);
+}
+
 TEST(StepUpload, StaysWhereItIsUntilPageTablesGrow) {
   StepUpload upload;
   upload.reserve(4, 1);

@@ -71,7 +71,6 @@ bool StepUpload::has_room(const StepRows& rows) const {
 
 void StepUpload::fill(const StepRows& rows, KvArena arena, FoundDrafts found) {
   const std::size_t pages = pages_of(rows);
-  const auto max_rows = static_cast<std::size_t>(max_rows_);
   const std::size_t capacity = std::bit_ceil(std::max<std::size_t>({pages, page_capacity_, 1024}));
   if (const std::size_t room = room_for(capacity); room > device_.bytes()) {
     std::array<PinnedMemory, 2> host = {PinnedMemory::of(room), PinnedMemory::of(room)};  // first: there may be none
@@ -84,6 +83,11 @@ void StepUpload::fill(const StepRows& rows, KvArena arena, FoundDrafts found) {
   const auto count = static_cast<int>(rows.tokens.size());
   const auto outputs = static_cast<int>(rows.output_rows.size());
   const int segments_padded = std::min(padded_count(static_cast<int>(rows.segments.size())), max_rows_);
+  view_.rows = std::min(padded_count(count), max_rows_);
+  view_.outputs = std::min(padded_count(outputs), max_outputs_);
+  // Of nothing are there more than rows. So addresses follow from their number, as launches do, and little is copied
+  // for few of them.
+  const auto room = static_cast<std::size_t>(view_.rows);
   used_ = 0;
   std::int32_t* tokens = nullptr;
   std::int32_t* positions = nullptr;
@@ -93,20 +97,18 @@ void StepUpload::fill(const StepRows& rows, KvArena arena, FoundDrafts found) {
   StepGrowth* growths = nullptr;
   std::uint8_t* paths = nullptr;
   PageId* tables = nullptr;
-  view_.tokens = growing_.tokens = place(max_rows, tokens);
-  view_.positions = growing_.positions = place(max_rows, positions);
-  view_.row_segment = place(max_rows, row_segment);
-  view_.output_rows = place(static_cast<std::size_t>(max_outputs_), output_rows);
-  view_.segments = place(max_rows, segments);
-  growing_.growths = place(max_rows, growths);
-  view_.paths = growing_.paths = place(max_rows * kMaxPath, paths);
-  lists_on_device_ = place(kRowLists * max_rows, lists_on_host_);
+  view_.tokens = growing_.tokens = place(room, tokens);
+  view_.positions = growing_.positions = place(room, positions);
+  view_.row_segment = place(room, row_segment);
+  view_.output_rows = place(std::min(room, static_cast<std::size_t>(max_outputs_)), output_rows);
+  view_.segments = place(room, segments);
+  growing_.growths = place(room, growths);
+  view_.paths = growing_.paths = place(room * kMaxPath, paths);
+  lists_on_device_ = place(kRowLists * room, lists_on_host_);
   row_lists_ = collected_row_lists_ = 0;
   collected_ = false;
   view_.pages = place(pages, tables);  // last: only what is used is copied
   view_.arena = arena.base;
-  view_.rows = std::min(padded_count(count), max_rows_);
-  view_.outputs = std::min(padded_count(outputs), max_outputs_);
 
   std::fill_n(tokens, view_.rows, 0);
   std::fill_n(positions, view_.rows, 0);
@@ -158,9 +160,9 @@ void StepUpload::collect(std::vector<Copy>& in) {
   if (!collected_) {
     in.push_back({device_.get(), host(), used_});
   } else if (collected_row_lists_ < row_lists_) {
-    const std::ptrdiff_t first = static_cast<std::ptrdiff_t>(collected_row_lists_) * max_rows_;
+    const std::ptrdiff_t first = std::ptrdiff_t{collected_row_lists_} * view_.rows;
     const auto count =
-        static_cast<std::size_t>(row_lists_ - collected_row_lists_) * static_cast<std::size_t>(max_rows_);
+        static_cast<std::size_t>(row_lists_ - collected_row_lists_) * static_cast<std::size_t>(view_.rows);
     in.push_back({lists_on_device_ + first, lists_on_host_ + first, count * sizeof(std::int32_t)});
   }
   collected_ = true;
@@ -168,10 +170,10 @@ void StepUpload::collect(std::vector<Copy>& in) {
 }
 
 const std::int32_t* StepUpload::add_rows(std::span<const int> rows, int padded) {
-  if (padded > max_rows_ || rows.size() > static_cast<std::size_t>(padded)) {
+  if (padded > view_.rows || rows.size() > static_cast<std::size_t>(padded)) {
     throw std::logic_error("cuda backend: a longer list of rows than there is room for");
   }
-  const std::ptrdiff_t last = static_cast<std::ptrdiff_t>(row_lists_ - 1) * max_rows_;
+  const std::ptrdiff_t last = std::ptrdiff_t{row_lists_ - 1} * view_.rows;
   if (row_lists_ > 0 && padded == last_list_padded_ && rows.size() == last_list_rows_ &&
       std::equal(rows.begin(), rows.end(), lists_on_host_ + last)) {
     return lists_on_device_ + last;
@@ -181,7 +183,7 @@ const std::int32_t* StepUpload::add_rows(std::span<const int> rows, int padded) 
   }
   last_list_padded_ = padded;
   last_list_rows_ = rows.size();
-  const auto first = static_cast<std::ptrdiff_t>(row_lists_++) * max_rows_;
+  const std::ptrdiff_t first = std::ptrdiff_t{row_lists_++} * view_.rows;
   std::fill_n(lists_on_host_ + first, padded, 0);
   std::copy(rows.begin(), rows.end(), lists_on_host_ + first);
   return lists_on_device_ + first;

@@ -42,13 +42,13 @@ class StepUpload {
   void reserve(int max_rows, int max_outputs);
   /// Whether fill() will do with the memory that there is.
   [[nodiscard]] bool has_room(const StepRows& rows) const;
-  /// Fills the arrays from a step whose segments were checked. Memory grows where page tables have grown; addresses are
-  /// others then, and the device must be done with the step before. Otherwise it must be done with the one before that:
-  /// two take turns with the host's memory.
+  /// Fills the arrays from a step whose segments were checked. Steps of as many rows, with padding, have the same
+  /// addresses, until memory grows where page tables have: then the device must be done with the step before. Otherwise
+  /// it must be done with the one before that: two take turns with the host's memory.
   void fill(const StepRows& rows, KvArena arena, FoundDrafts found = {});
 
-  /// Adds a list of rows that an operation takes from a tensor, for this step; at most kRowLists of max_rows each,
-  /// where one that is the same as the last one is that one. Padded to `padded` with row 0.
+  /// Adds a list of rows that an operation takes from a tensor, for this step; at most kRowLists, none longer
+  /// than the step, where one that is the same as the last one is that one. Padded to `padded` with row 0.
   const std::int32_t* add_rows(std::span<const int> rows, int padded);
 
   [[nodiscard]] const StepView& view() const { return view_; }
