@@ -91,7 +91,8 @@ class TrainingDisplay:
         )
         self._line = Text(line)
         if figures.step == plan.steps or self._is_time():
-            self._say_on_pipe(line)
+            left = progress.seconds / figures.step * (plan.steps - figures.step)
+            self._say_on_pipe(f"{line}, about {left / 60:.0f} min left" if left >= 60 else line)
 
     def evaluating(self, what: str, done: int, total: int) -> None:
         if self._evaluation is None:

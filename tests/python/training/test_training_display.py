@@ -45,6 +45,20 @@ def test_a_step_is_a_bar_and_a_line(terminal: Console) -> None:
     assert "loading the target" not in shown
 
 
+def test_where_there_is_no_terminal_a_line_says_how_long_it_will_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=300)
+    monkeypatch.setattr("draftwerk.cli.options.messages", console)
+    monkeypatch.setattr("draftwerk.cli.training_display._SECONDS_BETWEEN_LINES", 0.0)
+    with TrainingDisplay() as display:
+        display.step(progress(5, of=200))
+        display.step(progress(200, of=200))
+    assert isinstance(console.file, io.StringIO)
+    first, last = console.file.getvalue().splitlines()
+    assert first.startswith("step 5 of 200: loss 2.500")
+    assert first.endswith(", 900 tokens/s, about 39 min left")  # a minute for five steps
+    assert last.endswith(", 900 tokens/s")
+
+
 def test_text_is_a_bar_until_it_is_written(terminal: Console) -> None:
     with TrainingDisplay() as display:
         display.writing(1, TextProgress(texts=1, of=4, tokens=500))
