@@ -144,7 +144,7 @@ status=$?
 # What fails may be right where kernels are launched in another way: then all that follows is.
 if [[ $gtest == ON && $status == 1 && -z ${DRAFTWERK_CUDA_LAUNCHES:-} ]] && asked tests; then
   for launches in ordered single; do
-    if run "tests-$launches" 30 env DRAFTWERK_CUDA_LAUNCHES=$launches "$build/draftwerk_gpu_tests" --gtest_brief=1; then
+    if run "tests-$launches" 60 env DRAFTWERK_CUDA_LAUNCHES=$launches "$build/draftwerk_gpu_tests" --gtest_brief=1; then
       export DRAFTWERK_CUDA_LAUNCHES=$launches
       say "launches: $launches from here on"
       break

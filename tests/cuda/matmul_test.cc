@@ -502,9 +502,11 @@ TEST(TilesOfRows, FillTheDevice) {
     return tile_rows(rows, (outputs + 127) / 128, device);
   };
   EXPECT_EQ(rows_of(64, 5376, hopper), 32);
-  EXPECT_EQ(rows_of(144, 5376, hopper), 64);
-  EXPECT_EQ(rows_of(144, 2 * 21504, hopper), 128);
-  EXPECT_EQ(rows_of(512, 5376, hopper), 128);
+  for (const int rows : {96, 128, 192}) {
+    EXPECT_EQ(rows_of(rows, 5376, hopper), 64);
+    EXPECT_EQ(rows_of(rows, 2 * 21504, hopper), 128);
+  }
+  for (const int rows : {256, 512}) EXPECT_EQ(rows_of(rows, 5376, hopper), 128);
   EXPECT_EQ(rows_of(512, 5376, small), 64);
 }
 

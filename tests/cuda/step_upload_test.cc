@@ -14,7 +14,8 @@ namespace draftwerk::cuda {
 namespace {
 
 TEST(PaddedCount, IsOneOfAFew) {
-  const std::pair<int, int> want[] = {{0, 0}, {1, 1}, {2, 2}, {3, 4}, {5, 8}, {17, 24}, {33, 64}, {129, 256}};
+  const std::pair<int, int> want[] = {{0, 0},   {1, 1},   {2, 2},     {3, 4},    {5, 8},
+                                      {17, 24}, {33, 64}, {129, 192}, {257, 384}};
   for (const auto& [count, padded] : want) EXPECT_EQ(padded_count(count), padded);
   int before = 0;
   for (int count = 0; count < 2000; ++count) {

@@ -59,7 +59,12 @@ void GraphCache::run(const LaunchList& launches, cudaStream_t stream) {
   mode_ = LaunchMode::ordered;
   graphs_ -= graph.get() != nullptr ? 1 : 0;
   graph = GraphExec();
-  launch(graph, launches, stream);
+  try {
+    launch(graph, launches, stream);
+  } catch (...) {
+    mode_ = LaunchMode::early;  // which was not the reason
+    throw;
+  }
 }
 
 void GraphCache::launch(GraphExec& graph, const LaunchList& launches, cudaStream_t stream) {

@@ -22,6 +22,7 @@ constexpr int kWideTile = 128;
 constexpr int kNarrowTile = 64;
 constexpr int kTilePanels = 8;
 constexpr std::size_t kWideTileBytes = std::size_t{163} << 10;
+constexpr std::size_t kNarrowTileBytes = std::size_t{99} << 10;
 
 /// How a block of the kernel cuts its work.
 template <WeightFormat kFormat, int kTiles>
@@ -427,7 +428,7 @@ void with_block(WeightFormat format, int rows, Body&& body) {
 template <typename Body>
 void with_tile(WeightFormat format, int rows, Body&& body) {
   with_format(format, [&]<WeightFormat kFormat>() {
-    static_assert(Tile<kFormat, 4>::kShared <= kWideTileBytes);
+    static_assert(Tile<kFormat, 4>::kShared <= kWideTileBytes && Tile<kFormat, 2>::kShared <= kNarrowTileBytes);
     if (rows == kWideTile) {
       body.template operator()<kFormat, 4>();
     } else {
@@ -451,10 +452,10 @@ int tile_rows(int rows, const ProductDevice& device) {
 
 int tile_rows(int rows, int blocks_of_tile, const ProductDevice& device) {
   const int size = tile_rows(rows, device);
-  // 144 rows with [5376, 21504] are 84 blocks of the wide tile or 126 of the narrow one, on 132 multiprocessors: at the
-  // 400 TFLOP/s that mma.sync is expected to give all of them, 0.23 ms or 0.12.
-  const int blocks = (rows + size - 1) / size * blocks_of_tile;
-  return size == kWideTile && blocks < device.multiprocessors ? kNarrowTile : size;
+  // 192 rows with [5376, 21504] are 84 blocks of the wide tile, or 126 of half the work each, on 132 multiprocessors:
+  // at the 400 TFLOP/s that mma.sync is expected to give all of them, 0.23 ms or 0.12.
+  const int narrow_blocks = (rows + kNarrowTile - 1) / kNarrowTile * blocks_of_tile;
+  return size == kWideTile && narrow_blocks <= device.multiprocessors ? kNarrowTile : size;
 }
 
 // Splits are at most kUnitsAtOnce / groups. Twice that many, for pairs and for units larger than a group.

@@ -87,7 +87,7 @@ struct ProductDevice {
 
 /// Rows that a block takes at once in a product of so many, if multiprocessors do not matter.
 [[nodiscard]] int tile_rows(int rows, const ProductDevice& device);
-/// The same where each tile of many rows has so many blocks: fewer where the device would be left without work.
+/// The same where each tile of many rows has so many blocks: fewer rows where the device has room for all of them.
 [[nodiscard]] int tile_rows(int rows, int blocks_of_tile, const ProductDevice& device);
 /// What `partials` and `counters` need for any launch, in elements.
 [[nodiscard]] std::size_t partial_floats();

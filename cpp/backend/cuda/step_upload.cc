@@ -42,7 +42,7 @@ void fill_paths(const Segment& segment, std::uint8_t* paths) {
 int padded_count(int count) {
   if (count <= 2) return count;
   if (count <= 4) return 4;
-  return round_up(count, count <= 32 ? 8 : count <= 128 ? 32 : 128);
+  return round_up(count, count <= 32 ? 8 : count <= 128 ? 32 : count <= 256 ? 64 : 128);
 }
 
 void StepUpload::reserve(int max_rows, int max_outputs) {
