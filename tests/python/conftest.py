@@ -29,10 +29,12 @@ if not NATIVE_MODULE_BUILT:
 @pytest.fixture
 def core(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The scripted core in place of the native module, also where that is not built."""
+    # Imported first: a module that were imported behind the scripted core would keep it.
+    users = [import_module(f"draftwerk.{name}") for name in ("engine", "dispatcher", "weights")]
     monkeypatch.setitem(sys.modules, "draftwerk._core", fake_core)
     monkeypatch.setattr(draftwerk, "_core", fake_core, raising=False)
-    for name in ("engine", "dispatcher", "weights"):
-        monkeypatch.setattr(import_module(f"draftwerk.{name}"), "_core", fake_core)
+    for user in users:
+        monkeypatch.setattr(user, "_core", fake_core)
     fake_core.Engine.instances.clear()
     yield fake_core
     for engine in fake_core.Engine.instances:
