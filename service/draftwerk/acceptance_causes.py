@@ -123,5 +123,10 @@ def turn_marker(engine: Engine, bos_token_id: int | None) -> int | None:
 
 def _is_pair(target: str, drafter: str, made_for: str | None) -> bool:
     """Whether a drafter says that it is for the target, or bears its name as published ones do: with "-assistant"."""
-    plain, called, given = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in (target, drafter, made_for or ""))
-    return given == plain or (called.startswith(plain) and "assistant" in called)
+    if made_for is not None and _plain(made_for.split("/")[-1]) == _plain(target.split("/")[-1]):
+        return True
+    return _plain(drafter).startswith(_plain(target)) and "assistant" in _plain(drafter)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

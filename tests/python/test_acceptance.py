@@ -291,6 +291,7 @@ def test_a_model_without_chat_template_misses_none() -> None:
         ("gemma-4-E2B-it-medical", "gemma-4-E2B-it-assistant", None, False),
         ("gemma-4-E2B-it", "drafter", None, False),
         ("gemma-4-E2B-it", "drafter", "gemma-4-E2B-it", True),
+        ("gemma-4-E2B-it", "drafter", "google/gemma-4-E2B-it", True),
         ("gemma-4-E2B-it-medical", "drafter", "gemma-4-E2B-it", False),
     ],
 )

@@ -274,7 +274,7 @@ def train_drafter(
                     command=_command(context, told, out, threads),
                     stop=stop.is_set,
                     threads=threads,
-                    evaluation=EvaluationOptions(weights=told.weights, device=device),
+                    evaluation=EvaluationOptions(weights=told.weights, device="cpu" if device == "cpu" else "auto"),
                 )
     if not done:
         raise CommandError(f"stopped; go on with: {_going_on(out)}", exit_code=130)

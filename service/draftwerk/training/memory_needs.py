@@ -52,11 +52,12 @@ class MemoryNeeds:
         free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
         if self.target + self.drafter <= free:
             return
-        ways = ["--precision bf16"] * (self.precision == "f32") + ["--device cpu" if on_gpu else "--device cuda"]
+        ways = ["--precision bf16"] * (self.precision == "f32") + ["--device cpu"] * on_gpu
+        ways += ["--device cuda"] * (not on_gpu and torch.cuda.is_available()) + ["a machine with more"]
         raise TrainingError(
             f"training takes {_gb(self.target + self.drafter)} GB and more of {'the GPU' if on_gpu else 'memory'}, and "
             f"{_gb(free)} are free: {_gb(self.target)} are the model's in {self.precision}, {_gb(self.drafter)} the "
-            f"drafter's with its optimizer; use {', '.join(ways)}, or a machine with more"
+            f"drafter's with its optimizer; use {' or '.join(ways)}"
         )
 
 

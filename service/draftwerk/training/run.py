@@ -196,7 +196,7 @@ class Run:
                 raise
             raise TrainingError(
                 f"there is too little memory to train here: PyTorch could not have {int(wanted[1]) / 1e9:.1f} GB more; "
-                "a shorter --length takes less, and so does --precision bf16"
+                "free some, or begin in another directory with a shorter --length"
             ) from None
         finally:
             self._kept = None
@@ -434,7 +434,7 @@ class Run:
             steps = max(1, int(_MARGIN * left / seconds))
         tokens_per_step = self._options.accumulate * self._options.tokens_per_batch
         plan = Plan(steps, max(1, _TOKENS_PER_SAVE // tokens_per_step))
-        self._directory.write({**values, "plan": asdict(plan)})
+        self._with_room(lambda: self._directory.write({**values, "plan": asdict(plan)}))
         return plan
 
     def _rehearse(self, rehearsal: Callable[[TrainingOptions], Trainer], batches: TextBatches) -> tuple[float, float]:

@@ -31,7 +31,7 @@ from draftwerk.training.shards import ENDS, Shard, Text, count_shards, write_sha
 if TYPE_CHECKING:
     from draftwerk.engine import Engine
 
-_FORMAT = 1
+_FORMAT = 2  # in the first one, prompts that came again were set aside and written from
 _MANIFEST = "text.json"
 _LONG_SHARE = 1 / 8  # of the texts may become _LONG times as long, so that the drafter sees what lies beyond windows
 _LONG = 3

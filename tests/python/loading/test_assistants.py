@@ -84,6 +84,12 @@ def test_the_draft_length_is_in_the_generation_config(tmp_path: Path) -> None:
             open_assistant(path)
 
 
+@pytest.mark.parametrize(("given", "read"), [("a model", "a model"), (["one", "two"], None), (None, None)])
+def test_the_model_that_it_is_for_is_a_remark(tmp_path: Path, given: object, read: str | None) -> None:
+    path = tiny4.write(tmp_path, tiny4.assistant_config() | {"base_model": given}, tiny4.assistant_tensors())
+    assert open_assistant(path).base_model == read
+
+
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -96,7 +102,6 @@ def text(**fields: Any) -> Callable[[Json], object]:
 
 
 BAD_CONFIGS: dict[str, tuple[Callable[[Json], object], str]] = {
-    "base model": (changed(base_model=7), "base_model = 7 is not a name"),
     "no text_config": (lambda config: config.pop("text_config"), "field text_config is missing"),
     "text type": (text(model_type="gemma3_text"), "text_config: model_type 'gemma3_text' is not supported"),
     "other model": (changed(model_type="llama"), "model_type 'llama' is not supported as a drafter"),

@@ -48,13 +48,13 @@ def finish(target: Checkpoint, directory: Path, notes: Notes | None = None, **ch
         read_options(place),
         target,
         notes or Notes(),
-        **{"command": "the command", "threads": 1, "prompts": 2, "evaluation": EVALUATION, **changes},
+        **{"command": "the command", "threads": 1, "prompts": 12, "evaluation": EVALUATION, **changes},
     )
 
 
 def test_a_run_ends_with_an_evaluation_and_a_report(trained: Path) -> None:
     values = json.loads((trained / "evaluation.json").read_text())
-    assert (values["model"], values["drafter"], values["prompts"]) == ("tiny", "drafter", 2)
+    assert (values["model"], values["drafter"], values["prompts"]) == ("tiny", "drafter", 8)
     assert values["format"] == 3
     assert values["prompts_from"] == "set aside from those given"
     assert [its["sampling"] for its in values["before"]] == [its["sampling"] for its in values["acceptance"]]
@@ -114,7 +114,7 @@ def test_an_evaluation_can_be_stopped(target: Checkpoint, trained: Path) -> None
     before = (trained / "evaluation.json").read_bytes()
     (trained / "evaluation.json").write_bytes(b"{")
     notes = Notes()
-    assert not finish(target, trained, notes, stop=lambda: len(notes.evaluated) == 2)
+    assert not finish(target, trained, notes, prompts=2, stop=lambda: len(notes.evaluated) == 2)
     assert len(notes.evaluated) == 2
     (trained / "evaluation.json").write_bytes(before)
 

@@ -192,6 +192,21 @@ def test_features_make_room_for_the_beginning_of_a_session(
     assert_as_if_nothing_had_been(tmp_path / "run", whole)
 
 
+def test_features_of_a_rehearsal_make_room_for_the_plan(
+    target: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, refused = tmp_path / "run" / "features", []
+
+    def full_of_features(path: Path) -> None:
+        if path.name.startswith(".run.json") and features.exists():
+            refused.append(path)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("draftwerk.training.atomic_file._sync", full_of_features)
+    assert run(target, tmp_path / "run", tokens=None, hours=1e-6)
+    assert len(refused) == 1
+
+
 def test_a_run_that_is_over_writes_no_state(
     target: Checkpoint, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

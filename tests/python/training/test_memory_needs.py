@@ -57,9 +57,9 @@ def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         needs.check(CPU)
     assert str(refused.value) == (
         "training takes 3.2 GB and more of memory, and 3.1 are free: 3.0 are the model's in f32, 0.2 the drafter's "
-        "with its optimizer; use --precision bf16, --device cuda, or a machine with more"
+        "with its optimizer; use --precision bf16 or a machine with more"
     )
-    with pytest.raises(TrainingError, match="use --device cuda, or a machine"):
+    with pytest.raises(TrainingError, match="use a machine with more"):
         dataclasses.replace(needs, precision="bf16").check(CPU)
 
 
@@ -78,7 +78,7 @@ def test_memory_that_a_batch_does_not_get_is_one_line(
         torch.empty(1 << 50)
 
     monkeypatch.setattr(Trainer, "_accumulate", batch)
-    with pytest.raises(TrainingError, match=r"could not have 4503599\.6 GB more; a shorter --length takes less"):
+    with pytest.raises(TrainingError, match=r"could not have 4503599\.6 GB more; free some, or begin"):
         run(target, tmp_path / "run")
 
 
