@@ -33,6 +33,7 @@ class TrainingDisplay:
         self._loading: Any = None
         self._text: Any = None
         self._training: Any = None
+        self._first = 0, 0.0  # step that was seen first, and the seconds of the run by then
         self._evaluation: Any = None
         self._said_at = 0.0
         logging.getLogger("draftwerk.acceptance").addHandler(logging.NullHandler())  # an evaluation has its figures
@@ -77,6 +78,7 @@ class TrainingDisplay:
     def step(self, progress: run.Progress) -> None:
         figures, plan = progress.figures, progress.plan
         if self._training is None:
+            self._first = figures.step, progress.seconds
             self._training = self._bars.add_task("training", completed=figures.step - 1, total=plan.steps)
         self._bars.update(self._training, completed=figures.step)
         spent = progress.seconds - progress.writing
@@ -91,8 +93,15 @@ class TrainingDisplay:
         )
         self._line = Text(line)
         if figures.step == plan.steps or self._is_time():
-            left = progress.seconds / figures.step * (plan.steps - figures.step)
-            self._say_on_pipe(f"{line}, about {left / 60:.0f} min left" if left >= 60 else line)
+            self._say_on_pipe(f"{line}{self._left(progress)}")
+
+    def _left(self, progress: run.Progress) -> str:
+        """How long the run will last, by the steps since the first one that was seen: the first text is behind that."""
+        step, first, began = progress.figures.step, *self._first
+        if step == first:
+            return ""
+        seconds = (progress.seconds - began) / (step - first) * (progress.plan.steps - step)
+        return f", about {seconds / 60:.0f} min left" if seconds >= 60 else ""
 
     def evaluating(self, what: str, done: int, total: int) -> None:
         if self._evaluation is None:

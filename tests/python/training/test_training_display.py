@@ -20,9 +20,9 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Console:
     return console
 
 
-def progress(step: int, of: int = 20) -> Progress:
+def progress(step: int, of: int = 20, seconds: float = 60.0) -> Progress:
     figures = StepFigures(step, 2000, 2.5, (1.0, 0.5), (0.41, 0.38), (0.52, 0.47), 0.3, 1e-4, 900.0)
-    return Progress(Plan(of, 5), figures, seconds=60.0, writing=20.0, tokens=36_000, written=12_000)
+    return Progress(Plan(of, 5), figures, seconds=seconds, writing=20.0, tokens=36_000, written=12_000)
 
 
 def seen(display: TrainingDisplay, terminal: Console) -> str:
@@ -50,13 +50,14 @@ def test_where_there_is_no_terminal_a_line_says_how_long_it_will_last(monkeypatc
     monkeypatch.setattr("draftwerk.cli.options.messages", console)
     monkeypatch.setattr("draftwerk.cli.training_display._SECONDS_BETWEEN_LINES", 0.0)
     with TrainingDisplay() as display:
-        display.step(progress(5, of=200))
-        display.step(progress(200, of=200))
+        for step, seconds in ((5, 60.0), (15, 180.0), (200, 2400.0)):
+            display.step(progress(step, of=200, seconds=seconds))
     assert isinstance(console.file, io.StringIO)
-    first, last = console.file.getvalue().splitlines()
+    first, then, last = console.file.getvalue().splitlines()
     assert first.startswith("step 5 of 200: loss 2.500")
-    assert first.endswith(", 900 tokens/s, about 39 min left")  # a minute for five steps
-    assert last.endswith(", 900 tokens/s")
+    assert first.endswith("(12,000 written), 900 tokens/s")
+    assert then.endswith("tokens/s, about 37 min left")  # two minutes for ten steps, of which 185 are left
+    assert last.endswith("tokens/s")
 
 
 def test_text_is_a_bar_until_it_is_written(terminal: Console) -> None:
