@@ -3,10 +3,10 @@
     python bench/draft_times.py gemma-3-270m --heads shipped 16384/512 16384 --weights auto int8 int4
 
 A head is TOKENS/CENTROIDS, of which 32 are chosen, or TOKENS alone; "shipped" is the drafter that goes with the model,
-whole, with its own weights. Milliseconds are those of one draft for all
-sequences of a step, smallest / median: of rounds right behind a pass of the target, which leaves the caches to itself,
-as in an engine's steps; and of rounds behind each other. Numbers of sequences and of drafts take turns, so that a slow
-spell of the machine falls on all of them.
+whole, with its own weights. Milliseconds are those of one draft for all sequences of a step, smallest / median: of
+rounds right behind a pass of the target, which leaves the caches to itself, as in an engine's steps; and of rounds
+behind each other. Numbers of sequences and of drafts take turns, so that a slow spell of the machine falls on all of
+them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,19 @@ def main() -> int:
     if nvcc is None:
         print("nvcc is not there: the CUDA backend is not compiled", file=sys.stderr)
         return 0
+    try:
+        return compile_all(arguments.directory.resolve(), arguments.architectures, nvcc)
+    except subprocess.CalledProcessError as error:
+        print(error.stdout)
+        return int(error.returncode)
+
+
+def compile_all(directory: Path, architectures: list[str], nvcc: str) -> int:
+    """Compiles everything to a directory; 0 if it is as it should be.
+
+    Raises:
+        subprocess.CalledProcessError: something does not compile; what the compiler said is its `stdout`.
+    """
     binaries = ROOT / ".venv" / "bin"
     environment = {
         **os.environ,
@@ -43,18 +57,14 @@ def main() -> int:
         "CMAKE_GENERATOR": "Ninja",
         "PATH": f"{binaries}:{os.environ['PATH']}",
     }
-    wheels = arguments.directory.resolve() / "wheels"
+    wheels = directory / "wheels"
     shutil.rmtree(wheels, ignore_errors=True)
-    for compiled in arguments.directory.resolve().rglob("*.cu.o"):
+    for compiled in directory.rglob("*.cu.o"):
         compiled.unlink()  # ptxas tells of what it compiles
     build: list[str | Path] = [binaries / "python", "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
-    build += ["-w", wheels, "-C", f"build-dir={arguments.directory.resolve()}"]
-    build += ["-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={';'.join(arguments.architectures)}", ROOT / "cuda"]
-    done = subprocess.run(build, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode != 0:
-        print(done.stdout)
-        return done.returncode
-    kernels, spilling = read_report(done.stdout)
+    build += ["-w", wheels, "-C", f"build-dir={directory}"]
+    build += ["-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={';'.join(architectures)}", ROOT / "cuda"]
+    kernels, spilling = read_report(output_of(build, environment))
     print(f"nvcc: {kernels} kernels, {len(spilling)} of them spill registers")
     for kernel, architecture, stores in spilling:
         print(f"  {architecture} {stores} bytes: {kernel}")
@@ -64,36 +74,43 @@ def main() -> int:
     if problem := what_is_wrong_with(next(wheels.glob("*.whl")), wheels / "installed", binaries / "python"):
         print(problem)
         return 1
-    if problem := what_does_not_compile(arguments.directory.resolve() / "tests", binaries, environment):
-        print(problem)
+    files = compile_gpu_tests(directory / "tests", binaries, environment)
+    print(f"nvcc: {files} files of tests for a GPU")
+    if files == 0:
+        print("there are no tests for a GPU: what became of their targets?")
         return 1
     return 0 if all(map(is_allowed, spilling)) else 1
 
 
-def what_does_not_compile(directory: Path, binaries: Path, environment: dict[str, str]) -> str:
-    """Nothing, if the files of tests/cuda and tests/gpu that are for a GPU compile; objects go to a directory."""
+def output_of(command: Sequence[str | Path], environment: dict[str, str]) -> str:
+    """What it prints, errors among it.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; what it printed is `stdout`.
+    """
+    done = subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True
+    )
+    return done.stdout
+
+
+def compile_gpu_tests(directory: Path, binaries: Path, environment: dict[str, str]) -> int:
+    """Compiles the files of tests/cuda and tests/gpu that are for a GPU; objects go to a directory. How many there are.
+
+    Raises:
+        subprocess.CalledProcessError: one does not compile.
+    """
     options = ["DRAFTWERK_BUILD_CUDA=ON", "DRAFTWERK_BUILD_TESTS=ON", "DRAFTWERK_BUILD_PYTHON=OFF"]
     options += [f"CMAKE_CUDA_ARCHITECTURES={TESTS_ARCHITECTURE}", f"Python_EXECUTABLE={binaries / 'python'}"]
-    ninja = [binaries / "ninja", "-C", directory]
-    output = ""
-
-    def run(*command: str | Path) -> bool:
-        nonlocal output
-        done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        output = done.stdout
-        return done.returncode == 0
-
-    if not run(binaries / "cmake", "-S", ROOT, "-B", directory, *(f"-D{option}" for option in options)):
-        return output
-    if not run(*ninja, "-t", "targets", "all"):
-        return output
-    objects = re.findall(r"^(CMakeFiles/draftwerk_gpu_\w+\.dir/tests/(?:cuda|gpu)/\S+\.o):", output, re.MULTILINE)
-    if not objects:
-        return "there are no tests for a GPU"
-    if not run(*ninja, *objects):
-        return output
-    print(f"nvcc: {len(objects)} files of tests for a GPU")
-    return ""
+    configure: list[str | Path] = [binaries / "cmake", "-S", ROOT, "-B", directory]
+    configure += [f"-D{option}" for option in options]
+    output_of(configure, environment)
+    ninja: list[str | Path] = [binaries / "ninja", "-C", directory]
+    targets = output_of([*ninja, "-t", "targets", "all"], environment)
+    objects = re.findall(r"^(CMakeFiles/draftwerk_gpu_\w+\.dir/tests/(?:cuda|gpu)/\S+\.o):", targets, re.MULTILINE)
+    if objects:  # without a name it would build everything
+        output_of([*ninja, *objects], environment)
+    return len(objects)
 
 
 def is_allowed(spilling: tuple[str, str, int]) -> bool:

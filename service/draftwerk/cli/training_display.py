@@ -97,11 +97,13 @@ class TrainingDisplay:
 
     def _left(self, progress: run.Progress) -> str:
         """How long the run will last, by the steps since the first one that was seen: the first text is behind that."""
+        from draftwerk.training.report import duration
+
         step, first, began = progress.figures.step, *self._first
         if step == first:
             return ""
         seconds = (progress.seconds - began) / (step - first) * (progress.plan.steps - step)
-        return f", about {seconds / 60:.0f} min left" if seconds >= 60 else ""
+        return f", about {duration(seconds)} left" if seconds >= 60 else ""
 
     def evaluating(self, what: str, done: int, total: int) -> None:
         if self._evaluation is None:

@@ -34,10 +34,12 @@ class MemoryNeeds:
 
     @classmethod
     def of(cls, target: Checkpoint, drafter: DrafterShape | AssistantCheckpoint, precision: str) -> MemoryNeeds:
-        """Args:
-        target: an opened model.
-        drafter: its sizes, or what it goes on from.
-        precision: one of :data:`.precision.DTYPES`.
+        """Those of a run.
+
+        Args:
+            target: an opened model.
+            drafter: its sizes, or what it goes on from.
+            precision: one of :data:`.precision.DTYPES`.
         """
         weights = sum(math.prod(view.shape) for view in target.tensors())
         return cls(weights * DTYPES[precision].itemsize, _BYTES_PER_WEIGHT * _trained(drafter), precision)

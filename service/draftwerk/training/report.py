@@ -56,7 +56,7 @@ def render_report(
         by_draft_length=_by_draft_length(evaluation["acceptance"], before),
         categories=_categories(evaluation["acceptance"], before),
         expected=_expected(evaluation["expected"]),
-        duration=_duration,
+        duration=duration,
         sampled=Sampling(**evaluation["options"]["sampled"]),
         length_tokens=LENGTH_TOKENS,
         gains=_gains(evaluation["speeds"]),
@@ -147,7 +147,7 @@ def _expected(expectations: Sequence[Mapping[str, Any]]) -> charts.LineChart | N
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Such as "3 h 20 min", "12 min" or "45 s"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
