@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import queue
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -155,6 +157,14 @@ class ScriptedServer(
         context.add_callback(lambda: self.ended.put(request_id))
         if request is not None:
             self.requests.put(request)
+
+
+def is_in(thread: int, module: types.ModuleType) -> bool:
+    """Whether a thread is in code of a module, or in what that calls."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code.co_filename != module.__file__:
+        frame = frame.f_back
+    return frame is not None
 
 
 # --- scripts ---------------------------------------------------------------------------------------------------------

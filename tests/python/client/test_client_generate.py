@@ -11,8 +11,9 @@ from typing import Any
 
 import grpc
 import pytest
-from scripted_server import TIMEOUT, ScriptedServer, last, piece, two_pieces, until_cancelled
+from scripted_server import TIMEOUT, ScriptedServer, is_in, last, piece, two_pieces, until_cancelled
 
+import draftwerk_client.stream
 from draftwerk_client import (
     Cancelled,
     Chunk,
@@ -265,9 +266,13 @@ def test_closing_the_client_ends_what_runs(make_client: Any, server: ScriptedSer
 
 def test_ctrl_c_cancels_the_call(server: ScriptedServer) -> None:
     server.generate = until_cancelled(piece("a", 1))
+    reader = threading.get_ident()
 
     def interrupt() -> None:
         server.requests.get(timeout=TIMEOUT)
+        # Once it is read: a call that is interrupted while gRPC starts it is nobody's, and ends with its channel.
+        while not is_in(reader, draftwerk_client.stream):
+            time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
 
     with Client(server.address) as client:

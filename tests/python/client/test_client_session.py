@@ -5,16 +5,14 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import pytest
-from scripted_server import TIMEOUT, ScriptedServer, obedient_session, piece, status
+from scripted_server import TIMEOUT, ScriptedServer, is_in, obedient_session, piece, status
 
 import draftwerk_client.session
 from draftwerk_client import Cancelled, Client, DeadlineExceeded, InvalidRequest, OutOfOrder, ServerError, Unavailable
@@ -350,20 +348,12 @@ def test_closing_twice_and_after_the_client(client: Any) -> None:
     other.close()
 
 
-def reads_a_session(thread: int) -> bool:
-    """Whether a thread is in the code that reads what a session sends."""
-    frame: types.FrameType | None = sys._current_frames()[thread]
-    while frame is not None and frame.f_code.co_filename != draftwerk_client.session.__file__:
-        frame = frame.f_back
-    return frame is not None
-
-
 def test_ctrl_c_leaves_the_session_usable(server: ScriptedServer) -> None:
     reader = threading.get_ident()
 
     def interrupt() -> None:
         actions(server, 3)
-        while not reads_a_session(reader):
+        while not is_in(reader, draftwerk_client.session):
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
 
