@@ -25,7 +25,7 @@ CPP_SOURCES := $(shell find cpp tests/cpp tests/cuda -type f \( -name '*.cc' -o 
 CUDA_PYTHON_TESTS := $(addprefix tests/python/,test_devices.py test_cuda_parity.py test_fp8.py test_gemma4_parity.py \
 	test_drafter_parity.py test_gemma4_promise.py)
 
-.PHONY: demo test test-cpp test-cuda test-python lint api build clean
+.PHONY: demo test test-compiled test-cpp test-cuda test-python test-training lint api build clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMPS)/package $(STAMPS)/weights
@@ -33,12 +33,20 @@ demo: $(STAMPS)/package $(STAMPS)/weights
 
 build: $(STAMPS)/package
 
-# Python's tests take one processor most of the time, and the CUDA backend's are compiled for long.
-test: test-cpp
-	@$(MAKE) --no-print-directory -j 2 --output-sync=line test-cuda test-python
+# Side by side: compilers leave one processor idle now and then, and Python's tests one of them most of the time.
+test: $(STAMPS)/cpp-tests
+	@$(MAKE) --no-print-directory -j 3 --output-sync=line test-compiled test-python test-training
+
+# One after the other, as they have one build tree.
+test-compiled: $(STAMPS)/cpp-tests
+	@$(MAKE) --no-print-directory test-cpp
+	@$(MAKE) --no-print-directory test-cuda
 
 test-python: $(STAMPS)/dev $(STAMPS)/package
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/python/training
+
+test-training: $(STAMPS)/dev $(STAMPS)/package
+	$(BIN)/python -m pytest tests/python/training
 
 test-cpp: $(STAMPS)/cpp-tests
 	$(BIN)/cmake --build $(BUILD) --target draftwerk_tests

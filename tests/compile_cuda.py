@@ -101,6 +101,7 @@ def compile_gpu_tests(directory: Path, binaries: Path, environment: dict[str, st
         subprocess.CalledProcessError: one does not compile.
     """
     options = ["DRAFTWERK_BUILD_CUDA=ON", "DRAFTWERK_BUILD_TESTS=ON", "DRAFTWERK_BUILD_PYTHON=OFF"]
+    options += ["CMAKE_BUILD_TYPE=None"]  # not optimised, as nothing of it runs
     options += [f"CMAKE_CUDA_ARCHITECTURES={TESTS_ARCHITECTURE}", f"Python_EXECUTABLE={binaries / 'python'}"]
     configure: list[str | Path] = [binaries / "cmake", "-S", ROOT, "-B", directory]
     configure += [f"-D{option}" for option in options]
