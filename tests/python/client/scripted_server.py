@@ -178,7 +178,7 @@ def until_cancelled(*first: output_pb2.GenerateResponse) -> GenerateScript:
         if not context.add_callback(over.set):
             return
         yield from first
-        over.wait(TIMEOUT)
+        over.wait()  # the server ends calls when it stops
 
     return script
 

@@ -278,10 +278,11 @@ def test_ctrl_c_cancels_the_call(server: ScriptedServer) -> None:
     with Client(server.address) as client:
         interrupter = threading.Thread(target=interrupt)
         interrupter.start()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as interrupted:
             client.generate("x", request_id="interrupted")
         interrupter.join(TIMEOUT)
         assert server.ended.get(timeout=TIMEOUT) == "interrupted"
+        assert interrupted.tb is not None  # as at a prompt: a call that it keeps is not ended by being dropped
         server.generate = two_pieces
         assert client.generate("x").text == "Hello"
 
