@@ -219,20 +219,25 @@ TEST_P(Matmul, ExtremesStayExact) {
     dequantize(type, blocks.data(), 16 * columns, values.data());
     std::vector<std::byte> panels(panel_bytes(type, columns));
     pack_rows(type, columns, 16, type, blocks.data(), panels.data());
-    constexpr int rows = 16;  // enough for tiles
-    for (const float sign : {1.0F, -1.0F}) {
-      std::vector<float> x(rows * columns, sign * 127);
-      std::vector<std::int8_t> quants(x.size());
-      std::vector<float> scales(x.size() / kBlock);
-      std::vector<std::int32_t> sums(scales.size());
-      kernels.quantize_row(x.data(), static_cast<int>(x.size()), quants.data(), scales.data(), sums.data());
-      const Activations view = {x.data(), columns, quants.data(), scales.data(), sums.data(), columns, 8};
-      std::vector<float> y(rows * 16);
-      std::vector<float> expected(16);
-      kernels.matmul({type, 16, columns, panels.size(), panels.data()}, 0, 1, view, rows, y.data(), 16);
-      naive_matmul(values.data(), 16, columns, x.data(), 1, expected.data());
-      // Whole numbers below 2^24 times 63 (q4_k, q6_k scales up to 8 bits): exact but for the last additions.
-      for (int i = 0; i < rows * 16; ++i) EXPECT_NEAR(y[i], expected[i % 16], std::fabs(expected[i % 16]) * 0x1p-21);
+    const std::vector<float> largest(columns, 127.0F);
+    std::vector<float> expected(16);
+    naive_matmul(values.data(), 16, columns, largest.data(), 1, expected.data());
+    for (const int rows : {1, 2, 4, 6, 16}) {  // tiles of few rows and of many
+      for (const float sign : {1.0F, -1.0F}) {
+        std::vector<float> x(rows * columns, sign * 127);
+        std::vector<std::int8_t> quants(x.size());
+        std::vector<float> scales(x.size() / kBlock);
+        std::vector<std::int32_t> sums(scales.size());
+        kernels.quantize_row(x.data(), static_cast<int>(x.size()), quants.data(), scales.data(), sums.data());
+        const Activations view = {x.data(), columns, quants.data(), scales.data(), sums.data(), columns, 8};
+        std::vector<float> y(rows * 16);
+        kernels.matmul({type, 16, columns, panels.size(), panels.data()}, 0, 1, view, rows, y.data(), 16);
+        // Whole numbers below 2^24 times 63 (q4_k, q6_k scales up to 8 bits): exact but for the last additions.
+        for (int i = 0; i < rows * 16; ++i) {
+          const float want = sign * expected[i % 16];
+          EXPECT_NEAR(y[i], want, std::fabs(want) * 0x1p-21) << i << " of " << rows << " rows";
+        }
+      }
     }
   }
 }

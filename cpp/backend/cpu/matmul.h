@@ -76,6 +76,13 @@ const MatmulKernels& matmul_kernels(Isa isa);
 /// How a matrix lies: as packing.h has it, or in split columns, of which all is read or the coarse part.
 enum class Form { packed, split, coarse };
 
+/// Rows of activations that meet a panel or several at once, and how much of them.
+struct RowTile {
+  int parts;  ///< parts of panels that are multiplied at once
+  int rows;   ///< at most
+  bool operator==(const RowTile&) const = default;
+};
+
 /// The two sums that MatmulKernels::quantize_row writes as one.
 struct HalvesOfSum {
   int low;

@@ -1,20 +1,24 @@
 // The matrix kernels, written once over the primitives that matmul_<isa>.cc defines before including this file, in
 // namespace draftwerk::cpu::DRAFTWERK_ISA:
 //   Float              sixteen f32 lanes, one per row of a panel: those of a float matrix
-//   kParts             passes over a panel of a quantised matrix, each of which computes kPanel / kParts of its rows;
-//                      Part: as many f32 lanes, which is one register where there are registers, Integers: int32 lanes
-//   kPanels            quantised panels of a tile where rows are many, so that they share what is loaded of activations
+//   kParts             parts of a quantised panel, each of kPanel / kParts of its rows; Part: as many f32 lanes, which
+//                      is one register where there are registers, Integers: int32 lanes
+//   tile_for_few<type, form>(), tile_for_many<type, form>()
+//                      tiles (RowTile) of a quantised matrix: for as many rows as one of the first kind has, and for
+//                      more. Parts that are multiplied at once, of one panel or of several, share what is loaded of
+//                      activations
+//   kFloatRows         rows of activations that share one pass over a panel of floats
 //   splat_lanes<Lanes>, load_lanes<type, Lanes> (of a float type), store_lanes, multiply, multiply_add (fused if the
 //   machine can)       for Float and Part
 //   part_from_u8, part_from_i8, to_lanes   Parts of bytes and of Integers
-//   tile_rows<type, P>()   rows of activations that share one pass over P panels
 //   zero_point<type>() what dot_block's unsigned weights are too large by; 0 where it takes care of that itself
-//   dot_block<type, part>(block, quants, stride, starts, start_stride, dot)
+//   dot_block<type, first>(block, quants, stride, starts, start_stride, dot)
 //                      dot[p][r] = starts[r * start_stride] + sum over the block's 32 columns of unsigned weight *
-//                      quants[r * stride + column], exact, for the rows of that part of panel p; `block` is a Place
-//                      (places.h), behind the scales; no starts where the zero point is 0
-//   dot_half<half, part>      the same over half a block of q6_k
-//   dot_split<coarse, whole, part>(block, rest, quants, stride, starts, start_stride, dot)
+//                      quants[r * stride + column], exact, for the rows of part first + p of the tile's panels, which
+//                      are counted from its first panel on; `block` is a Place (places.h), behind the scales; no
+//                      starts where the zero point is 0
+//   dot_half<half, first>     the same over half a block of q6_k
+//   dot_split<coarse, whole, first>(block, rest, quants, stride, starts, start_stride, dot)
 //                      the same over a block of split columns (split_columns.h) with so many whole groups, all of it or
 //                      its coarse part; zero points are those of q8_0, and 120 for what a coarse part has in four bits
 // Every float operation on an output is written here, once, for any number of rows: that is what makes rows invariant.
@@ -23,6 +27,9 @@
 // Rows of quantised activations whose int8 values fit in a quarter of the smallest L2 that we expect (512 KiB); they
 // stay there while the panels go by.
 constexpr std::int64_t kActivationBytes = 128 * 1024;
+
+// So many rows meet the panels of a call together, however wide they are: each pass over them is one over memory.
+constexpr std::int64_t kFewestTogether = 32;
 
 // Starts (matmul.h) that a call keeps at a time: as many rows as fit share them over all panels.
 constexpr std::int64_t kStarts = 16384;
@@ -57,16 +64,24 @@ void fill_starts(const Activations& x, std::int64_t first, std::int64_t end, std
 
 constexpr int kPartRows = kPanel / kParts;
 
-// f32 lanes of a part of P panels: load(where the part's rows begin among sixteen elements of `bytes` bytes each).
-template <int part, int P, typename Load>
+// Panels of a tile of P parts, and how often it passes over them.
+template <int P>
+constexpr int kTilePanels = P < kParts ? 1 : P / kParts;
+template <int P>
+constexpr int kPasses = P < kParts ? kParts / P : 1;
+
+// f32 lanes of P parts from `first` on: load(where a part's rows begin among sixteen elements of `bytes` bytes each).
+template <int first, int P, typename Load>
 [[gnu::always_inline]] inline void load_parts(Place elements, std::size_t bytes, Part (&lanes)[P], const Load& load) {
 #pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) lanes[p] = load(elements.in(p) + part * kPartRows * bytes);
+  for (int p = 0; p < P; ++p) {
+    lanes[p] = load(elements.in((first + p) / kParts) + (first + p) % kParts * kPartRows * bytes);
+  }
 }
 
-template <int part, int P>
+template <int first, int P>
 [[gnu::always_inline]] inline void load_halves(Place elements, Part (&lanes)[P]) {
-  load_parts<part>(elements, 2, lanes, load_lanes<WeightType::f16, Part>);
+  load_parts<first>(elements, 2, lanes, load_lanes<WeightType::f16, Part>);
 }
 
 template <int P>
@@ -75,7 +90,7 @@ template <int P>
   for (int p = 0; p < P; ++p) lanes[p] = multiply(factors[p], lanes[p]);
 }
 
-// A block's products, or those of half a block, to R rows of outputs of P panels.
+// A block's products, or those of half a block, to R rows of outputs of P parts.
 template <int P, int R>
 [[gnu::always_inline]] inline void add_products(const Integers (&dot)[P][R], const Part (&weight_scales)[P],
                                                 const float* scales, std::int64_t block_stride, Part (&y)[P][R]) {
@@ -89,30 +104,30 @@ template <int P, int R>
   }
 }
 
-template <WeightType type, int part, int P, int R>
+template <WeightType type, int first, int P, int R>
 [[gnu::always_inline]] inline void add_block(Place block, const std::int8_t* quants, std::int64_t stride,
                                              const float* scales, std::int64_t block_stride, const Start* starts,
                                              std::int64_t start_stride, Part (&y)[P][R]) {
   Part weight_scales[P];
-  load_halves<part>(block, weight_scales);
+  load_halves<first>(block, weight_scales);
   Integers dot[P][R];
-  dot_block<type, part>(block + layout::kHalves, quants, stride, starts, start_stride, dot);
+  dot_block<type, first>(block + layout::kHalves, quants, stride, starts, start_stride, dot);
   add_products(dot, weight_scales, scales, block_stride, y);
 }
 
-template <int part, int P, int R>
+template <int first, int P, int R>
 [[gnu::always_inline]] inline void add_block_q4_k(Place block, const Part (&d)[P], const Part (&negative_dmin)[P],
                                                   const std::int8_t* quants, std::int64_t stride, const float* scales,
                                                   std::int64_t block_stride, const Start* starts,
                                                   std::int64_t start_stride, Part (&y)[P][R]) {
   Part weight_scales[P];
-  load_parts<part>(block, 1, weight_scales, part_from_u8);
+  load_parts<first>(block, 1, weight_scales, part_from_u8);
   multiply_each(d, weight_scales);
   Part weight_mins[P];
-  load_parts<part>(block + kPanel, 1, weight_mins, part_from_u8);
+  load_parts<first>(block + kPanel, 1, weight_mins, part_from_u8);
   multiply_each(negative_dmin, weight_mins);
   Integers dot[P][R];
-  dot_block<WeightType::q4_k, part>(block + 2 * kPanel, quants, stride, nullptr, 0, dot);
+  dot_block<WeightType::q4_k, first>(block + 2 * kPanel, quants, stride, nullptr, 0, dot);
   add_products(dot, weight_scales, scales, block_stride, y);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -122,39 +137,42 @@ template <int part, int P, int R>
   }
 }
 
-template <int half, int part, int P, int R>
+template <int half, int first, int P, int R>
 [[gnu::always_inline]] inline void add_half_q6_k(Place block, const Part (&d)[P], const std::int8_t* quants,
                                                  std::int64_t stride, const float* scales, std::int64_t block_stride,
                                                  const Start* starts, std::int64_t start_stride, Part (&y)[P][R]) {
   Part weight_scales[P];
-  load_parts<part>(block + half * kPanel, 1, weight_scales, part_from_i8);
+  load_parts<first>(block + half * kPanel, 1, weight_scales, part_from_i8);
   multiply_each(d, weight_scales);
   Integers dot[P][R];
-  dot_half<half, part>(block + 2 * kPanel, quants, stride, starts + half, start_stride, dot);
+  dot_half<half, first>(block + 2 * kPanel, quants, stride, starts + half, start_stride, dot);
   add_products(dot, weight_scales, scales, block_stride, y);
 }
 
 // How far ahead of what is multiplied a panel is asked for again, from the second cache.
 constexpr std::size_t kNear = 1024;
 
-// What a part of a tile's panels asks for while it is multiplied.
+// What a pass over a tile's panels asks for as it goes.
 struct Ahead {
   const std::byte* next;  // its share of a panel that comes next; null: of nothing
   bool near;              // and once more what lies near in its own first panel (near_prefetch_pays())
 };
 
-// Asks for so many bytes of what comes next, if there is anything, and goes on behind them: each part of a panel asks
-// for its share of a next one, block by block, so that memory is busy as long as arithmetic is. Of the panel itself it
-// asks for what lies near: a product that waits for the second cache waits behind all that memory has been asked for.
+// Asks for as much of what comes next as `bytes` of the panel are worth, if there is anything, and goes on behind it:
+// each of so many passes asks for its share of a next panel, block by block, so that memory is busy as long as
+// arithmetic is. Of the panel itself it asks for what lies near: a product that waits for the second cache waits behind
+// all that memory has been asked for.
+template <int passes>
 [[gnu::always_inline]] inline void prefetch(const std::byte* panel, Ahead& ahead, std::size_t bytes) {
   if (ahead.next == nullptr) return;
   if (ahead.near) {
 #pragma GCC unroll 16
-    for (std::size_t line = 0; line < bytes * kParts; line += 64) __builtin_prefetch(panel + kNear + line, 0, 3);
+    for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(panel + kNear + line, 0, 3);
   }
+  const std::size_t share = bytes / passes;
 #pragma GCC unroll 16
-  for (std::size_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead.next + line, 0, 2);
-  ahead.next += bytes;
+  for (std::size_t line = 0; line < share; line += 64) __builtin_prefetch(ahead.next + line, 0, 2);
+  ahead.next += share;
 }
 
 constexpr bool is_float_panel(WeightType type) {
@@ -169,17 +187,18 @@ template <WeightType type, int R>
   const std::int64_t stride = x.stride;
   constexpr std::size_t bytes = kPanel * (type == WeightType::f32 ? 4 : 2);
   for (std::int64_t c = 0; c < columns; ++c, panel += bytes) {
-    if (bytes == 64 || c % 2 == 0) prefetch(panel, ahead, 64);
+    if (bytes == 64 || c % 2 == 0) prefetch<1>(panel, ahead, 64);
     const Float w = load_lanes<type, Float>(panel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) y[r] = multiply_add(w, splat_lanes<Float>(values[r * stride + c]), y[r]);
   }
 }
 
-// R rows against a part of P quantised panels.
-template <WeightType type, int part, int P, int R>
-[[gnu::always_inline]] inline void add_part(Place panels, std::int64_t columns, const Activations& x,
-                                            std::int64_t first_row, const Start* starts, Ahead ahead, Part (&y)[P][R]) {
+// R rows against P parts of quantised panels.
+template <WeightType type, int first, int P, int R>
+[[gnu::always_inline]] inline void add_parts(Place panels, std::int64_t columns, const Activations& x,
+                                             std::int64_t first_row, const Start* starts, Ahead ahead,
+                                             Part (&y)[P][R]) {
   const std::int8_t* quants = x.quants + first_row * x.quant_stride;
   const float* scales = x.scales + first_row * x.block_stride;
   const std::int64_t stride = x.quant_stride;
@@ -189,26 +208,27 @@ template <WeightType type, int part, int P, int R>
   const std::int8_t* end = quants + columns;
   if constexpr (type == WeightType::q4_k || type == WeightType::q6_k) {
     while (quants != end) {
-      prefetch(panels.at, ahead, (type == WeightType::q4_k ? 2 : 1) * layout::kHalves / kParts);
+      prefetch<kPasses<P>>(panels.at, ahead, (type == WeightType::q4_k ? 2 : 1) * layout::kHalves);
       Part d[P];
-      load_halves<part>(panels, d);
+      load_halves<first>(panels, d);
       panels += layout::kHalves;
       Part negative_dmin[P] = {};
       if constexpr (type == WeightType::q4_k) {
-        load_halves<part>(panels, negative_dmin);
+        load_halves<first>(panels, negative_dmin);
 #pragma GCC unroll 4
         for (Part& lanes : negative_dmin) lanes = multiply(lanes, splat_lanes<Part>(-1.0F));
         panels += layout::kHalves;
       }
       for (int b = 0; b < layout::kBlocksPerSuper; ++b, quants += kBlock, ++scales, starts += each) {
         if constexpr (type == WeightType::q4_k) {
-          prefetch(panels.at, ahead, layout::kQ4KBlock / kParts);
-          add_block_q4_k<part>(panels, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride, y);
+          prefetch<kPasses<P>>(panels.at, ahead, layout::kQ4KBlock);
+          add_block_q4_k<first>(panels, d, negative_dmin, quants, stride, scales, block_stride, starts, start_stride,
+                                y);
           panels += layout::kQ4KBlock;
         } else {
-          prefetch(panels.at, ahead, layout::kQ6KBlock / kParts);
-          add_half_q6_k<0, part>(panels, d, quants, stride, scales, block_stride, starts, start_stride, y);
-          add_half_q6_k<1, part>(panels, d, quants, stride, scales, block_stride, starts, start_stride, y);
+          prefetch<kPasses<P>>(panels.at, ahead, layout::kQ6KBlock);
+          add_half_q6_k<0, first>(panels, d, quants, stride, scales, block_stride, starts, start_stride, y);
+          add_half_q6_k<1, first>(panels, d, quants, stride, scales, block_stride, starts, start_stride, y);
           panels += layout::kQ6KBlock;
         }
       }
@@ -216,38 +236,38 @@ template <WeightType type, int part, int P, int R>
   } else {
     constexpr std::size_t bytes = layout::block_of(type);
     for (; quants != end; quants += kBlock, ++scales, starts += each, panels += bytes) {
-      prefetch(panels.at, ahead, bytes / kParts);
-      add_block<type, part>(panels, quants, stride, scales, block_stride, starts, start_stride, y);
+      prefetch<kPasses<P>>(panels.at, ahead, bytes);
+      add_block<type, first>(panels, quants, stride, scales, block_stride, starts, start_stride, y);
     }
   }
 }
 
-// R rows against a part of P panels, the first of which is panel `p`, of a matrix of split columns.
-template <bool coarse, int part, int P, int R>
-[[gnu::always_inline]] inline void add_split_part(const PackedMatrix& w, std::int64_t p, Place panels,
-                                                  const Activations& x, std::int64_t first_row, const Start* starts,
-                                                  Ahead ahead, Part (&y)[P][R]) {
+// R rows against P parts of panels, the first of which is panel `p`, of a matrix of split columns.
+template <bool coarse, int first, int P, int R>
+[[gnu::always_inline]] inline void add_split_parts(const PackedMatrix& w, std::int64_t p, Place panels,
+                                                   const Activations& x, std::int64_t first_row, const Start* starts,
+                                                   Ahead ahead, Part (&y)[P][R]) {
   const SplitColumns& split = *w.split;
   Place rest = {split.rest + static_cast<std::size_t>(p) * split.rest_bytes, split.rest_bytes};
   const std::int64_t blocks = w.columns / kBlock;
-  const auto shares = static_cast<std::size_t>(blocks * kParts);
+  const auto shares = static_cast<std::size_t>(blocks);
   Ahead ahead_of_rest = {nullptr, ahead.near};
   if (!coarse && ahead.next != nullptr) {
     const std::size_t next = static_cast<std::size_t>(ahead.next - w.data) / w.panel_bytes;
-    ahead_of_rest.next = split.rest + next * split.rest_bytes + part * split.rest_bytes / kParts;
+    ahead_of_rest.next = split.rest + next * split.rest_bytes + first * split.rest_bytes / kParts;
   }
   const std::int8_t* quants = x.quants + first_row * x.quant_stride;
   const float* scales = x.scales + first_row * x.block_stride;
   for (std::int64_t b = 0; b < blocks; ++b, quants += kBlock, ++scales, ++starts) {
-    prefetch(panels.at, ahead, split.coarse_bytes / shares);
-    if constexpr (!coarse) prefetch(rest.at, ahead_of_rest, split.rest_bytes / shares);
+    prefetch<kPasses<P>>(panels.at, ahead, split.coarse_bytes / shares);
+    if constexpr (!coarse) prefetch<kPasses<P>>(rest.at, ahead_of_rest, split.rest_bytes / shares);
     const int whole = split.whole[static_cast<std::size_t>(b)];
     Part weight_scales[P];
-    load_halves<part>(panels, weight_scales);
+    load_halves<first>(panels, weight_scales);
     panels += layout::kHalves;
     Integers dot[P][R];
     with_whole_groups(whole, [&](auto groups) __attribute__((always_inline)) {
-      dot_split<coarse, groups.value, part>(panels, rest, quants, x.quant_stride, starts, blocks, dot);
+      dot_split<coarse, groups.value, first>(panels, rest, quants, x.quant_stride, starts, blocks, dot);
     });
     add_products(dot, weight_scales, scales, x.block_stride, y);
     const auto halved = static_cast<std::size_t>(layout::kGroups - whole) / 2 * layout::kGroupBytes;
@@ -274,24 +294,24 @@ template <typename Lanes, int R>
   }
 }
 
-template <WeightType type, Form form, int part, int P, int R>
-[[gnu::always_inline]] inline void multiply_part(const PackedMatrix& w, std::int64_t p, Place panels, Ahead ahead,
-                                                 const Activations& x, std::int64_t first_row, const Start* starts,
-                                                 float* y, std::int64_t y_stride, std::int64_t left) {
+template <WeightType type, Form form, int first, int P, int R>
+[[gnu::always_inline]] inline void multiply_parts(const PackedMatrix& w, std::int64_t p, Place panels, Ahead ahead,
+                                                  const Activations& x, std::int64_t first_row, const Start* starts,
+                                                  float* y, std::int64_t y_stride, std::int64_t left) {
   Part sums[P][R] = {};
   if constexpr (form == Form::packed) {
-    add_part<type, part>(panels, w.columns, x, first_row, starts, ahead, sums);
+    add_parts<type, first>(panels, w.columns, x, first_row, starts, ahead, sums);
   } else {
-    add_split_part<form == Form::coarse, part>(w, p, panels, x, first_row, starts, ahead, sums);
+    add_split_parts<form == Form::coarse, first>(w, p, panels, x, first_row, starts, ahead, sums);
   }
 #pragma GCC unroll 4
   for (int i = 0; i < P; ++i) {
-    const std::int64_t first = i * kPanel + part * kPartRows;
-    store_rows(sums[i], y + first, y_stride, left - first);
+    const std::int64_t at = (first + i) * kPartRows;
+    store_rows(sums[i], y + at, y_stride, left - at);
   }
 }
 
-// R rows against P panels.
+// R rows against the panels of a tile, P parts at once.
 template <WeightType type, Form form, int P, int R>
 [[gnu::noinline]] void multiply_tile(const PackedMatrix& w, std::int64_t p, Ahead ahead, const Activations& x,
                                      std::int64_t first_row, const Start* starts, float* y, std::int64_t y_stride) {
@@ -300,7 +320,7 @@ template <WeightType type, Form form, int P, int R>
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-    for (int i = 0; i < P; ++i) __builtin_prefetch(y + r * y_stride + i * kPanel, 1);
+    for (int i = 0; i < kTilePanels<P>; ++i) __builtin_prefetch(y + r * y_stride + i * kPanel, 1);
   }
   const std::byte* panel = w.data + static_cast<std::size_t>(p) * w.panel_bytes;
   const std::int64_t left = w.rows - p * kPanel;
@@ -310,10 +330,10 @@ template <WeightType type, Form form, int P, int R>
     store_rows(sum, y, y_stride, left);
   } else {
     const Place panels = {panel, w.panel_bytes};
-    multiply_part<type, form, 0, P, R>(w, p, panels, ahead, x, first_row, starts, y, y_stride, left);
-    if constexpr (kParts == 2) {
+    multiply_parts<type, form, 0, P, R>(w, p, panels, ahead, x, first_row, starts, y, y_stride, left);
+    if constexpr (kPasses<P> == 2) {
       if (ahead.next != nullptr) ahead.next += w.panel_bytes / 2;
-      multiply_part<type, form, 1, P, R>(w, p, panels, ahead, x, first_row, starts, y, y_stride, left);
+      multiply_parts<type, form, P, P, R>(w, p, panels, ahead, x, first_row, starts, y, y_stride, left);
     }
   }
 }
@@ -337,25 +357,25 @@ constexpr int fewest_rows(int few, int most) {
   return fewest;
 }
 
-// The rows from `first` to `end` against panels of which there is a multiple of P; with several at a time, more rows
-// than a tile of one panel has.
-template <WeightType type, Form form, int P>
+// The rows from `first` to `end`, more than `few`, against panels of which there are as many as tiles have, or a
+// multiple of that; with several panels to a tile, no fewer tiles of rows than it has panels.
+template <WeightType type, Form form, int P, int most, int few>
 void multiply_rows(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
                    std::int64_t first, std::int64_t end, const Start* starts, std::int64_t row_starts, float* y,
                    std::int64_t y_stride) {
   // Tiles of like heights: with AVX2 a row that is left alone costs as much as three.
-  constexpr int most = tile_rows<type, P>();
-  constexpr int fewest = P == 1 ? 1 : fewest_rows(tile_rows<type, 1>(), most);
+  constexpr int fewest = fewest_rows(few, most);
+  constexpr int together = kTilePanels<P>;
   const std::int64_t tiles = (end - first + most - 1) / most;
   const std::int64_t panels = panel_count(w.rows);
-  const bool near = P == 1 && near_prefetch_pays();
-  for (std::int64_t p = first_panel; p < last_panel; p += P) {
+  const bool near = together == 1 && near_prefetch_pays();
+  for (std::int64_t p = first_panel; p < last_panel; p += together) {
     std::int64_t row = first;
     for (std::int64_t t = 0; t < tiles; ++t) {
       Ahead ahead = {nullptr, near};
       // The first tiles ask for a panel each. Past the last panel too: a thread's next piece usually begins there.
-      const std::int64_t next = p + P + t;
-      if (t < P && next < panels) ahead.next = w.data + static_cast<std::size_t>(next) * w.panel_bytes;
+      const std::int64_t next = p + together + t;
+      if (t < together && next < panels) ahead.next = w.data + static_cast<std::size_t>(next) * w.panel_bytes;
       const auto rows = static_cast<int>((end - row + tiles - t - 1) / (tiles - t));
       tile_kernel<type, form, P, fewest>(rows, std::make_integer_sequence<int, most - fewest + 1>())(
           w, p, ahead, x, row, starts + (row - first) * row_starts, y, y_stride);
@@ -367,10 +387,12 @@ void multiply_rows(const PackedMatrix& w, std::int64_t first_panel, std::int64_t
 template <WeightType type, Form form = Form::packed>
 void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64_t last_panel, const Activations& x,
                      int rows, float* y, std::int64_t y_stride) {
-  constexpr int few = tile_rows<type, 1>();
-  std::int64_t chunk = kActivationBytes / w.columns / few * few;
-  if (chunk < 4 * few) chunk = 4 * few;
   constexpr bool quantized = !is_float_panel(type);
+  constexpr RowTile few = quantized ? tile_for_few<type, form>() : RowTile{kParts, kFloatRows};
+  constexpr RowTile many = quantized ? tile_for_many<type, form>() : few;
+  constexpr int most = few.rows > many.rows ? few.rows : many.rows;
+  std::int64_t chunk = kActivationBytes / w.columns / most * most;
+  if (chunk < kFewestTogether) chunk = kFewestTogether;
   const std::int64_t row_starts = quantized ? w.columns / kBlock * starts_per_block<type>() : 0;
   Start starts[quantized ? kStarts : 1];
   if (row_starts * chunk > kStarts) chunk = kStarts / row_starts;
@@ -382,13 +404,15 @@ void multiply_panels(const PackedMatrix& w, std::int64_t first_panel, std::int64
     }
     if constexpr (quantized) fill_starts<type, form>(x, first, end, w.columns / kBlock, starts);
     std::int64_t left_panel = first_panel;
-    if constexpr (quantized && kPanels > 1) {
-      if (end - first > few) {
-        left_panel = last_panel - (last_panel - first_panel) % kPanels;
-        multiply_rows<type, form, kPanels>(w, first_panel, left_panel, x, first, end, starts, row_starts, y, y_stride);
+    if constexpr (many != few) {
+      if (end - first > few.rows) {
+        left_panel = last_panel - (last_panel - first_panel) % kTilePanels<many.parts>;
+        multiply_rows<type, form, many.parts, many.rows, few.rows>(w, first_panel, left_panel, x, first, end, starts,
+                                                                   row_starts, y, y_stride);
       }
     }
-    multiply_rows<type, form, 1>(w, left_panel, last_panel, x, first, end, starts, row_starts, y, y_stride);
+    multiply_rows<type, form, few.parts, few.rows, 0>(w, left_panel, last_panel, x, first, end, starts, row_starts, y,
+                                                      y_stride);
   }
 }
 

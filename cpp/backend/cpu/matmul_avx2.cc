@@ -1,8 +1,8 @@
-// AVX2: a register holds eight of a panel's sixteen rows, so a quantised panel is passed over twice, which leaves room
-// for up to eight rows of activations (with both halves at once, all of it would lie on the stack). There is no
-// four-way int8 dot product: vpmaddubsw makes int16 sums of two products, and vpmaddwd widens them. The int16 sums
-// never saturate: they are widened before 2 * groups * (largest weight) * 127 could pass 32767. Bytes of q8_0 are
-// multiplied as two nibbles, whose products may be summed over a whole block.
+// AVX2: a register holds eight of a panel's sixteen rows, a half. Both halves at once share what is loaded of
+// activations and what a block takes besides, which pays as long as their sums fit in registers. There is no four-way
+// int8 dot product: vpmaddubsw makes int16 sums of two products, and vpmaddwd widens them. The int16 sums never
+// saturate: they are widened before 2 * groups * (largest weight) * 127 could pass 32767. Bytes of q8_0 are multiplied
+// as two nibbles, whose products may be summed over a whole block.
 #if defined(__x86_64__)
 
 #define DRAFTWERK_ISA avx2
@@ -28,22 +28,20 @@ struct Float {
 };
 
 constexpr int kParts = 2;
-constexpr int kPanels = 1;
+constexpr int kFloatRows = 4;
 
-// Their integer accumulators fit in 16 registers, beside a weight and a product; what is needed once in a block may lie
-// on the stack.
-template <WeightType type, int P>
-constexpr int tile_rows() {
-  switch (type) {
-    case WeightType::f32:
-    case WeightType::f16:
-    case WeightType::bf16:
-      return 4;
-    case WeightType::q8_0:
-      return 6;  // two accumulators each
-    default:
-      return 8;
-  }
+// What a tile keeps of its rows is mostly in 16 registers, beside weights and a product.
+template <WeightType type, Form form>
+constexpr RowTile tile_for_few() {
+  constexpr bool two_sums_of_all = type == WeightType::q8_0 && form == Form::packed;
+  return {2, two_sums_of_all ? 2 : 4};
+}
+template <WeightType type, Form form>
+constexpr RowTile tile_for_many() {
+  if (type == WeightType::q8_0 && form == Form::packed) return {1, 6};
+  // Their bits are put together by so many instructions that more rows have to share them.
+  if (type == WeightType::q5_0 || type == WeightType::q6_k) return {1, 8};
+  return tile_for_few<type, form>();
 }
 
 template <typename Lanes>
@@ -104,16 +102,16 @@ template <WeightType type, typename Lanes>
 [[gnu::always_inline]] inline __m256i high_nibbles(__m256i bytes) { return low_nibbles(_mm256_srli_epi16(bytes, 4)); }
 
 // Group g of a part, of nibbles.
-template <int g, int part>
-[[gnu::always_inline]] inline __m256i nibble_group(const std::byte* nibbles) {
+template <int g>
+[[gnu::always_inline]] inline __m256i nibble_group(const std::byte* nibbles, int part) {
   const __m256i both = load_32(nibbles + g % 4 * layout::kGroupBytes + part * 32);
   if constexpr (g < 4) return low_nibbles(both);
   return high_nibbles(both);
 }
 
 // The unsigned bytes of group g of a part.
-template <WeightType type, int g, int part>
-[[gnu::always_inline]] inline __m256i weight_group(const std::byte* block) {
+template <WeightType type, int g>
+[[gnu::always_inline]] inline __m256i weight_group(const std::byte* block, int part) {
   if constexpr (type == WeightType::q5_0) {
     std::uint32_t fifth;
     std::memcpy(&fifth, block + g * sizeof(std::uint64_t) + part * 4, sizeof fifth);
@@ -123,17 +121,17 @@ template <WeightType type, int g, int part>
                             _mm256_setr_epi64x(0, 0x0101010101010101LL, 0x0202020202020202LL, 0x0303030303030303LL));
     const __m256i bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ULL));
     const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
-    return _mm256_or_si256(nibble_group<g, part>(block + layout::kFifthBits),
+    return _mm256_or_si256(nibble_group<g>(block + layout::kFifthBits, part),
                            _mm256_and_si256(set, _mm256_set1_epi8(16)));
   } else if constexpr (type == WeightType::q6_k) {
     constexpr int f = g % 4;
     __m256i upper = load_32(block + g / 4 * layout::kGroupBytes + part * 32);
     if constexpr (f < 2) upper = _mm256_slli_epi16(upper, 4 - 2 * f);
     if constexpr (f > 2) upper = _mm256_srli_epi16(upper, 2 * f - 4);
-    return _mm256_or_si256(nibble_group<g, part>(block + layout::kUpperBits),
+    return _mm256_or_si256(nibble_group<g>(block + layout::kUpperBits, part),
                            _mm256_and_si256(upper, _mm256_set1_epi8(0x30)));
   } else {
-    return nibble_group<g, part>(block);
+    return nibble_group<g>(block, part);
   }
 }
 
@@ -173,128 +171,150 @@ constexpr int summed_groups() {
 
 [[gnu::always_inline]] inline __m256i widen(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 
-template <WeightType type, int R>
-[[gnu::always_inline]] inline void start_dot(const Start* starts, std::int64_t start_stride, Integers (&dot)[R]) {
+template <WeightType type, int P, int R>
+[[gnu::always_inline]] inline void start_dot(const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    dot[r] = zero_point<type>() == 0 ? _mm256_setzero_si256() : _mm256_set1_epi32(starts[r * start_stride].whole);
+    const __m256i start =
+        zero_point<type>() == 0 ? _mm256_setzero_si256() : _mm256_set1_epi32(starts[r * start_stride].whole);
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) dot[p][r] = start;
   }
 }
 
-template <WeightType type, int part, int R, int first_group, int... g>
-[[gnu::always_inline]] inline void dot_groups(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                              const Start* starts, std::int64_t start_stride, Integers (&dot)[R],
-                                              std::integer_sequence<int, g...>) {
+[[gnu::always_inline]] inline void add_pairs(__m256i weights, __m256i four, __m256i& pairs) {
+  pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(weights, four));
+  settle(pairs);
+}
+
+// To the sums of pairs, the products of a group of P parts.
+template <int P, int R>
+[[gnu::always_inline]] inline void add_group(const __m256i (&weights)[P], int group, const std::int8_t* quants,
+                                             std::int64_t stride, __m256i (&pairs)[P][R]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const __m256i four = broadcast_four(quants + r * stride + group * 4);
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) add_pairs(weights[p], four, pairs[p][r]);
+  }
+}
+
+// The groups from `g` to `end`, of which each sum of pairs holds as many as fit.
+template <WeightType type, int first, int g, int end, int P, int R>
+[[gnu::always_inline]] inline void add_groups(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
+                                              __m256i (&pairs)[P][R], Integers (&dot)[P][R]) {
   constexpr int summed = summed_groups<type>();
-  start_dot<type>(starts, start_stride, dot);
-  __m256i pairs[R];
-  const auto add = [&]<int group>(std::integral_constant<int, group>) __attribute__((always_inline)) {
-    const __m256i w = weight_group<type, group, part>(block);
+  __m256i weights[P];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) weights[p] = weight_group<type, g>(block, first + p);
+  add_group(weights, g, quants, stride, pairs);
+  if constexpr ((g + 1) % summed == 0) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const __m256i products = _mm256_maddubs_epi16(w, broadcast_four(quants + r * stride + group * 4));
-      pairs[r] = group % summed == 0 ? products : _mm256_add_epi16(pairs[r], products);
-      settle(pairs[r]);
-      if constexpr (group % summed == summed - 1) dot[r] = _mm256_add_epi32(dot[r], widen(pairs[r]));
+#pragma GCC unroll 2
+      for (int p = 0; p < P; ++p) {
+        dot[p][r] = _mm256_add_epi32(dot[p][r], widen(pairs[p][r]));
+        pairs[p][r] = _mm256_setzero_si256();
+      }
     }
-  };
-  (add(std::integral_constant<int, first_group + g>()), ...);
+  }
+  if constexpr (g + 1 < end) add_groups<type, first, g + 1, end>(block, quants, stride, pairs, dot);
 }
 
-// q8_0: bytes are 16 * high + low.
-template <int part, int R, int... g>
-[[gnu::always_inline]] inline void dot_bytes(const std::byte* block, const std::int8_t* quants, std::int64_t stride,
-                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[R],
-                                             std::integer_sequence<int, g...>) {
-  __m256i low[R];
-  __m256i high[R];
-  const auto add = [&]<int group>(std::integral_constant<int, group>) __attribute__((always_inline)) {
-    const __m256i bytes = load_32(block + group * layout::kGroupBytes + part * 32);
-    const __m256i low_weights = low_nibbles(bytes);
-    const __m256i high_weights = high_nibbles(bytes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const __m256i four = broadcast_four(quants + r * stride + group * 4);
-      const __m256i low_products = _mm256_maddubs_epi16(low_weights, four);
-      const __m256i high_products = _mm256_maddubs_epi16(high_weights, four);
-      low[r] = group == 0 ? low_products : _mm256_add_epi16(low[r], low_products);
-      high[r] = group == 0 ? high_products : _mm256_add_epi16(high[r], high_products);
-      settle(low[r]);
-      settle(high[r]);
-    }
-  };
-  (add(std::integral_constant<int, g>()), ...);
-  start_dot<WeightType::q8_0>(starts, start_stride, dot);
+// Sums of the products of low and of high nibbles.
+template <int P, int R>
+struct NibbleSums {
+  __m256i low[P][R] = {};
+  __m256i high[P][R] = {};
+};
+
+// Adds the products of whole bytes: 16 * high + low.
+template <int first, int P, int R>
+[[gnu::always_inline]] inline void add_bytes(const std::byte* bytes, int group, const std::int8_t* quants,
+                                             std::int64_t stride, NibbleSums<P, R>& sums) {
+  __m256i low[P];
+  __m256i high[P];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
+    const __m256i both = load_32(bytes + (first + p) * 32);
+    low[p] = low_nibbles(both);
+    high[p] = high_nibbles(both);
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const __m256i sixteenfold = _mm256_madd_epi16(high[r], _mm256_set1_epi16(16));
-    dot[r] = _mm256_add_epi32(dot[r], _mm256_add_epi32(sixteenfold, widen(low[r])));
-  }
-}
-
-template <WeightType type, int part, int R>
-[[gnu::always_inline]] inline void dot_block(Place block, const std::int8_t* quants, std::int64_t stride,
-                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[1][R]) {
-  constexpr auto groups = std::make_integer_sequence<int, layout::kGroups>();
-  if constexpr (type == WeightType::q8_0) {
-    dot_bytes<part>(block.at, quants, stride, starts, start_stride, dot[0], groups);
-  } else {
-    dot_groups<type, part, R, 0>(block.at, quants, stride, starts, start_stride, dot[0], groups);
-  }
-}
-
-template <int half, int part, int R>
-[[gnu::always_inline]] inline void dot_half(Place block, const std::int8_t* quants, std::int64_t stride,
-                                            const Start* starts, std::int64_t start_stride, Integers (&dot)[1][R]) {
-  constexpr auto groups = std::make_integer_sequence<int, layout::kGroups / 2>();
-  dot_groups<WeightType::q6_k, part, R, half * 4>(block.at, quants, stride, starts, start_stride, dot[0], groups);
-}
-
-template <bool coarse, int whole, int part, int R>
-[[gnu::always_inline]] inline void dot_split(Place panel, Place rest_of_panel, const std::int8_t* quants,
-                                             std::int64_t stride, const Start* starts, std::int64_t start_stride,
-                                             Integers (&dots)[1][R]) {
-  Integers(&dot)[R] = dots[0];
-  __m256i low[R];
-  __m256i high[R];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) low[r] = high[r] = _mm256_setzero_si256();
-  const auto add = [&](__m256i nibbles, int group, __m256i(&sum)[R]) __attribute__((always_inline)) {
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const __m256i four = broadcast_four(quants + r * stride + group * 4);
-      sum[r] = _mm256_add_epi16(sum[r], _mm256_maddubs_epi16(nibbles, four));
-      settle(sum[r]);
+    const __m256i four = broadcast_four(quants + r * stride + group * 4);
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+      add_pairs(low[p], four, sums.low[p][r]);
+      add_pairs(high[p], four, sums.high[p][r]);
     }
-  };
-  const std::byte* block = panel.at + part * 32;
-  const std::byte* rest = rest_of_panel.at + part * 32;
+  }
+}
+
+// Adds the products of two groups, whose halves of one kind lie together, to the sums of that kind.
+template <int first, int P, int R>
+[[gnu::always_inline]] inline void add_nibbles(const std::byte* nibbles, int group, int other_group,
+                                               const std::int8_t* quants, std::int64_t stride, __m256i (&sums)[P][R]) {
+  __m256i low[P];
+  __m256i high[P];
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
+    const __m256i both = load_32(nibbles + (first + p) * 32);
+    low[p] = low_nibbles(both);
+    high[p] = high_nibbles(both);
+  }
+  add_group(low, group, quants, stride, sums);
+  add_group(high, other_group, quants, stride, sums);
+}
+
+template <bool coarse, int whole, int first, int P, int R>
+[[gnu::always_inline]] inline void dot_split(Place panel, Place rest, const std::int8_t* quants, std::int64_t stride,
+                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
+  NibbleSums<P, R> sums;
 #pragma GCC unroll 8
   for (int g = 0; g < whole; ++g) {
-    const __m256i bytes = load_32(block + g * layout::kGroupBytes);
-    add(low_nibbles(bytes), g, low);
-    add(high_nibbles(bytes), g, high);
+    add_bytes<first>(panel.at + g * layout::kGroupBytes, g, quants, stride, sums);
   }
-  block += whole * layout::kGroupBytes;
+  panel += whole * layout::kGroupBytes;
   constexpr int pairs = (layout::kGroups - whole) / 2;
 #pragma GCC unroll 4
   for (int j = 0; j < pairs; ++j) {
-    const __m256i upper = load_32(block + j * layout::kGroupBytes);
-    add(low_nibbles(upper), whole + j, high);
-    add(high_nibbles(upper), whole + pairs + j, high);
+    const std::size_t at = j * layout::kGroupBytes;
+    add_nibbles<first>(panel.at + at, whole + j, whole + pairs + j, quants, stride, sums.high);
     if constexpr (!coarse) {
-      const __m256i lower = load_32(rest + j * layout::kGroupBytes);
-      add(low_nibbles(lower), whole + j, low);
-      add(high_nibbles(lower), whole + pairs + j, low);
+      add_nibbles<first>(rest.at + at, whole + j, whole + pairs + j, quants, stride, sums.low);
     }
   }
   start_dot<WeightType::q8_0>(starts, start_stride, dot);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    const __m256i sixteenfold = _mm256_madd_epi16(high[r], _mm256_set1_epi16(16));
-    dot[r] = _mm256_add_epi32(dot[r], sixteenfold);
-    if constexpr (whole > 0 || !coarse) dot[r] = _mm256_add_epi32(dot[r], widen(low[r]));
+#pragma GCC unroll 2
+    for (int p = 0; p < P; ++p) {
+      const __m256i sixteenfold = _mm256_madd_epi16(sums.high[p][r], _mm256_set1_epi16(16));
+      dot[p][r] = _mm256_add_epi32(dot[p][r], sixteenfold);
+      if constexpr (whole > 0 || !coarse) dot[p][r] = _mm256_add_epi32(dot[p][r], widen(sums.low[p][r]));
+    }
   }
+}
+
+template <WeightType type, int first, int P, int R>
+[[gnu::always_inline]] inline void dot_block(Place block, const std::int8_t* quants, std::int64_t stride,
+                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
+  if constexpr (type == WeightType::q8_0) {
+    dot_split<true, layout::kGroups, first>(block, block, quants, stride, starts, start_stride, dot);
+  } else {
+    start_dot<type>(starts, start_stride, dot);
+    __m256i pairs[P][R] = {};
+    add_groups<type, first, 0, layout::kGroups>(block.at, quants, stride, pairs, dot);
+  }
+}
+
+template <int half, int first, int P, int R>
+[[gnu::always_inline]] inline void dot_half(Place block, const std::int8_t* quants, std::int64_t stride,
+                                            const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
+  start_dot<WeightType::q6_k>(starts, start_stride, dot);
+  __m256i pairs[P][R] = {};
+  add_groups<WeightType::q6_k, first, half * 4, half * 4 + 4>(block.at, quants, stride, pairs, dot);
 }
 
 #include "backend/cpu/matmul.inl"

@@ -23,14 +23,18 @@ using Part = Float;
 using Integers = __m512i;
 
 constexpr int kParts = 1;
-// Two panels share every broadcast of activations. With one, loads take longer than products where two of either are
-// done in a cycle. Few rows wait for memory, and it streams one panel after the other faster than two at a time.
-constexpr int kPanels = 2;
 
 // 8 int32 and 8 f32 accumulators, or 12 of each, fit in 32 registers, beside weights, activations and the constants.
-template <WeightType type, int P>
-constexpr int tile_rows() {
-  return P == 1 ? 8 : 6;
+constexpr int kFloatRows = 8;
+template <WeightType type, Form form>
+constexpr RowTile tile_for_few() {
+  return {1, 8};
+}
+// Two panels share every broadcast of activations. With one, loads take longer than products where two of either are
+// done in a cycle. Few rows wait for memory, and it streams one panel after the other faster than two at a time.
+template <WeightType type, Form form>
+constexpr RowTile tile_for_many() {
+  return {2, 6};
 }
 
 template <typename Lanes>
@@ -78,14 +82,14 @@ template <WeightType type, int g, int end, int P, int R>
   if constexpr (g + 1 < end) add_groups<type, g + 1, end>(block, quants, stride, dot);
 }
 
-template <WeightType type, int part, int P, int R>
+template <WeightType type, int first, int P, int R>
 [[gnu::always_inline]] inline void dot_block(Place block, const std::int8_t* quants, std::int64_t stride,
                                              const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
   start_dot<type>(starts, start_stride, dot);
   add_groups<type, 0, layout::kGroups>(block, quants, stride, dot);
 }
 
-template <int half, int part, int P, int R>
+template <int half, int first, int P, int R>
 [[gnu::always_inline]] inline void dot_half(Place block, const std::int8_t* quants, std::int64_t stride,
                                             const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
   constexpr auto type = WeightType::q6_k;
@@ -93,7 +97,7 @@ template <int half, int part, int P, int R>
   add_groups<type, half * 4, half * 4 + 4>(block, quants, stride, dot);
 }
 
-template <bool coarse, int whole, int part, int P, int R>
+template <bool coarse, int whole, int first, int P, int R>
 [[gnu::always_inline]] inline void dot_split(Place block, Place rest, const std::int8_t* quants, std::int64_t stride,
                                              const Start* starts, std::int64_t start_stride, Integers (&dot)[P][R]) {
   start_dot<WeightType::q8_0>(starts, start_stride, dot);

@@ -20,10 +20,14 @@ using Integers = i32x16;
 using Bytes = std::uint8_t __attribute__((vector_size(16)));
 
 constexpr int kParts = 1;
-constexpr int kPanels = 1;
-template <WeightType type, int P>
-constexpr int tile_rows() {
-  return 4;
+constexpr int kFloatRows = 4;
+template <WeightType type, Form form>
+constexpr RowTile tile_for_few() {
+  return {1, 4};
+}
+template <WeightType type, Form form>
+constexpr RowTile tile_for_many() {
+  return tile_for_few<type, form>();
 }
 
 template <typename Lanes>
@@ -111,19 +115,19 @@ constexpr int zero_point() {
   return 0;
 }
 
-template <WeightType type, int part, int R>
+template <WeightType type, int first, int R>
 inline void dot_block(Place block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
                       std::int64_t /*start_stride*/, Integers (&dot)[1][R]) {
   dot_groups<type, R>(block.at, 0, layout::kGroups, quants, stride, dot[0]);
 }
 
-template <int half, int part, int R>
+template <int half, int first, int R>
 inline void dot_half(Place block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
                      std::int64_t /*start_stride*/, Integers (&dot)[1][R]) {
   dot_groups<WeightType::q6_k, R>(block.at, half * 4, half * 4 + 4, quants, stride, dot[0]);
 }
 
-template <bool coarse, int whole, int part, int R>
+template <bool coarse, int whole, int first, int R>
 inline void dot_split(Place block, Place rest, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,
                       std::int64_t /*start_stride*/, Integers (&dot)[1][R]) {
   std::int32_t sum[R][kPanel] = {};
