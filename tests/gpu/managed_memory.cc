@@ -1,5 +1,7 @@
-// All of a test program's memory is managed: tests read what kernels wrote, and hand them a std::vector's.
+// A test program's memory is managed from main on: tests read what kernels wrote, and hand them a std::vector's. Before
+// that, not all of what nvcc has a program do at its beginning may be done, and CUDA may not be called.
 #include <cuda_runtime.h>
+#include <gtest/gtest.h>
 
 #include <cstddef>
 #include <cstdio>
@@ -8,6 +10,8 @@
 #include <new>
 
 namespace {
+
+bool begun = false;
 
 /// The runtime may ask for memory while it is asked for some: that is the C library's.
 thread_local bool within = false;
@@ -50,7 +54,7 @@ extern "C" cudaError_t __wrap_cudaMalloc(void** pointer, std::size_t bytes) {
 }
 
 void* operator new(std::size_t bytes) {
-  const bool managed = !within;
+  const bool managed = begun && !within;
   void* const memory = managed ? pool().allocate(bytes + kHeader, kHeader) : std::malloc(bytes + kHeader);
   if (memory == nullptr) throw std::bad_alloc();
   *static_cast<std::size_t*>(memory) = managed ? bytes + kHeader : 0;
@@ -64,3 +68,9 @@ void operator delete(void* memory) noexcept {
   pool().deallocate(begin, bytes, kHeader);
 }
 void operator delete(void* memory, std::size_t) noexcept { operator delete(memory); }
+
+int main(int argc, char** argv) {
+  begun = true;
+  testing::InitGoogleTest(&argc, argv);
+  return RUN_ALL_TESTS();
+}
