@@ -48,7 +48,8 @@ keep() { tar -czf "$out/gpu.tar.gz.new" -C "$build" logs results && mv "$out/gpu
 
 say() { echo "$*" | tee -a "$out/stages.txt"; }
 
-# run NAME MOST_SECONDS COMMAND...: runs it if there is time; 1 if it did not succeed, 2 if there was none, and says so.
+# run NAME MOST_SECONDS COMMAND...: runs it if there is time, and says how it ended: 1 if it did not succeed, 2 if there
+# was no time, 3 if it took too long.
 run() {
   local name=$1 most=$2 began=$SECONDS left=$((budget - SECONDS)) status took ended
   shift 2
@@ -73,6 +74,7 @@ run() {
   ((status == 0)) && return
   failures=1
   tail -n 20 "$logs/$name.log" | cut -c 1-300 | sed 's/^/  | /'
+  [[ $ended == "timed out" ]] && return 3
   return 1
 }
 
@@ -108,6 +110,11 @@ for module in numpy pybind11 torch; do
   "$python" -c "import $module" || { say "$outer has no $module" && exit 1; }
 done
 nvidia-smi >"$logs/gpu.txt"
+# Its clocks while all of this runs; and as long as somebody is at it, a GPU is not made ready anew for each process.
+nvidia-smi dmon -d 5 -o T >"$logs/dmon.txt" 2>&1 &
+watching=$!
+weights=
+trap 'kill $watching $weights 2>/dev/null' EXIT
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
 [[ -n $capability ]] || { say "nvidia-smi finds no GPU" && exit 1; }
 [[ $capability == 90 ]] && capability=90a
@@ -117,7 +124,6 @@ capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 
 if asked transformers; then  # 10 GB that are compared on, written while the compilers work
   "$python" bench/random_gemma4.py E2B "$build/weights" >"$logs/writing.log" 2>&1 &
   weights=$!
-  trap 'kill "$weights" 2>/dev/null' EXIT
 fi
 if [[ -e $("$python" -c 'import sys; print(sys.prefix)')/src/gtest_vendor/src/gtest-all.cc ]]; then
   gtest=ON
@@ -139,12 +145,23 @@ cp "$build"/_core*.so service/draftwerk/
 # --- the stages: what is right, what is fast, what explains it ------------------------------------------------------
 
 tested arithmetic 15 "$build/draftwerk_gpu_arithmetic_tests"
-tested tests 60 "$build/draftwerk_gpu_tests" --gtest_brief=1
+# Drafts, logits, and texts of a model like E2B's, whose drafter has clusters, and of one with experts.
+tiny='MtpDrafter.DraftsDoNotDependOnTheSequencesBesideIt:EngineTest.LogprobsAreThoseOfTheScoredLogits'
+tiny+=':*Gemma4Promise*/edge_q8_0_mtp_60_clusters_of_0:*Gemma4Promise*/experts_f32_mtp_0_clusters_of_0'
+tested tests 60 "$build/draftwerk_gpu_tests"
 status=$?
-# What fails may be right where kernels are launched in another way: then all that follows is.
-if [[ $gtest == ON && $status == 1 && -z ${DRAFTWERK_CUDA_LAUNCHES:-} ]] && asked tests; then
-  for launches in ordered single; do
-    if run "tests-$launches" 60 env DRAFTWERK_CUDA_LAUNCHES=$launches "$build/draftwerk_gpu_tests" --gtest_brief=1; then
+# What fails or hangs may be right where kernels are launched in another way: then all that follows is. Where time was
+# up, a few tests tell what hangs from what is slow.
+if [[ $gtest == ON && -z ${DRAFTWERK_CUDA_LAUNCHES:-} ]] && asked tests; then
+  case $status in
+    1) again=("ordered single" 60 '*') ;;
+    3) again=("early ordered single" 20 "$tiny") ;;
+    *) again=("" 0 '') ;;
+  esac
+  for launches in ${again[0]}; do
+    if run "tests-$launches" "${again[1]}" env DRAFTWERK_CUDA_LAUNCHES=$launches "$build/draftwerk_gpu_tests" \
+      --gtest_filter="${again[2]}"; then
+      [[ $launches == early ]] && break
       export DRAFTWERK_CUDA_LAUNCHES=$launches
       say "launches: $launches from here on"
       break
@@ -157,21 +174,22 @@ measure passes-31B 120 "$python" bench/gpu_passes.py 31B --rounds 1 --json "$res
 tested kernels 60 bash -c '
   suites=$("$0" --gtest_list_tests | sed -n "s/^\([^ ]*\.\).*/\1/p") && [[ $suites ]] || exit
   status=0
-  for suite in $suites; do "$0" --gtest_brief=1 --gtest_filter="$suite*" || status=1; done
+  for suite in $suites; do "$0" --gtest_filter="$suite*" || status=1; done
   exit $status' "$build/draftwerk_gpu_kernel_tests"
 if asked transformers && run weights 60 tail --pid="$weights" -f /dev/null; then
   measure transformers 90 "$python" bench/compare_transformers.py "$build/weights/E2B" --device cuda --weights bf16 \
     --told --tokens 128 --rounds 1 --json "$results/transformers.json"
 fi
+# What kernels that start early are worth; and whether any of them read what was not there yet: texts would differ.
+[[ -z ${DRAFTWERK_CUDA_LAUNCHES:-} ]] \
+  && measure ordered-E2B 45 env DRAFTWERK_CUDA_LAUNCHES=ordered "$python" bench/gpu_passes.py E2B --rounds 1 \
+    --same-text-as "$results/passes-E2B.json" --json "$results/ordered-E2B.json"
 # CUDA_PYTHON_TESTS of the Makefile.
 stage parity 90 env DRAFTWERK_PROMISE_EXAMPLES=2 DRAFTWERK_PROMISE_CASES=9 DRAFTWERK_PROMISE_TOKENS=12 \
   "$python" -m pytest -q -p no:cacheprovider tests/python/test_devices.py tests/python/test_cuda_parity.py \
   tests/python/test_fp8.py tests/python/test_gemma4_parity.py tests/python/test_drafter_parity.py \
   tests/python/test_gemma4_promise.py
-# Drafts, logits, and texts of a model like E2B's, whose drafter has clusters, and of one with experts. Kernel by
-# kernel, which the tools know best, and then as graphs.
-tiny='MtpDrafter.DraftsDoNotDependOnTheSequencesBesideIt:EngineTest.LogprobsAreThoseOfTheScoredLogits'
-tiny+=':*Gemma4Promise*/edge_q8_0_mtp_60_clusters_of_0:*Gemma4Promise*/experts_f32_mtp_0_clusters_of_0'
+# Kernel by kernel, which the tools know best, and then as graphs.
 for tool in memcheck racecheck synccheck; do
   tested $tool 60 env DRAFTWERK_CUDA_LAUNCHES=single compute-sanitizer --tool $tool --error-exitcode 9 \
     "$build/draftwerk_gpu_tests" --gtest_filter="$tiny"

@@ -3,6 +3,8 @@ and without drafts, and where the time of a step goes."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +31,7 @@ class Decoding:
         drafting_ms: of a step, in the drafter.
         host_ms: of a step, in planning it, laying out its rows and accepting its tokens.
         idle_ms: of a step, in which the device had nothing to do; None where the engine's statistics do not tell.
+        text_sha256: of all tokens of all streams.
     """
 
     tokens_per_second: float
@@ -37,6 +40,7 @@ class Decoding:
     drafting_ms: float
     host_ms: float
     idle_ms: float | None
+    text_sha256: str
 
 
 @dataclass
@@ -152,10 +156,11 @@ def run_once(engine: _core.Engine, prompts: list[list[int]], tokens: int) -> Run
         raise RuntimeError(f"{preempted} times a stream gave way to another: too little memory for keys and values")
     assert begun is not None
     assert ended is not None
-    return Run(list(texts.values()), after["steps"] - before["steps"], _figures(begun, ended, len(prompts)))
+    written = list(texts.values())
+    return Run(written, after["steps"] - before["steps"], _figures(begun, ended, written))
 
 
-def _figures(begun: _Moment, ended: _Moment, streams: int) -> Decoding | None:
+def _figures(begun: _Moment, ended: _Moment, texts: list[list[int]]) -> Decoding | None:
     first, last = begun.statistics, ended.statistics
     steps = last["steps"] - first["steps"]
     if steps <= 0:
@@ -165,11 +170,12 @@ def _figures(begun: _Moment, ended: _Moment, streams: int) -> Decoding | None:
     spent = {phase: last["seconds"][phase] - first["seconds"][phase] for phase in last["seconds"]}
     return Decoding(
         tokens_per_second=tokens / seconds,
-        tokens_per_step=tokens / steps / streams,
+        tokens_per_step=tokens / steps / len(texts),
         pass_ms=spent["target"] / steps * 1e3,
         drafting_ms=spent["draft"] / steps * 1e3,
         host_ms=(spent["schedule"] + spent["commit"]) / steps * 1e3,
         idle_ms=spent["idle"] / steps * 1e3 if "idle" in spent else None,
+        text_sha256=hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
     )
 
 

@@ -6,7 +6,8 @@ the weights and multiplying takes.
 Weights are random and of the published sizes; they are made in memory and go straight to the device. The bandwidth that
 figures are compared with is that of a copy on the same device, measured before (with torch, if it is there). A model
 that does not fit the device is left out, and said to be. Decoding is that of gpu_decoding.py. The JSON is written as
-figures come: who has to stop has what was measured until then.
+figures come: who has to stop has what was measured until then. With --same-text-as, the JSON of another run, the exit
+status is 1 if anything that both decoded is another text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import gc
 import json
 import math
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -251,6 +253,19 @@ def _outside(decoding: dict[str, Any]) -> str:
     return f"device idle {decoding['idle_ms'] * 1e3:.0f} us"
 
 
+def other_texts(figures: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
+    """Numbers of streams whose text is not that of an earlier run, of a model's figures.
+
+    Raises:
+        KeyError: the earlier run did not decode as many streams.
+    """
+    return [
+        str(streams)
+        for streams, of in figures.get("decoding", {}).items()
+        if of["none"]["text_sha256"] != earlier["decoding"][str(streams)]["none"]["text_sha256"]
+    ]
+
+
 def write(path: Path, report: dict[str, Any]) -> None:
     """Replaces a file of results, which is whole at every moment."""
     part = path.with_suffix(".part")
@@ -258,14 +273,17 @@ def write(path: Path, report: dict[str, Any]) -> None:
     part.replace(path)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="+", choices=sorted(TARGETS))
     parser.add_argument("--weights", nargs="+", default=["auto"])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--same-text-as", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    earlier = None if arguments.same_text_as is None else json.loads(arguments.same_text_as.read_text())
+    same = True
     gpu = find_gpu("cuda")
     assert gpu is not None
     bandwidth = copy_bandwidth()
@@ -288,9 +306,15 @@ def main() -> None:
                 figures["failed"] = f"{type(error).__name__}: {error}"
             gc.collect()  # of a failure, what the traceback held
             print(f"{size} {weights}: {summary(figures, bandwidth, rate)}", flush=True)
+            if earlier is not None and (others := other_texts(figures, earlier[f"{size} {weights}"])):
+                print(
+                    f"{size} {weights}: another text than {arguments.same_text_as} has, of {', '.join(others)} streams"
+                )
+                same = False
             if arguments.json is not None:
                 write(arguments.json, report)
+    return 0 if same else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@ on the processor; and what bench/gpu_profile.py makes of what profilers say."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -243,12 +245,48 @@ def test_all_goes_on_with_launches_that_pass_the_tests(script: Script, passing: 
     assert script.archived("logs/synccheck.log").startswith("single --tool synccheck ")
 
 
+@pytest.mark.parametrize("passing", ["early", "ordered"])
+def test_what_hangs_is_told_from_what_is_slow_by_a_few_tests(script: Script, passing: str) -> None:
+    program = f"""#!/bin/bash
+[[ $* == *MtpDrafter* ]] || exec sleep 20
+echo "$DRAFTWERK_CUDA_LAUNCHES"
+[[ $DRAFTWERK_CUDA_LAUNCHES == {passing} ]]
+"""
+    script.test_program("tests", program)
+    script.edit("tested tests 60", "tested tests 1")
+    script.run("--only", "tests ordered-E2B")
+    assert script.stages() == {
+        "configure": "passed",
+        "build": "passed",
+        "tests": "timed out",
+        "tests-early": "passed" if passing == "early" else "failed, status 1",
+        **({"ordered-E2B": "passed"} if passing == "early" else {}),
+        **({"tests-ordered": "passed", "launches": "ordered from here on"} if passing == "ordered" else {}),
+    }
+    assert script.archived("logs/tests-early.log") == "early\n"
+
+
+def test_somebody_is_at_the_gpu_until_the_end(script: Script) -> None:
+    watching, ended = script.programs / "watching", script.programs / "ended"
+    watch = f"touch {watching}; trap 'touch {ended}; exit' TERM; for _ in {{1..300}}; do sleep 0.1; done"
+    script.program("nvidia-smi", f"[[ $1 == dmon ]] || exec echo 9.0; {watch}")
+    script.python("gpu_passes", f"import os; print(os.listdir({str(script.programs)!r}))")
+    script.run("--only", "passes-E2B")
+    during = script.archived("logs/passes-E2B.log")
+    assert "'watching'" in during
+    assert "'ended'" not in during
+    deadline = time.monotonic() + 10
+    while not ended.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_each_suite_of_kernels_has_a_process(script: Script) -> None:
     script.test_program("kernel_tests", SUITES)
     script.run("--only", "kernels")
     assert script.stages()["kernels"] == "failed, status 1"
     assert script.archived("logs/kernels.log").splitlines() == [
-        f"--gtest_brief=1 --gtest_filter={suite}.*" for suite in ("First", "All/Second", "Third")
+        f"--gtest_filter={suite}.*" for suite in ("First", "All/Second", "Third")
     ]
     script.test_program("kernel_tests", "#!/bin/sh\n")
     script.run("--only", "kernels")
@@ -340,6 +378,10 @@ def test_everything_is_measured(passes: Any, size: str) -> None:
         assert of["none"]["tokens_per_step"] == pytest.approx(1, abs=0.1)
         assert 2 < of["drafted"]["tokens_per_step"] < 7
         assert of["drafted"]["tokens_per_second"] > 0
+    earlier = json.loads(json.dumps(figures))
+    assert passes.other_texts(figures, earlier) == []
+    earlier["decoding"]["2"]["none"]["text_sha256"] = "another"
+    assert passes.other_texts(figures, earlier) == ["2"]
     line = passes.summary(figures, 1e9, 1e9)
     assert "of the copy's speed" in line
     assert "2 streams" in line
