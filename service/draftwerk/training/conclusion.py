@@ -14,11 +14,11 @@ from draftwerk.loading import Checkpoint
 from draftwerk.training.atomic_file import atomic_file
 from draftwerk.training.evaluation import EvaluationOptions, Evaluator
 from draftwerk.training.evaluation_prompts import EvaluationPrompt, from_file, from_openings
-from draftwerk.training.prompts import PromptsFile, read_prompts, set_aside
+from draftwerk.training.prompts import PromptsFile, set_aside
 from draftwerk.training.report import render_report
 from draftwerk.training.run import Observer, Stopped
 from draftwerk.training.run_directory import RunDirectory
-from draftwerk.training.run_options import RunOptions
+from draftwerk.training.run_options import RunOptions, prompts_of_run
 from draftwerk.training.shards import count_shards, read_shard
 
 PROMPTS = 48
@@ -86,7 +86,7 @@ def conclude(
         values = {
             "format": _FORMAT,
             "step": step,
-            "prompts_from": _prompts_from(options),
+            "prompts_from": _prompts_from(directory, options),
             **now.as_dict(),
             "before": list(map(asdict, before)),
         }
@@ -108,7 +108,7 @@ def _prompts(
 ) -> list[EvaluationPrompt]:
     """Prompts that no text of the run was written from; of a file with few of them those that it was."""
     if options.prompts is not None:
-        written, aside = _prompts_of_file(options)
+        written, aside = _prompts_of_file(directory, options)
         return from_file(engine, aside or written, count, room=room)
     shards = (read_shard(directory.text, number) for number in range(count_shards(directory.text)))
     texts = (text for shard in shards for text in shard.texts())
@@ -116,17 +116,18 @@ def _prompts(
     return from_openings(engine, count, seed=options.seed, room=room, without=written_from)
 
 
-def _prompts_from(options: RunOptions) -> str:
+def _prompts_from(directory: RunDirectory, options: RunOptions) -> str:
     """What _prompts() gives, for people."""
     if options.prompts is None:
         return "built-in openings, filled in otherwise than those that text was written from"
-    _, aside = _prompts_of_file(options)
+    _, aside = _prompts_of_file(directory, options)
     return "set aside from those given" if aside else "those that text was written from: too few to set some aside"
 
 
-def _prompts_of_file(options: RunOptions) -> tuple[PromptsFile, PromptsFile | None]:
-    assert options.prompts is not None
-    return set_aside(read_prompts(Path(options.prompts), chat=options.chat), options.seed)
+def _prompts_of_file(directory: RunDirectory, options: RunOptions) -> tuple[PromptsFile, PromptsFile | None]:
+    prompts = prompts_of_run(directory, options)
+    assert prompts is not None
+    return set_aside(prompts, options.seed)
 
 
 def _evaluated(path: Path, step: int) -> dict[str, Any] | None:

@@ -114,27 +114,23 @@ def begin(directory: Path, options: RunOptions, prompts: PromptsFile | None = No
 
 
 def read_options(directory: RunDirectory) -> RunOptions:
-    """What the run in a directory was told; its prompts are the copy, wherever the directory is by now.
+    """What the run in a directory was told.
 
     Raises:
         TrainingError: there is no run, or its file is damaged.
     """
     try:
-        options = RunOptions.from_values(directory.read()["options"])
+        return RunOptions.from_values(directory.read()["options"])
     except (KeyError, TypeError) as error:
         raise TrainingError(f"{directory.path}: its run.json is not that of a run ({error})") from None
-    # A run that was killed before there was a copy goes on with the file that it was told.
-    if options.prompts is None or not directory.prompts.exists():
-        return options
-    return dataclasses.replace(options, prompts=str(directory.prompts))
 
 
 def prompts_of_run(directory: RunDirectory, options: RunOptions) -> PromptsFile | None:
-    """The prompts of a run, under the name of the file that it was told, which is what errors are to name.
+    """The prompts of a run, read from its copy, under the name of the file that it was told: errors are to name that.
 
     Args:
         directory: of the run.
-        options: from read_options().
+        options: what it was told.
 
     Raises:
         TrainingError: they cannot be used.
@@ -142,8 +138,10 @@ def prompts_of_run(directory: RunDirectory, options: RunOptions) -> PromptsFile 
     """
     if options.prompts is None:
         return None
-    prompts = read_prompts(Path(options.prompts), chat=options.chat)
-    return dataclasses.replace(prompts, path=Path(directory.read()["options"]["prompts"]))
+    given = Path(options.prompts)
+    # A run that was killed before there was a copy goes on with the file that it was told.
+    prompts = read_prompts(directory.prompts if directory.prompts.exists() else given, chat=options.chat)
+    return dataclasses.replace(prompts, path=given)
 
 
 def _with_absolute_paths(options: RunOptions) -> RunOptions:

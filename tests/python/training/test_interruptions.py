@@ -21,7 +21,7 @@ from draftwerk.training.conclusion import conclude
 from draftwerk.training.errors import TrainingError, WriteError
 from draftwerk.training.evaluation import EvaluationOptions
 from draftwerk.training.run_directory import RunDirectory
-from draftwerk.training.run_options import begin, read_options
+from draftwerk.training.run_options import begin, prompts_of_run, read_options
 
 # What a run writes, apart from features; "initial" and "drafter" are the weights of both.
 FILES = {"run.json", "text.json", "vocabulary.npz", "initial", "drafter", "evaluation.json", "report.html", "log.jsonl"}
@@ -331,10 +331,12 @@ def test_prompts_that_can_be_read_once_are_copied_as_they_were_read(tmp_path: Pa
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_text("One\nTwo\n", encoding="utf-8"))
     writer.start()
-    told = read_options(begin(tmp_path / "run", dataclasses.replace(OPTIONS, prompts=str(pipe))))
+    place = begin(tmp_path / "run", dataclasses.replace(OPTIONS, prompts=str(pipe)))
     writer.join()
-    assert told.prompts == str(tmp_path / "run" / "prompts")
-    assert Path(told.prompts).read_text(encoding="utf-8") == "One\nTwo\n"
+    prompts = prompts_of_run(place, read_options(place))
+    assert prompts is not None
+    assert prompts.path == pipe
+    assert [prompt.content for prompt in prompts.prompts] == ["One", "Two"]
 
 
 @pytest.mark.parametrize("part", ["vocabulary.npz", "initial", "drafter", "states"])

@@ -267,12 +267,14 @@ def test_a_run_is_gone_on_with_from_any_directory(
 def test_it_is_said_how_prompts_were_read(
     trains: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, shown: str
 ) -> None:
-    trains()
+    calls = trains()
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text(content, encoding="utf-8")
     result = run_command(*"train-drafter -m tiny --tokens 9 --prompts prompts.txt --out out".split())
     assert result.exit_code == 0, result.stderr
     assert result.stderr.splitlines()[0] == shown
+    # The run's copy is no file to begin another run with: it is gone with the directory.
+    assert f"--prompts {tmp_path / 'prompts.txt'} " in calls[1]["command"]
     assert "prompt" not in run_command("train-drafter", "--out", "out", "--resume").stderr
 
 
