@@ -168,6 +168,16 @@ def encode_prompt(
     return tuple(prompt_ids)
 
 
+def check_prompts(engine: Engine, prompts: PromptsFile) -> None:
+    """Makes sure that every prompt of a file can be used: what cannot is found now, not in the middle of the night.
+
+    Raises:
+        TrainingError: one cannot; says which.
+    """
+    for prompt in prompts.prompts:
+        encode_prompt(engine, prompt, prompts)
+
+
 def _refuse_other_json(path: Path, text: str, lines: Sequence[tuple[int, str]]) -> None:
     """Refuses what is read as text, by its first line, and was hardly meant so."""
     number, first = lines[0]

@@ -37,7 +37,7 @@ from draftwerk.training.kept_features import KeptFeatures
 from draftwerk.training.memory_needs import MemoryNeeds
 from draftwerk.training.options import TrainingOptions
 from draftwerk.training.precision import DTYPES, choose_precision
-from draftwerk.training.prompts import set_aside
+from draftwerk.training.prompts import check_prompts, set_aside
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, prompts_of_run
 from draftwerk.training.shape import DrafterShape
@@ -234,11 +234,14 @@ class Run:
         return MemoryNeeds.of(self._checkpoint, self._shape if start is None else self._start(start), self._precision())
 
     def _writer(self, engine: Engine) -> TextWriter:
-        prompts = prompts_of_run(self._directory, self._options)
+        prompts, aside = prompts_of_run(self._directory, self._options), None
         if prompts is not None:
-            prompts, _ = set_aside(prompts, self._options.seed)
+            prompts, aside = set_aside(prompts, self._options.seed)
         text = dataclasses.replace(self._options.text, seed=self._options.seed)
-        return TextWriter(engine, self._directory.text, text, prompts)
+        writer = TextWriter(engine, self._directory.text, text, prompts)
+        if aside is not None:
+            check_prompts(engine, aside)
+        return writer
 
     def _train(self, writer: TextWriter) -> None:
         options = self._options

@@ -23,7 +23,7 @@ from draftwerk.requests import SamplingParams
 from draftwerk.training.atomic_file import atomic_file, remove_leftovers
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.openings import Openings
-from draftwerk.training.prompts import PromptsFile, TextPrompt, encode_prompt
+from draftwerk.training.prompts import PromptsFile, TextPrompt, check_prompts, encode_prompt
 from draftwerk.training.repetition import LoopWatch
 from draftwerk.training.sampling import Sampling
 from draftwerk.training.shards import ENDS, Shard, Text, count_shards, write_shard
@@ -203,8 +203,7 @@ class TextWriter:
         directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(directory)
         if prompts is not None:
-            for prompt in prompts.prompts:  # what cannot be used is found now, and not in the middle of the night
-                encode_prompt(engine, prompt, prompts)
+            check_prompts(engine, prompts)
         self.identity = self._settle_manifest(prompts)
         """Digest of all that determines the text."""
         self.shards = count_shards(directory)

@@ -22,6 +22,7 @@ from tiny_run import OPTIONS, Notes, log, run, weights
 
 from draftwerk.loading import Checkpoint
 from draftwerk.training.errors import TrainingError
+from draftwerk.training.prompts import read_prompts, set_aside
 from draftwerk.training.run import Run
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, begin, read_options
@@ -359,6 +360,27 @@ def test_a_run_that_has_done_nothing_can_be_begun_anew(target: Checkpoint, tmp_p
     options = dataclasses.replace(OPTIONS, seed=9)
     assert read_options(begin(tmp_path / "run", options)) == options
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_prompt_that_cannot_be_used_is_found_before_text_is_written(
+    target: Checkpoint, tmp_path: Path, which: int
+) -> None:
+    """Whether text is written from it, or it is set aside for the evaluation."""
+    prompts, notes = tmp_path / "prompts.txt", Notes()
+    lines = [f"Prompt {i}" for i in range(40)]
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    side = set_aside(read_prompts(prompts), OPTIONS.seed)[which]
+    assert side is not None
+    line = side.prompts[2].line
+    lines[line - 1] = "x" * 10_000
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    side = set_aside(read_prompts(prompts), OPTIONS.seed)[which]
+    assert side is not None
+    assert line in [prompt.line for prompt in side.prompts]
+    with pytest.raises(TrainingError, match=rf"prompts\.txt:{line}: a prompt of 10001 tokens: must be at most"):
+        run(target, tmp_path / "run", notes=notes, prompts=str(prompts))
+    assert not notes.texts
 
 
 def test_a_file_is_no_directory_of_a_run(tmp_path: Path) -> None:
