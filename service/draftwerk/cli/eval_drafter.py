@@ -120,6 +120,7 @@ def eval_drafter(
 
 def _print(evaluation: Evaluation, console: Console) -> None:
     title = f"{evaluation.model}, drafter {evaluation.drafter}, {evaluation.prompts} prompts"
+    title = title.encode(errors="backslashreplace").decode()  # a name of a file need not be UTF-8
     depths = range(2, evaluation.options.draft_length + 1)
     table = _table(title, "", "rounds", "tokens/step", "depth 1", *map(str, depths))
     for its in evaluation.acceptance:

@@ -143,4 +143,4 @@ def _evaluated(path: Path, step: int) -> dict[str, Any] | None:
 
 def _write(path: Path, text: str) -> None:
     with atomic_file(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # a name of a file need not be UTF-8

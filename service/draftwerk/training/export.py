@@ -128,7 +128,8 @@ def write_drafter(
     files = {
         "model.safetensors": save(tensors, metadata={"format": "pt"}),
         "config.json": _json({**configuration(drafter.shape), "base_model": target_name}),
-        "README.md": _model_card(target_name, started_from).encode(),
+        # A name of a file need not be UTF-8.
+        "README.md": _model_card(target_name, started_from).encode(errors="backslashreplace"),
     }
     if draft_length is not None:
         files["generation_config.json"] = _json({"num_assistant_tokens": draft_length})

@@ -228,9 +228,11 @@ def _from_json(path: Path, number: int, line: str) -> TextPrompt:
         content = tuple(content)
     elif not isinstance(content, str) or not content:
         raise wrong(f"{given[0]} is not text")
-    elif not _is_unicode(content):
-        raise wrong(f"{given[0]} holds a lone surrogate, which no text can")
-    return TextPrompt(content, str(entry.get("category") or ""), number)
+    category = str(entry.get("category") or "")
+    for name, said in ((given[0], json.dumps(content, ensure_ascii=False)), ("category", category)):
+        if not _is_unicode(said):
+            raise wrong(f"{name} holds a lone surrogate, which no text can")
+    return TextPrompt(content, category, number)
 
 
 def _is_message(value: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,21 @@ def test_what_was_evaluated_is_only_reported_again(target: Checkpoint, trained: 
     assert not notes.evaluated
     assert (trained / "evaluation.json").read_bytes() == before
     assert (trained / "report.html").exists()
+
+
+def test_names_of_files_that_are_not_utf_8_keep_nothing_from_being_written(
+    target: Checkpoint, trained: Path, tmp_path: Path
+) -> None:
+    named = shutil.copytree(trained / "drafter", tmp_path / os.fsdecode(b"drafter \xff"))
+    checkpoint = dataclasses.replace(target, name=named.name)
+    where = tmp_path / os.fsdecode(b"run \xff")
+    assert run(checkpoint, where, start_from=str(named), tokens=300)
+    assert finish(
+        checkpoint, where, command=f"train --out {where}", evaluation=dataclasses.replace(EVALUATION, timed_prompts=0)
+    )
+    assert f"train --out {tmp_path}/run \\udcff" in (where / "report.html").read_text(encoding="utf-8")
+    card = (where / "drafter" / "README.md").read_text(encoding="utf-8")
+    assert "it started from the drafter drafter \\udcff" in card
 
 
 def test_an_evaluation_of_another_format_is_done_again(target: Checkpoint, trained: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -494,6 +495,15 @@ def test_a_drafter_is_evaluated(
         assert f"expected of {best} drafts a step, {sampling}: " in result.stdout
         assert f" times as fast ({tokens_per_step[sampling][best]:.2f} tokens/step)" in result.stdout
     assert "depth: how deep in the tree that the 2 drafts of a step form" in " ".join(result.stdout.split())
+
+
+def test_a_drafter_in_a_file_whose_name_is_not_utf_8_is_evaluated(
+    opened: Checkpoint, drafter: Path, tmp_path: Path
+) -> None:
+    named = shutil.copytree(drafter, tmp_path / os.fsdecode(b"\xff"))
+    result = run_command(*"eval-drafter -m tiny --limit 1 --max-tokens 32 --timed 0 -t 1 -d".split(), str(named))
+    assert result.exit_code == 0, result.stderr
+    assert "\\udcff, 1 prompts" in " ".join(result.stdout.split())
 
 
 def test_figures_alone_go_to_stdout(opened: Checkpoint, drafter: Path) -> None:
