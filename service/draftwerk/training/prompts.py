@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 _FORMS = '{"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} or {"turns": ["..."]}'
 _CONTENTS = ("prompt", "messages", "turns")
-_SHOWN = 60  # characters of a bad line
+_CONTENT = 'text, or a list of parts such as {"type": "text", "text": "..."}'  # of a message
+_ANSWERERS = ("assistant", "model")  # the same to Gemma's chat templates
+_SHOWN = 60  # characters of what is wrong
 _LEAST_ROOM = 128  # tokens that a prompt has to leave for the text: as many as the evaluation of a run generates
 _ASIDE = 16  # one prompt in so many is for evaluation,
 _LEAST_ASIDE, _MOST_ASIDE = 8, 64  # but so many at least and at most
@@ -66,8 +68,8 @@ def read_prompts(path: Path, *, chat: bool = False) -> PromptsFile:
     """Reads a file of prompts, one a line: plain text, or JSON objects if the first line that is not empty is one.
 
     A JSON object has "prompt" (text), "messages" (chat messages) or "turns" (texts, of which the first is the prompt),
-    and may have "category". Empty lines are skipped. What is JSON of another form, or in part, is refused: as text it
-    would be trained on without a word.
+    and may have "category". Where messages end with an answer, that is left out: the model writes its own. Empty lines
+    are skipped. What is JSON of another form, or in part, is refused: as text it would be trained on without a word.
 
     Args:
         path: the file.
@@ -95,12 +97,15 @@ def read_prompts(path: Path, *, chat: bool = False) -> PromptsFile:
     as_json = lines[0][1].lstrip().startswith("{")
     if not as_json:
         _refuse_other_json(path, text, lines)
-    prompts = tuple(
+    there = tuple(
         _from_json(path, number, line) if as_json else TextPrompt(line, line=number) for number, line in lines
     )
+    prompts = tuple(_without_answer(path, prompt) for prompt in there)
+    # Text that was written when answers were still left in does not go with what is written without them.
+    how = b"\0without answers" * (prompts != there) + b"\0chat" * chat
     if chat:
         prompts = tuple(map(_as_message, prompts))
-    sha256 = hashlib.sha256(data + b"\0chat" * chat).hexdigest()
+    sha256 = hashlib.sha256(data + how).hexdigest()
     return PromptsFile(path, data, prompts, sha256, "JSON" if as_json else "text")
 
 
@@ -202,7 +207,11 @@ def _json(text: str) -> Any:
 
 
 def _shown(line: str) -> str:
-    return repr(line if len(line) <= _SHOWN else f"{line[:_SHOWN]}...")
+    return repr(_beginning(line))
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _from_json(path: Path, number: int, line: str) -> TextPrompt:
@@ -237,6 +246,46 @@ def _from_json(path: Path, number: int, line: str) -> TextPrompt:
 
 def _is_message(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str)
+
+
+def _without_answer(path: Path, prompt: TextPrompt) -> TextPrompt:
+    """The prompt up to the last thing that the model is to answer.
+
+    Raises:
+        TrainingError: a message of it says nothing, or none is the user's.
+    """
+    if isinstance(prompt.content, str):
+        return prompt
+    messages = list(prompt.content)
+    while messages and messages[-1]["role"] in _ANSWERERS:
+        messages.pop()
+    for index, message in enumerate(messages):
+        if not _says_something(message):
+            content = _beginning(json.dumps(message["content"])) if "content" in message else "absent"
+            raise TrainingError(f"{path}:{prompt.line}: messages[{index}].content = {content}: must be {_CONTENT}")
+    if not any(message["role"] == "user" for message in messages):
+        raise TrainingError(f'{path}:{prompt.line}: no message has the role "user": there is nothing to answer')
+    return dataclasses.replace(prompt, content=tuple(messages))
+
+
+def _says_something(message: Message) -> bool:
+    """Whether a chat template has something to write. Of what is of another form many write an empty turn."""
+    role, content = message["role"], message.get("content")
+    if role == "tool" and isinstance(content, (dict, list)):
+        return True  # what a function returned, as data
+    if role in _ANSWERERS and not content and message.get("tool_calls"):
+        return True
+    if isinstance(content, list) and all(map(_is_part, content)):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    if not isinstance(content, str):
+        return False
+    return bool(content.strip()) or role not in ("user", *_ANSWERERS)
+
+
+def _is_part(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        return False
+    return value["type"] != "text" or isinstance(value.get("text"), str)
 
 
 def _is_unicode(text: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -53,6 +55,14 @@ def test_json_lines(tmp_path: Path) -> None:
         ('{"turns": []}', 1, "turns is not text"),
         ('{"messages": []}', 1, "messages is not a list of messages"),
         ('{"messages": ["hi"]}', 1, "messages is not a list of messages"),
+        ('{"messages": [{"role": "user"}]}', 1, "messages[0].content = absent: must be text, or a list of parts"),
+        ('{"messages": [{"role": "user", "content": " "}]}', 1, 'messages[0].content = " ": must be text'),
+        ('{"messages": [{"role": "user", "content": {"a": 1}}]}', 1, 'messages[0].content = {"a": 1}: must be'),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', 1, "messages[0].content = [{"),
+        ('{"messages": [{"role": "user", "content": [{"text": "Hi"}]}]}', 1, "messages[0].content = [{"),
+        ('{"messages": [{"role": "system", "content": null}]}', 1, "messages[0].content = null: must be"),
+        ('{"messages": [{"role": "system", "content": "Be brief."}]}', 1, 'no message has the role "user"'),
+        ('{"messages": [{"role": "assistant", "content": "Hi"}]}', 1, 'no message has the role "user"'),
         ('{"prompt": "\\ud800"}', 1, "prompt holds a lone surrogate"),
         ('{"turns": ["\\ud800"]}', 1, "turns holds a lone surrogate"),
         ('{"prompt": "a", "category": "\\ud800"}', 1, "category holds a lone surrogate"),
@@ -176,6 +186,41 @@ def test_lines_may_be_what_a_user_says(tmp_path: Path) -> None:
     assert said == TextPrompt(({"role": "user", "content": "One"},), "c", 1)
     assert chat.content == tuple(messages)
     assert read_prompts(path, chat=True).sha256 != read_prompts(path).sha256
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def answer(content: Any, **others: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **others}
+
+
+CALLS = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+TOOL_TURNS = [user("Rain?"), answer(None, tool_calls=CALLS), {"role": "tool", "content": {"rain": False}}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "kept"),
+    [
+        ([user("Hi"), answer("Hello.")], 1),
+        ([user("Hi"), {"role": "model", "content": "Hello."}], 1),
+        ([{"role": "system", "content": ""}, user("Hi"), answer("Hello."), user("More"), answer("No.")], 4),
+        ([user([{"type": "text", "text": "Hi"}, {"type": "image"}]), answer("")], 1),
+        ([*TOOL_TURNS, answer("No.")], 3),
+        (TOOL_TURNS, 3),
+    ],
+)
+def test_the_answer_at_the_end_of_messages_is_left_out(tmp_path: Path, messages: list[Any], kept: int) -> None:
+    (prompt,) = read_prompts(write(tmp_path, json.dumps({"messages": messages}))).prompts
+    assert prompt.content == tuple(messages[:kept])
+
+
+def test_the_digest_tells_whether_answers_were_left_out(tmp_path: Path) -> None:
+    content = json.dumps({"messages": [user("Hi")]})
+    assert read_prompts(write(tmp_path, content)).sha256 == hashlib.sha256(content.encode()).hexdigest()
+    content = json.dumps({"messages": [user("Hi"), answer("Hello.")]})
+    assert read_prompts(write(tmp_path, content)).sha256 != hashlib.sha256(content.encode()).hexdigest()
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1))
