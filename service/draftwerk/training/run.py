@@ -51,7 +51,7 @@ from draftwerk.training.trainer import NotFiniteError, StepFigures, Trainer
 from draftwerk.training.vocabulary import DraftVocabulary, choose_draft_vocabulary
 
 _TOKENS_PER_SAVE = 65_536  # trained between two states: some minutes on a processor, seconds on a GPU
-_REHEARSED_STEPS = 3  # timed when a run is to last a number of hours
+_REHEARSED_BATCHES = 3  # timed when a run is to last a number of hours
 _MARGIN = 0.95  # of the time is planned for
 # As PyTorch says it of a processor's memory, in an error without a type of its own.
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
@@ -264,7 +264,7 @@ class Run:
         def trainer_of(drafter: DrafterModule, options: TrainingOptions) -> Trainer:
             return Trainer(target, drafter, options, self._directory.states, compared, kept.features)
 
-        plan = self._plan(lambda options: trainer_of(copy.deepcopy(drafter), options), batches, first)
+        plan = self._plan(lambda options: trainer_of(copy.deepcopy(drafter), options), batches)
         trainer = trainer_of(drafter, self._training_options(plan.steps))
         trainer.resume(batches)
         keep = partial(self._keep, trainer, batches)
@@ -412,13 +412,12 @@ class Run:
 
     # --- how long -----------------------------------------------------------------------------------------------
 
-    def _plan(self, rehearsal: Callable[[TrainingOptions], Trainer], batches: TextBatches, first: Shard) -> Plan:
+    def _plan(self, rehearsal: Callable[[TrainingOptions], Trainer], batches: TextBatches) -> Plan:
         """The plan that was made before, or a new one.
 
         Args:
             rehearsal: a trainer of a copy of the drafter.
             batches: to train on.
-            first: the first shard of text, which this run has written if it had not been.
         """
         values = self._directory.read()
         if "plan" in values:
@@ -429,10 +428,10 @@ class Run:
             assert self._options.hours is not None
             self._phase("measuring how fast training goes")
             # A batch comes 1 + REPLAYED times, and what the target computes of it is there from the second time on.
-            new, tokens = self._rehearse(rehearsal, batches)
-            known, _ = self._rehearse(rehearsal, batches)
-            written = tokens * self._writing / max(1, first.generated_tokens)
-            seconds = (new + REPLAYED * known + written) / (1 + REPLAYED)
+            new = self._rehearse(rehearsal, batches)
+            known = self._rehearse(rehearsal, batches)
+            written = self._writing / (count_shards(self._directory.text) * batches.of_first_shard)
+            seconds = self._options.accumulate * (new + REPLAYED * known + written) / (1 + REPLAYED)
             left = self._options.hours * 3600.0 - self._seconds
             steps = max(1, int(_MARGIN * left / seconds))
         tokens_per_step = self._options.accumulate * self._options.tokens_per_batch
@@ -440,15 +439,15 @@ class Run:
         self._with_room(lambda: self._directory.write({**values, "plan": asdict(plan)}))
         return plan
 
-    def _rehearse(self, rehearsal: Callable[[TrainingOptions], Trainer], batches: TextBatches) -> tuple[float, float]:
-        """Seconds and tokens of a step, measured on a drafter that is thrown away."""
-        trainer = rehearsal(self._training_options(_REHEARSED_STEPS + 1))
+    def _rehearse(self, rehearsal: Callable[[TrainingOptions], Trainer], batches: TextBatches) -> float:
+        """Seconds of a batch, measured on a drafter that is thrown away. No text is written meanwhile."""
+        count = min(_REHEARSED_BATCHES + 1, batches.of_first_shard)
+        trainer = rehearsal(dataclasses.replace(self._training_options(count), accumulate=1))
         taken = []
         for figures in trainer.steps(batches):
-            taken.append((figures.tokens / figures.tokens_per_second, figures.tokens))
+            taken.append(figures.tokens / figures.tokens_per_second)
             self._poll()
-        seconds, tokens = zip(*taken[1:], strict=True)  # the first one warms up
-        return float(np.median(seconds)), float(np.mean(tokens))
+        return float(np.median(taken[1:] or taken))  # the first one warms up, where there are more
 
     def _training_options(self, steps: int) -> TrainingOptions:
         return TrainingOptions(

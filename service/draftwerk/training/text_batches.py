@@ -48,6 +48,11 @@ class TextBatches:
         self.fingerprint = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
     @property
+    def of_first_shard(self) -> int:
+        """Batches of the first shard, which come first."""
+        return self._of_shard(0).first_epoch
+
+    @property
     def mean_tokens(self) -> float:
         """Tokens of a batch of the first shard, on average."""
         first = self._of_shard(0)

@@ -231,7 +231,7 @@ def test_a_shard_that_is_written_again_has_one_line(target: Checkpoint, whole: P
 def test_a_line_that_was_cut_off_is_gone_before_the_next_one(
     target: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Text is logged by a rehearsal too, before there is a state that tells which steps are lost."""
+    """Text is logged by the first step too, before there is a state that tells which steps are lost."""
     run_log = tmp_path / "run" / "log.jsonl"
 
     def kill(path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_line_that_was_cut_off_is_gone_before_the_next_one(
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr("draftwerk.training.atomic_file._sync", kill)
-        run(target, tmp_path / "run", tokens=None, hours=1e-6, accumulate=3)
+        run(target, tmp_path / "run", tokens=None, hours=1e-6, accumulate=30)
     assert not run_log.read_bytes().endswith(b"\n")
     assert run(target, tmp_path / "run")
     texts = [entry["shard"] for entry in log(tmp_path / "run", "text")]

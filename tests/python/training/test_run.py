@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,13 +22,15 @@ import torch
 from tiny_run import OPTIONS, Notes, log, run, weights
 
 from draftwerk.loading import Checkpoint
+from draftwerk.training import text
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.prompts import read_prompts, set_aside
 from draftwerk.training.run import Run
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, begin, read_options
-from draftwerk.training.shards import count_shards
+from draftwerk.training.shards import Text, count_shards
 from draftwerk.training.text import TextOptions
+from draftwerk.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +164,41 @@ def test_hours_are_kept(target: Checkpoint, tmp_path: Path) -> None:
     again = Notes()
     assert run(target, tmp_path / "run", notes=again)  # the time is up, or the steps are done
     assert not again.steps
+
+
+class Clock:
+    """Of a machine on which a text takes a second, and a batch, too."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        write, train = text._generate, Trainer._accumulate
+
+        async def write_slowly(*arguments: Any) -> Text:
+            written = await write(*arguments)
+            self.now += 1.0
+            return written
+
+        def train_slowly(*arguments: Any) -> None:
+            train(*arguments)
+            self.now += 1.0
+
+        monkeypatch.setattr(text, "_generate", write_slowly)
+        monkeypatch.setattr(Trainer, "_accumulate", train_slowly)
+        monkeypatch.setattr("draftwerk.training.run.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr("draftwerk.training.trainer.time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"accumulate": 12}, {"tokens_per_batch": 4096}])
+def test_hours_are_planned_for_whatever_a_step_is(
+    target: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int]
+) -> None:
+    """Many batches, so that a step needs more than one file of text, or one that is larger than such a file."""
+    Clock(monkeypatch)
+    notes = Notes()
+    assert run(target, tmp_path / "run", notes=notes, tokens=None, hours=240.0 / 3600.0, **sizes)
+    assert notes.steps[-1].seconds >= 0.8 * 240.0
+    assert len(notes.steps) >= 0.9 * notes.steps[-1].plan.steps
+    assert notes.steps[0].written < notes.steps[-1].written
 
 
 def test_prompts_are_copied(target: Checkpoint, tmp_path: Path) -> None:
