@@ -114,6 +114,10 @@ class Stopped(Exception):
     """The run was asked to stop."""
 
 
+class _TimeIsUp(Exception):
+    """The hours of the run are over, in the middle of a file of text."""
+
+
 class Run:
     """A run in a directory.
 
@@ -169,6 +173,7 @@ class Run:
         self._spent = 0.0  # in the sessions before this one
         self._writing = 0.0
         self._step = 0
+        self._may_end = False  # whether a step is done; before that text is written however long it takes
         self._tokens = 0
         self._written = 0
 
@@ -273,13 +278,17 @@ class Run:
         except Stopped:
             keep()
             raise
+        except _TimeIsUp:
+            self._log("end", {})  # the time that it took to write what is thrown away
         keep()
         kept.forget()
 
     def _take_steps(self, trainer: Trainer, batches: TextBatches, plan: Plan, keep: Callable[[], None]) -> None:
-        if trainer.step and self._time_is_up():
+        self._may_end = trainer.step > 0
+        if self._may_end and self._time_is_up():
             return  # it was up before, and the run lacks at most what comes after the steps
         for figures in trainer.steps(batches):
+            self._may_end = True
             self._step = figures.step
             self._tokens += figures.tokens
             progress = Progress(plan, figures, self._seconds, self._writing, self._tokens, self._written)
@@ -319,6 +328,8 @@ class Run:
     def _wrote(self, shard: int, progress: TextProgress) -> None:
         self._observer.writing(shard, progress)
         self._poll()
+        if self._may_end and self._time_is_up():
+            raise _TimeIsUp
 
     # --- the drafter --------------------------------------------------------------------------------------------
 

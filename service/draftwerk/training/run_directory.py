@@ -6,7 +6,7 @@ prompts           what texts begin with, if the run was told
 text/             what the target wrote
 states/           states to go on from
 features/         what the target computed of the text, while training goes on
-log.jsonl         a line for every optimizer step, every shard of text and every session
+log.jsonl         a line for every optimizer step, every shard of text, every session, and an end while text is written
 initial/          the drafter as it was before the first step
 drafter/          the drafter as it is so far: complete at any time once it is there
 evaluation.json, report.html    at the end

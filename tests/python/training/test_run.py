@@ -29,7 +29,7 @@ from draftwerk.training.run import Run
 from draftwerk.training.run_directory import RunDirectory
 from draftwerk.training.run_options import RunOptions, begin, read_options
 from draftwerk.training.shards import Text, count_shards
-from draftwerk.training.text import TextOptions
+from draftwerk.training.text import TextOptions, TextProgress
 from draftwerk.training.trainer import Trainer
 
 
@@ -199,6 +199,35 @@ def test_hours_are_planned_for_whatever_a_step_is(
     assert notes.steps[-1].seconds >= 0.8 * 240.0
     assert len(notes.steps) >= 0.9 * notes.steps[-1].plan.steps
     assert notes.steps[0].written < notes.steps[-1].written
+
+
+def test_time_that_is_up_while_text_is_written_ends_the_run(
+    target: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the first step, and once and for all."""
+    clock, notes = Clock(monkeypatch), Notes()
+    wrote = notes.writing
+
+    def write_for_ever(shard: int, progress: TextProgress) -> None:
+        wrote(shard, progress)
+        clock.now += 1000.0 * (shard == 1)
+
+    monkeypatch.setattr(notes, "writing", write_for_ever)
+    assert run(target, tmp_path / "run", notes=notes, tokens=None, hours=500.0 / 3600.0)
+    assert 1 <= [shard for shard, _ in notes.texts].count(1) <= OPTIONS.text.streams
+    assert count_shards(tmp_path / "run" / "text") == 1
+    steps = len(log(tmp_path / "run", "step"))
+    assert 1 <= steps == len(notes.steps) < notes.steps[-1].plan.steps
+    drafter = weights(tmp_path / "run")
+    again = Notes()
+    assert run(target, tmp_path / "run", notes=again)
+    assert not again.texts
+    assert not again.steps
+    assert weights(tmp_path / "run") == drafter
+    # A step is always taken, and what it needs is written.
+    assert run(target, tmp_path / "short", tokens=None, hours=1e-6, accumulate=30)
+    assert len(log(tmp_path / "short", "step")) == 1
+    assert count_shards(tmp_path / "short" / "text") > 1
 
 
 def test_prompts_are_copied(target: Checkpoint, tmp_path: Path) -> None:
