@@ -6,8 +6,9 @@ import errno
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -61,6 +62,8 @@ _SETTLED = {
 }
 # The same of RunOptions.text.served.
 _SERVED = ("temperature", "top_k", "top_p")
+# What is told whenever a run is gone on with: it is of the machine.
+_OF_MACHINE = ("device", "threads")
 _TOKENS_PER_BATCH = 2048
 _LEARNING_RATE = 5e-4
 _FINE_TUNING_RATE = 1e-4
@@ -264,26 +267,26 @@ def train_drafter(
                 told = read_options(directory)
                 if given is not None:
                     display.say(_how_read(given))
-            with directory.held(), _saying_how_to_go_on(out):
+            with directory.held(), _saying_how_to_go_on(context):
                 run = Run(directory, told, checkpoint, display, stop=stop.is_set, device=device, threads=threads)
                 done = run.train() and conclude(
                     directory,
                     told,
                     checkpoint,
                     display,
-                    command=_command(context, told, out, threads),
+                    command=_command(context, told),
                     stop=stop.is_set,
                     threads=threads,
                     evaluation=EvaluationOptions(weights=told.weights, device="cpu" if device == "cpu" else "auto"),
                 )
     if not done:
-        raise CommandError(f"stopped; go on with: {_going_on(out)}", exit_code=130)
+        raise CommandError(f"stopped; go on with: {_going_on(context)}", exit_code=130)
     options.messages.print(Text(f"the drafter is {directory.drafter}, and what it is worth is in {directory.report}"))
 
 
-def _going_on(out: Path) -> str:
-    """The command that goes on with a run."""
-    return shlex.join(["draftwerk", "train-drafter", "--out", str(out), "--resume"])
+def _going_on(context: typer.Context) -> str:
+    """The command that goes on with a run on this machine."""
+    return shlex.join([*_beginning(context), "--resume", *_words(context, _OF_MACHINE, context.params)])
 
 
 def _how_read(prompts: PromptsFile) -> str:
@@ -297,18 +300,26 @@ def _flags(context: typer.Context) -> dict[str | None, Any]:
     return {parameter.name: parameter for parameter in context.command.params}
 
 
-def _command(context: typer.Context, told: RunOptions, out: Path, threads: int) -> str:
+def _command(context: typer.Context, told: RunOptions) -> str:
     """The command that begins such a run, without what is as it is by default."""
-    flags = _flags(context)
-    words = ["draftwerk", "train-drafter", "--out", str(out)]
-    for field, name in _SETTLED.items():
-        value = getattr(told, field)
-        if value is not None and (value != flags[name].default or name == "model"):
-            words += [flags[name].opts[0]] if value is True else [flags[name].opts[0], f"{value}"]
+    settled = {name: getattr(told, field) for field, name in _SETTLED.items()}
+    words = [*_beginning(context), "--model", settled.pop("model"), *_words(context, settled, settled)]
     if told.text.served is not None:
-        words += [word for name in _SERVED for word in (flags[name].opts[0], f"{getattr(told.text.served, name)}")]
-    words += [flags["threads"].opts[0], f"{threads}"] * (threads > 0)
-    return shlex.join(words)
+        words += _words(context, _SERVED, asdict(told.text.served))
+    return shlex.join([*words, *_words(context, _OF_MACHINE, context.params)])
+
+
+def _beginning(context: typer.Context) -> list[str]:
+    return ["draftwerk", "train-drafter", "--out", str(context.params["out"])]
+
+
+def _words(context: typer.Context, names: Iterable[str], values: Mapping[str, Any]) -> list[str]:
+    """The options of these names as they are given on the command line, without what is as it is by default."""
+    flags, words = _flags(context), []
+    for name in names:
+        if values[name] not in (None, flags[name].default):
+            words += [flags[name].opts[0], *([] if values[name] is True else [f"{values[name]}"])]
+    return words
 
 
 @contextmanager
@@ -331,7 +342,7 @@ def _naming_options(context: typer.Context) -> Iterator[None]:
 
 
 @contextmanager
-def _saying_how_to_go_on(out: Path) -> Iterator[None]:
+def _saying_how_to_go_on(context: typer.Context) -> Iterator[None]:
     """Turns what ends the command into one line: what the run had written before is still there.
 
     Raises:
@@ -344,11 +355,11 @@ def _saying_how_to_go_on(out: Path) -> Iterator[None]:
     except BrokenPipeError:
         raise  # no file of the run
     except KeyboardInterrupt:
-        raise CommandError(f"interrupted; go on with: {_going_on(out)}", exit_code=130) from None
+        raise CommandError(f"interrupted; go on with: {_going_on(context)}", exit_code=130) from None
     except (OSError, WriteError) as error:
         what = str(error) if isinstance(error, WriteError) else file_error(error)
         remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
-        raise CommandError(f"{what}; {remedy} and go on with: {_going_on(out)}") from None
+        raise CommandError(f"{what}; {remedy} and go on with: {_going_on(context)}") from None
 
 
 @contextmanager

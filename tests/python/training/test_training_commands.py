@@ -126,7 +126,7 @@ def test_what_it_is_told_is_what_is_run(opened: Checkpoint, trains: Any, tmp_pat
     assert conclusion["command"] == (
         f"draftwerk train-drafter --out {out} --model tiny --tokens 500 --seed 7 --layers 1 --draft-vocabulary 64 "
         "--clusters 8 --chosen-clusters 2 --learning-rate 0.001 --length 4096 --accumulate 3 "
-        "--weights int8 --precision f32 --temperature 0.6 --top-k 20 --top-p 0.8 --threads 2"
+        "--weights int8 --precision f32 --temperature 0.6 --top-k 20 --top-p 0.8 --device cpu --threads 2"
     )
     assert conclusion["evaluation"] == EvaluationOptions(weights="int8", device="cpu")
     assert f"the drafter is {out / 'drafter'}" in result.stderr
@@ -169,8 +169,9 @@ def test_a_signal_ends_it_behind_a_step_and_the_run_can_be_gone_on_with(
     assert "step 1 of 3: loss " in stopped.stderr
     assert "acceptance by position " in stopped.stderr
     assert "stopping as soon as what was done can be gone on with" in stopped.stderr
-    assert f"error: stopped; go on with: draftwerk train-drafter --out {out} --resume" in stopped.stderr
-    done = run_command("train-drafter", "--out", str(out), "--resume", "--device", "cpu", "-t", "2")
+    way = f"draftwerk train-drafter --out {out} --resume --device cpu --threads 2"
+    assert f"error: stopped; go on with: {way}\n" in stopped.stderr
+    done = run_command(*way.split()[1:])
     assert done.exit_code == 0, done.stderr
     assert "step 3 of 3: loss " in done.stderr
     assert f"what it is worth is in {out / 'report.html'}" in done.stderr
@@ -233,9 +234,10 @@ def test_a_stopped_run_says_how_to_go_on(trains: Any, tmp_path: Path) -> None:
 def test_the_way_to_go_on_is_one_for_a_shell(trains: Any, tmp_path: Path) -> None:
     out = tmp_path / "my drafter"
     trains(lambda: False)
-    stopped = run_command("train-drafter", "-m", "tiny", "--tokens", "9", "--out", str(out))
+    machine = ["--device", "cpu", "--threads", "3"]
+    stopped = run_command("train-drafter", "-m", "tiny", "--tokens", "9", "--out", str(out), *machine)
     _, _, way = stopped.stderr.strip().partition("go on with: ")
-    assert shlex.split(way) == ["draftwerk", "train-drafter", "--out", str(out), "--resume"]
+    assert shlex.split(way) == ["draftwerk", "train-drafter", "--out", str(out), "--resume", *machine]
     calls = trains()
     assert run_command(*shlex.split(way)[1:]).exit_code == 0
     assert calls[0][0].path == out
