@@ -287,8 +287,11 @@ class TextWriter:
         for name, value in manifest.items():
             there = before.get(name) if isinstance(before, dict) else None
             if there != value:
+                arithmetic = self._engine.info.backend.partition(",")[0]
+                of = f" (of the model's weights, --weights and the instruction set: {arithmetic} here)"
                 raise TrainingError(
-                    f"{self._directory} holds text that was written with {name} = {there}, not {value}: "
+                    f"{self._directory} holds text that was written with {name} = {there}, not {value}"
+                    f"{of if name == 'fingerprint' else ''}: "
                     "go on with what it was begun with, or begin in another directory"
                 )
         return digest
