@@ -14,7 +14,7 @@ from draftwerk.cli import options
 from draftwerk.cli.failures import reports_failures, usage_error
 from draftwerk.cli.json_file import JsonFile, check_writable, result_console, write_json
 from draftwerk.cli.training_display import TrainingDisplay
-from draftwerk.cli.training_extra import reports_training_failures
+from draftwerk.cli.training_extra import naming_options, reports_training_failures
 
 if TYPE_CHECKING:
     from draftwerk.training.evaluation import Evaluation
@@ -32,10 +32,16 @@ EPILOG = """
 """
 
 _GIVE = "give a directory, a GGUF file or a hub name"
+# Options by the names that training has for them.
+_OPTIONS = {
+    **{name: name for name in ("max_tokens", "draft_length", "temperature", "top_k", "top_p", "seed")},
+    "timed_prompts": "timed",
+}
 
 
 @reports_failures
 def eval_drafter(
+    context: typer.Context,
     model: options.Model = options.DEFAULT_MODEL,
     drafter: Annotated[
         str,
@@ -81,7 +87,7 @@ def eval_drafter(
 ) -> None:
     """Measure what a drafter is worth: drafts accepted by depth and kind of prompt, and the time they gain."""
     check_writable(json_file)
-    with reports_training_failures():
+    with reports_training_failures(), naming_options(context, _OPTIONS):
         from draftwerk.drafters import DRAFTERS
         from draftwerk.loading import find_assistant, is_hub_name
         from draftwerk.training.evaluation import EvaluationOptions, Evaluator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -98,8 +98,12 @@ def refuse_beside(context: typer.Context, given: str, reason: str, *names: str) 
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
-            raise usage_error(f"{option} and {given} exclude each other: {reason}")
+            raise usage_error(f"{flags(context)[name].opts[0]} and {given} exclude each other: {reason}")
+
+
+def flags(context: typer.Context) -> dict[str | None, Any]:
+    """The command's options by the names of its parameters."""
+    return {parameter.name: parameter for parameter in context.command.params}
 
 
 @contextmanager

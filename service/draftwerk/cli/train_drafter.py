@@ -19,7 +19,7 @@ from rich.text import Text
 from draftwerk.cli import options
 from draftwerk.cli.failures import CommandError, file_error, reports_failures, usage_error
 from draftwerk.cli.training_display import TrainingDisplay
-from draftwerk.cli.training_extra import reports_training_failures
+from draftwerk.cli.training_extra import naming_options, reports_training_failures
 
 if TYPE_CHECKING:
     from draftwerk.training.prompts import PromptsFile
@@ -64,6 +64,8 @@ _SETTLED = {
 _SERVED = ("temperature", "top_k", "top_p")
 # What is told whenever a run is gone on with: it is of the machine.
 _OF_MACHINE = ("device", "threads")
+# Options by the names that training has for them.
+_OPTIONS = {**_SETTLED, **{name: name for name in (*_SERVED, *_OF_MACHINE)}}
 _TOKENS_PER_BATCH = 2048
 _LEARNING_RATE = 5e-4
 _FINE_TUNING_RATE = 1e-4
@@ -209,7 +211,7 @@ def train_drafter(
     It can be stopped at any time: DIR/drafter is the drafter as far as it has come, and --resume goes on. At the end
     the drafter is evaluated, and DIR/report.html says what it is worth.
     """
-    with reports_training_failures(), _naming_options(context):
+    with reports_training_failures(), naming_options(context, _OPTIONS):
         from draftwerk.training.conclusion import conclude
         from draftwerk.training.evaluation import EvaluationOptions
         from draftwerk.training.prompts import read_prompts
@@ -295,11 +297,6 @@ def _how_read(prompts: PromptsFile) -> str:
     return f"{count:,} prompt{'s' * (count != 1)} of {prompts.path}, read as {prompts.form}"
 
 
-def _flags(context: typer.Context) -> dict[str | None, Any]:
-    """The command's options by the names of its parameters."""
-    return {parameter.name: parameter for parameter in context.command.params}
-
-
 def _command(context: typer.Context, told: RunOptions) -> str:
     """The command that begins such a run, without what is as it is by default."""
     settled = {name: getattr(told, field) for field, name in _SETTLED.items()}
@@ -315,30 +312,11 @@ def _beginning(context: typer.Context) -> list[str]:
 
 def _words(context: typer.Context, names: Iterable[str], values: Mapping[str, Any]) -> list[str]:
     """The options of these names as they are given on the command line, without what is as it is by default."""
-    flags, words = _flags(context), []
+    flags, words = options.flags(context), []
     for name in names:
         if values[name] not in (None, flags[name].default):
             words += [flags[name].opts[0], *([] if values[name] is True else [f"{values[name]}"])]
     return words
-
-
-@contextmanager
-def _naming_options(context: typer.Context) -> Iterator[None]:
-    """Has errors name options as they are on the command line; training has its own names, such as draft_vocab_size.
-
-    Raises:
-        CommandError: an option is out of range.
-    """
-    from draftwerk.training.errors import TrainingError
-
-    try:
-        yield
-    except TrainingError as error:
-        name, is_value, rest = str(error).partition(" = ")
-        parameter = {**_SETTLED, **{name: name for name in (*_SERVED, "device")}}.get(name)
-        if not is_value or parameter is None:
-            raise
-        raise usage_error(f"{_flags(context)[parameter].opts[0]} {rest}") from None
 
 
 @contextmanager
