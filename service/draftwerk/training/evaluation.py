@@ -224,7 +224,7 @@ class Evaluator:
 
         Raises:
             CheckpointError: the drafter cannot be used with the model.
-            TrainingError: a draft changed a token.
+            TrainingError: texts are longer than the model's context; a draft changed a token.
         """
         with self._engine(drafter, lookup=False, draft_length=self._options.draft_length) as engine:
             info = engine.info
@@ -271,6 +271,9 @@ class Evaluator:
 
     async def _acceptance(self, engine: Engine) -> tuple[SamplingAcceptance, ...]:
         engine.deliver_on(asyncio.get_running_loop())
+        most = engine.info.max_context - 1  # a prompt has a token at least
+        if self._options.max_tokens > most:
+            raise TrainingError(f"max_tokens = {self._options.max_tokens}: must be at most {most} for this model")
         self._prompts = self._prompts or self._choose_prompts(engine)
         return tuple([await self._acceptance_with(engine, sampling) for sampling in SAMPLINGS])
 

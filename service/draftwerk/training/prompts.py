@@ -169,7 +169,10 @@ def encode_prompt(
         raise TrainingError(f"{place}: {error}") from None
     most = engine.info.max_context - room
     if len(prompt_ids) > most:
-        raise TrainingError(f"{place}: a prompt of {len(prompt_ids)} tokens: must be at most {most} for this model")
+        raise TrainingError(
+            f"{place}: a prompt of {len(prompt_ids)} tokens: must be at most {most}, "
+            f"as {room} more have to fit into the model's context of {engine.info.max_context}"
+        )
     return tuple(prompt_ids)
 
 

@@ -206,6 +206,14 @@ def test_the_best_draft_length_is_that_with_the_highest_speed_up() -> None:
     assert Expectation("greedy", (1.0, 0.9)).best == 0
 
 
+def test_texts_that_are_longer_than_the_context_are_named(
+    target: Checkpoint, texts: dict[str, list[list[int]]]
+) -> None:
+    most = target.config.max_position_embeddings
+    with pytest.raises(TrainingError, match=rf"^max_tokens = {most}: must be at most {most - 1} for this model$"):
+        evaluator(target, max_tokens=most).acceptance(drafter(texts, 1.0))
+
+
 def test_what_reports_raise_ends_an_evaluation(target: Checkpoint, texts: dict[str, list[list[int]]]) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -244,5 +252,5 @@ def test_prompts_of_a_file_are_spread_over_it(target: Checkpoint, tmp_path: Path
             encode_prompt(engine, prompts.prompts[i]) for i in range(0, 10, 2)
         ]
         assert len(from_file(engine, prompts, 99, room=32)) == 10
-        with pytest.raises(TrainingError, match=r"prompts.txt:1: a prompt of 2 tokens: must be at most 1"):
+        with pytest.raises(TrainingError, match=r"prompts.txt:1: a prompt of 2 tokens: must be at most 1, as \d+ more"):
             from_file(engine, prompts, 5, room=engine.info.max_context - 1)

@@ -521,6 +521,13 @@ def test_figures_that_a_full_disk_has_no_room_for_are_one_line(opened: Checkpoin
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "error: /dev/full: No space left on device")
 
 
+def test_texts_that_are_longer_than_the_context_are_one_line(opened: Checkpoint, drafter: Path) -> None:
+    most = opened.config.max_position_embeddings - 1
+    result = run_command(*f"eval-drafter -m tiny -d {drafter} -t 1 --max-tokens 200000".split())
+    assert result.exit_code == 2
+    assert f"error: --max-tokens 200000: must be at most {most} for this model\n" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
