@@ -6,17 +6,19 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from draftwerk.cli import options
 from draftwerk.cli.failures import file_error, reports_failures, reports_server_failures, usage_error
-from draftwerk.cli.json_file import JsonFile, check_writable, result_console, write_json
+from draftwerk.cli.json_file import JsonFile, check_writable, print_and_write
 
 if TYPE_CHECKING:
     from draftwerk.engine import Engine
@@ -156,8 +158,7 @@ def bench(
         "settings": {"target": target, **run.model, **_settings(params, concurrency)},
         "engine": run.engine,
     }
-    _print_report(report, json_file)
-    write_json(report, json_file)
+    print_and_write(partial(_print_report, report), report, json_file)
 
 
 @app.command("rows", epilog=ROWS_EPILOG)
@@ -194,8 +195,8 @@ def rows(
     table = Table("rows", "ms", "relative to 1 row", "tokens/s if all accepted")
     for count, ms in measured.items():
         table.add_row(str(count), f"{ms:.2f}", f"{ms / measured[1]:.2f}", f"{count / ms * 1e3:.0f}")
-    result_console(json_file).print(table)
-    write_json({"rows": {str(count): ms for count, ms in measured.items()}}, json_file)
+    rows_ms = {str(count): ms for count, ms in measured.items()}
+    print_and_write(lambda console: console.print(table), {"rows": rows_ms}, json_file)
 
 
 @dataclass(frozen=True)
@@ -311,8 +312,7 @@ def _progress() -> Progress:
     )
 
 
-def _print_report(report: dict[str, Any], json_file: Path | None) -> None:
-    console = result_console(json_file)
+def _print_report(report: dict[str, Any], console: Console) -> None:
     settings = report["settings"]
     title = f"{settings['model']}, {settings['backend']}, drafter {settings['drafter']}"
     if settings["target"] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from draftwerk.cli import options
 from draftwerk.cli.failures import reports_failures, usage_error
-from draftwerk.cli.json_file import JsonFile, check_writable, result_console, write_json
+from draftwerk.cli.json_file import JsonFile, check_writable, print_and_write
 from draftwerk.cli.training_display import TrainingDisplay
 from draftwerk.cli.training_extra import naming_options, reports_training_failures
 
@@ -120,8 +121,7 @@ def eval_drafter(
         with TrainingDisplay() as display:
             evaluator = Evaluator(checkpoint, chosen, how, display.evaluating, display.loading)
             evaluation = evaluator.evaluate(found, str(found))
-    _print(evaluation, result_console(json_file))
-    write_json(evaluation.as_dict(), json_file)
+    print_and_write(partial(_print, evaluation), evaluation.as_dict(), json_file)
 
 
 def _print(evaluation: Evaluation, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -23,24 +24,32 @@ def check_writable(json_file: Path | None) -> None:
         raise usage_error(f"--json: {json_file} cannot be written: no such directory, or a directory itself")
 
 
-def result_console(json_file: Path | None) -> Console:
-    """Tables go to stdout, unless the JSON goes there."""
-    return options.messages if json_file is not None and str(json_file) == "-" else Console()
+def print_and_write(print_tables: Callable[[Console], None], values: dict[str, Any], json_file: Path | None) -> None:
+    """Prints figures as tables, and writes them as JSON if that is wanted.
 
+    Neither is lost with the other: a disk may be full, and whoever reads the tables may go away.
 
-def write_json(values: dict[str, Any], json_file: Path | None) -> None:
-    """Writes the figures, if they are wanted.
+    Args:
+        print_tables: prints them to a console: stdout, unless the JSON goes there.
+        values: the figures.
+        json_file: what JsonFile gave.
 
     Raises:
         OSError: they cannot be written, because the disk is full for instance. Names the file.
     """
-    if json_file is None:
-        return
-    text = json.dumps(values, indent=2) + "\n"
-    if str(json_file) == "-":
-        print(text, end="")
-        return
+    console = Console()
     try:
-        json_file.write_text(text, encoding="utf-8")
+        if json_file is not None and str(json_file) == "-":
+            console = options.messages
+            print(json.dumps(values, indent=2))
+        elif json_file is not None:
+            _write(json_file, json.dumps(values, indent=2) + "\n")
+    finally:
+        print_tables(console)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(json_file)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error

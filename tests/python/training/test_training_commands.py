@@ -519,6 +519,20 @@ def test_figures_that_a_full_disk_has_no_room_for_are_one_line(opened: Checkpoin
     arguments = f"eval-drafter -m tiny -d {drafter} --limit 2 --max-tokens 32 --timed 0 -t 1 --json /dev/full"
     result = run_command(*arguments.split())
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "error: /dev/full: No space left on device")
+    assert "tokens/step" in result.stdout
+
+
+def test_figures_are_in_their_file_though_nobody_reads_the_tables(
+    opened: Checkpoint, drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("draftwerk.cli.eval_drafter._print", broken)
+    file = tmp_path / "figures.json"
+    arguments = f"eval-drafter -m tiny -d {drafter} --limit 2 --max-tokens 32 --timed 0 -t 1 --json {file}"
+    assert run_command(*arguments.split()).exit_code == 1
+    assert json.loads(file.read_text())["prompts"] == 2
 
 
 def test_texts_that_are_longer_than_the_context_are_one_line(opened: Checkpoint, drafter: Path) -> None:
