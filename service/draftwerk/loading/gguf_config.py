@@ -81,7 +81,7 @@ def assistant_config_from_gguf(gguf: GgufFile) -> AssistantConfig:
     if architecture in ARCHITECTURES:
         raise CheckpointError(
             gguf.path,
-            f"is a whole model (architecture {architecture!r}), not a drafter: --drafter takes a GGUF file of "
+            f"is a whole model (architecture {architecture!r}), not a drafter: that is a GGUF file of "
             f"architecture {ASSISTANT_ARCHITECTURES[0]}",
         )
     if architecture not in ASSISTANT_ARCHITECTURES:

@@ -123,7 +123,7 @@ def assistant_config_from_hugging_face(path: str, config: Mapping[str, Any]) -> 
     if model_type in MODEL_TYPES:
         raise CheckpointError(
             path,
-            f"is a whole model (model_type {model_type!r}), not a drafter: --drafter takes a checkpoint of type "
+            f"is a whole model (model_type {model_type!r}), not a drafter: that is a checkpoint of type "
             f"{' or '.join(ASSISTANT_TYPES)}",
         )
     if model_type not in ASSISTANT_TYPES:

@@ -195,7 +195,7 @@ def test_each_is_refused_in_the_place_of_the_other(tmp_path: Path) -> None:
             open_checkpoint(path)
     for path in models:
         assert not is_assistant(path)
-        with pytest.raises(CheckpointError, match=r"is a whole model \(.*\), not a drafter: --drafter takes a"):
+        with pytest.raises(CheckpointError, match=r"is a whole model \(.*\), not a drafter: that is a"):
             open_assistant(path)
     for path in (tmp_path / "nowhere", tmp_path, tmp_path / "c" / "config.json", "gemma-3-270m", ""):
         assert not is_assistant(path)

@@ -580,6 +580,14 @@ def test_a_run_has_its_drafter_in_a_directory(opened: Checkpoint, tmp_path: Path
 
 
 @pytest.mark.parametrize("command", ["train-drafter --from {} --tokens 9 --out {out}", "eval-drafter -d {}"])
+def test_a_whole_model_is_no_drafter(opened: Checkpoint, model: Path, tmp_path: Path, command: str) -> None:
+    result = run_command(*command.format(model, out=tmp_path / "out").split(), "-m", "tiny")
+    assert result.exit_code == 2
+    # Whichever option it was given to.
+    assert "is a whole model (model_type 'gemma3_text'), not a drafter: that is a checkpoint of type " in result.stderr
+
+
+@pytest.mark.parametrize("command", ["train-drafter --from {} --tokens 9 --out {out}", "eval-drafter -d {}"])
 def test_a_drafter_that_does_not_fit_is_one_line(
     opened: Checkpoint, drafter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
