@@ -22,7 +22,7 @@ from draftwerk.training.run_options import RunOptions, prompts_of_run
 from draftwerk.training.shards import count_shards, read_shard
 
 PROMPTS = 48
-"""That a drafter is evaluated on."""
+"""That a drafter is evaluated on, where none were set aside for that."""
 
 _FORMAT = 3  # of evaluation.json; the second did not say what "sampled" is, the first measured no fewer drafts
 
@@ -51,7 +51,7 @@ def conclude(
         command: that began the run, for the report.
         stop: asked now and then; once it says so, this ends without a report.
         threads: kernel threads of the engine; 0: all.
-        prompts: most prompts to evaluate on.
+        prompts: most prompts to evaluate on, where none were set aside for that.
         evaluation: how to evaluate; seed, threads and how the model will be sampled from are those of the run.
 
     Returns:
@@ -109,7 +109,9 @@ def _prompts(
     """Prompts that no text of the run was written from; of a file with few of them those that it was."""
     if options.prompts is not None:
         written, aside = _prompts_of_file(directory, options)
-        return from_file(engine, aside or written, count, room=room)
+        if aside is None:
+            return from_file(engine, written, count, room=room)
+        return from_file(engine, aside, len(aside.prompts), room=room)
     shards = (read_shard(directory.text, number) for number in range(count_shards(directory.text)))
     texts = (text for shard in shards for text in shard.texts())
     written_from = {tuple(text.token_ids[: text.prompt_length].tolist()) for text in texts}

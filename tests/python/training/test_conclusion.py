@@ -49,12 +49,13 @@ def finish(target: Checkpoint, directory: Path, notes: Notes | None = None, **ch
         read_options(place),
         target,
         notes or Notes(),
-        **{"command": "the command", "threads": 1, "prompts": 12, "evaluation": EVALUATION, **changes},
+        **{"command": "the command", "threads": 1, "prompts": 6, "evaluation": EVALUATION, **changes},
     )
 
 
 def test_a_run_ends_with_an_evaluation_and_a_report(trained: Path) -> None:
     values = json.loads((trained / "evaluation.json").read_text())
+    # All that were set aside, though without them it would be fewer.
     assert (values["model"], values["drafter"], values["prompts"]) == ("tiny", "drafter", 8)
     assert values["format"] == 3
     assert values["prompts_from"] == "set aside from those given"
@@ -130,8 +131,8 @@ def test_an_evaluation_can_be_stopped(target: Checkpoint, trained: Path) -> None
     before = (trained / "evaluation.json").read_bytes()
     (trained / "evaluation.json").write_bytes(b"{")
     notes = Notes()
-    assert not finish(target, trained, notes, prompts=2, stop=lambda: len(notes.evaluated) == 2)
-    assert len(notes.evaluated) == 2
+    assert not finish(target, trained, notes, stop=lambda: len(notes.evaluated) >= 2)
+    assert {what for what, _, _ in notes.evaluated} == {"drafts accepted, greedy"}
     (trained / "evaluation.json").write_bytes(before)
 
 
