@@ -7,7 +7,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -211,7 +211,7 @@ def train_drafter(
     It can be stopped at any time: DIR/drafter is the drafter as far as it has come, and --resume goes on. At the end
     the drafter is evaluated, and DIR/report.html says what it is worth.
     """
-    with reports_training_failures(), naming_options(context, _OPTIONS):
+    with reports_training_failures(), naming_options(context, _OPTIONS), ExitStack() as held:
         from draftwerk.training.conclusion import conclude
         from draftwerk.training.evaluation import EvaluationOptions
         from draftwerk.training.prompts import read_prompts
@@ -221,9 +221,10 @@ def train_drafter(
         from draftwerk.training.sampling import Sampling
         from draftwerk.training.text import TextOptions
 
+        directory = RunDirectory(out)
         if resume:
             options.refuse_beside(context, "--resume", "the run has its own", *_SETTLED.values(), *_SERVED)
-            directory = RunDirectory(out)
+            held.enter_context(directory.held())
             told = read_options(directory)
         else:
             if (hours is None) == (tokens is None):
@@ -265,11 +266,12 @@ def train_drafter(
             checkpoint = open_model(told.model, progress)
         with TrainingDisplay() as display, _stopping(display) as stop:
             if not resume:
-                directory = begin(out, told, given)
+                held.enter_context(directory.held(new=True))
+                begin(directory, told, given)
                 told = read_options(directory)
                 if given is not None:
                     display.say(_how_read(given))
-            with directory.held(), _saying_how_to_go_on(context):
+            with _saying_how_to_go_on(context):
                 run = Run(directory, told, checkpoint, display, stop=stop.is_set, device=device, threads=threads)
                 done = run.train() and conclude(
                     directory,

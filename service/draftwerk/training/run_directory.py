@@ -62,21 +62,17 @@ class RunDirectory:
     # --- what the run was told ----------------------------------------------------------------------------------
 
     def begin(self, told: Mapping[str, Any]) -> None:
-        """Makes the directory of a new run, which may be that of one that has done nothing yet.
+        """Makes this the directory of a new run. It may be that of one that has done nothing yet.
 
         Args:
             told: plain values that read() gives back.
 
         Raises:
             TrainingError: there is something there.
-            OSError: it cannot be made.
+            OSError: it cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise TrainingError(f"{self.path} is a file: a training run needs a directory of its own")
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.held():
-            self._make_room()
-            self.write(told)
+        self._make_room()
+        self.write(told)
 
     def _make_room(self) -> None:
         if (self.path / _RUN).exists():
@@ -93,16 +89,28 @@ class RunDirectory:
             raise TrainingError(f"{self.path} is not empty: a training run needs a directory of its own")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keeps other processes from working on the run meanwhile. A process that is killed holds nothing.
+    def held(self, *, new: bool = False) -> Iterator[None]:
+        """Keeps other processes from working on the run meanwhile, from before it is begun or read until it is over. A
+        process that is killed holds nothing.
+
+        Args:
+            new: whether it is to be begun: the directory is made if need be.
 
         Raises:
-            TrainingError: another one does, or there is no such directory.
+            TrainingError: another one works on it, or there is no such directory.
+            OSError: it cannot be made or opened.
         """
+        if self.path.exists() and not self.path.is_dir():
+            what = "needs a directory of its own" if new else "is a directory"
+            raise TrainingError(f"{self.path} is a file: a training run {what}")
+        if new:
+            self.path.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise TrainingError(f"{self.path} is no directory of a training run ({error.strerror})") from None
+        except FileNotFoundError:
+            raise TrainingError(
+                f"{self.path} holds no training run to go on with: there is no such directory"
+            ) from None
         try:
             _lock(descriptor, self.path)
             yield
@@ -120,8 +128,6 @@ class RunDirectory:
             values = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise TrainingError(f"{self.path} holds no training run to go on with: there is no {_RUN}") from None
-        except NotADirectoryError:
-            raise TrainingError(f"{self.path} is a file: a training run is a directory") from None
         except ValueError as error:
             raise TrainingError(f"{path} is damaged: {error}") from None
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:

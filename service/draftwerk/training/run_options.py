@@ -90,27 +90,25 @@ class RunOptions:
         return cls(**{"precision": "bf16", **values, "text": text})
 
 
-def begin(directory: Path, options: RunOptions, prompts: PromptsFile | None = None) -> RunDirectory:
-    """Makes the directory of a new run. Prompts are copied there, so that the run does not depend on their file; nor
-    does it depend on the working directory.
+def begin(directory: RunDirectory, options: RunOptions, prompts: PromptsFile | None = None) -> None:
+    """Begins a new run. Prompts are copied to its directory, so that it does not depend on their file; nor does it
+    depend on the working directory.
 
     Args:
-        directory: of the run.
+        directory: of the run; is held.
         options: what it is told.
         prompts: its prompts, if they have been read.
 
     Raises:
-        TrainingError: the directory is in use; the prompts cannot be used.
+        TrainingError: there is something in the directory; the prompts cannot be used.
         OSError: a file cannot be read or written.
     """
     if prompts is None and options.prompts is not None:
         prompts = read_prompts(Path(options.prompts), chat=options.chat)
-    run = RunDirectory(directory)
-    run.begin({"options": asdict(_with_absolute_paths(options))})
+    directory.begin({"options": asdict(_with_absolute_paths(options))})
     if prompts is not None:
-        with atomic_file(run.prompts) as copy:
+        with atomic_file(directory.prompts) as copy:
             copy.write(prompts.data)
-    return run
 
 
 def read_options(directory: RunDirectory) -> RunOptions:

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import tiny_training
 import torch
-from tiny_run import OPTIONS, Notes, run
+from tiny_run import OPTIONS, Notes, begin, run
 from tiny_training import HEADS
 from tiny_writer import with_tokenizer
 
@@ -23,7 +23,7 @@ from draftwerk.training.conclusion import conclude, evaluation_of_run
 from draftwerk.training.evaluation import EvaluationOptions
 from draftwerk.training.run import Run
 from draftwerk.training.run_directory import RunDirectory
-from draftwerk.training.run_options import begin, read_options
+from draftwerk.training.run_options import read_options
 from draftwerk.training.sampling import Sampling
 from draftwerk.training.text import TextOptions
 from fake_checkpoint import VOCABULARY

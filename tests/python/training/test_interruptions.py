@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from full_disk import full_disk
-from tiny_run import OPTIONS, Notes, log, run, weights
+from tiny_run import OPTIONS, Notes, begin, log, run, weights
 
 from draftwerk.cli.failures import file_error
 from draftwerk.loading import Checkpoint
@@ -21,7 +21,7 @@ from draftwerk.training.conclusion import conclude
 from draftwerk.training.errors import TrainingError, WriteError
 from draftwerk.training.evaluation import EvaluationOptions
 from draftwerk.training.run_directory import RunDirectory
-from draftwerk.training.run_options import begin, prompts_of_run, read_options
+from draftwerk.training.run_options import prompts_of_run, read_options
 
 # What a run writes, apart from features; "initial" and "drafter" are the weights of both.
 FILES = {"run.json", "text.json", "vocabulary.npz", "initial", "drafter", "evaluation.json", "report.html", "log.jsonl"}

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import OPTIONS, Notes, run
+from tiny_run import OPTIONS, Notes, begin, run
 
 from draftwerk.loading import Checkpoint
 from draftwerk.training.errors import TrainingError
 from draftwerk.training.precision import choose_precision
 from draftwerk.training.run_directory import RunDirectory
-from draftwerk.training.run_options import RunOptions, begin, read_options
+from draftwerk.training.run_options import RunOptions, read_options
 from draftwerk.training.target import FrozenTarget
 
 

@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import tiny_run
 import torch
-from tiny_run import OPTIONS, Notes, log, run, weights
+from tiny_run import OPTIONS, Notes, begin, log, run, weights
 
 from draftwerk.loading import Checkpoint
 from draftwerk.training import text
@@ -27,7 +27,7 @@ from draftwerk.training.errors import TrainingError
 from draftwerk.training.prompts import read_prompts, set_aside
 from draftwerk.training.run import Run
 from draftwerk.training.run_directory import RunDirectory
-from draftwerk.training.run_options import RunOptions, begin, read_options
+from draftwerk.training.run_options import RunOptions, read_options
 from draftwerk.training.shards import Text, count_shards
 from draftwerk.training.text import TextOptions, TextProgress
 from draftwerk.training.trainer import Trainer
@@ -397,7 +397,7 @@ def test_a_run_is_one_process_s(tmp_path: Path) -> None:
             begin(directory.path, OPTIONS)  # though it has done nothing yet, it may be about to
         assert (directory.path / "prompts").exists()
     begin(directory.path, OPTIONS)
-    absent = pytest.raises(TrainingError, match=r"none is no directory of a training run \(No such file or directory\)")
+    absent = pytest.raises(TrainingError, match="none holds no training run to go on with: there is no such")
     with absent, RunDirectory(tmp_path / "none").held():
         pass
 
@@ -453,8 +453,9 @@ def test_a_prompt_that_cannot_be_used_is_found_before_text_is_written(
 
 def test_a_file_is_no_directory_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(TrainingError, match="file is a file: a training run is a directory"):
-        read_options(RunDirectory(tmp_path / "file"))
+    refused = pytest.raises(TrainingError, match="file is a file: a training run is a directory")
+    with refused, RunDirectory(tmp_path / "file").held():
+        pass
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 0}', '{"format": 1}', '{"format": 1, "options": {}}'])

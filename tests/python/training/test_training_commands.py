@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tiny_training
 import torch
+from tiny_run import begin
 from tiny_writer import with_tokenizer
 from typer.testing import CliRunner
 
@@ -26,11 +27,12 @@ import tiny_checkpoint
 from draftwerk.cli.main import app
 from draftwerk.cli.training_display import TrainingDisplay
 from draftwerk.loading import Checkpoint, open_assistant, open_checkpoint
+from draftwerk.training import run_options
 from draftwerk.training.errors import TrainingError, WriteError
 from draftwerk.training.evaluation import EvaluationOptions
 from draftwerk.training.export import write_drafter
 from draftwerk.training.run_directory import RunDirectory
-from draftwerk.training.run_options import RunOptions, begin, read_options
+from draftwerk.training.run_options import RunOptions, read_options
 from draftwerk.training.sampling import Sampling
 from draftwerk.training.text import TextOptions
 from fake_checkpoint import VOCABULARY
@@ -145,6 +147,28 @@ def test_a_run_that_another_process_works_on_is_one_line(
             assert "another process works on this run" in result.output
             assert "Traceback" not in result.output
     assert not done
+
+
+def test_a_run_is_held_from_its_beginning(opened: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And when it is gone on with from before it is read: a run that has done nothing may be begun anew meanwhile."""
+    place, moments = RunDirectory(tmp_path / "run"), []
+
+    def during(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def refused(*arguments: Any, **named: Any) -> Any:
+            with pytest.raises(TrainingError, match="another process works on this run"), place.held():
+                pass
+            moments.append(what)
+            return real(*arguments, **named)
+
+        return refused
+
+    for name in ("begin", "read_options"):
+        monkeypatch.setattr(run_options, name, during(name, getattr(run_options, name)))
+    monkeypatch.setattr("draftwerk.training.run.Run.train", during("train", lambda _: False))
+    arguments = "-m tiny --tokens 9 --draft-vocabulary 64 --device cpu".split()
+    for how in (arguments, ["--resume"]):
+        assert run_command("train-drafter", "--out", str(place.path), *how).exit_code == 130
+    assert moments == ["begin", "read_options", "train", "read_options", "train"]
 
 
 @pytest.mark.parametrize("asked_by", [signal.SIGINT, signal.SIGTERM])

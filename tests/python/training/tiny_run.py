@@ -17,9 +17,10 @@ import torch
 from tiny_writer import with_tokenizer
 
 from draftwerk.loading import Checkpoint
+from draftwerk.training import run_options
 from draftwerk.training.run import Progress, Run
 from draftwerk.training.run_directory import RunDirectory
-from draftwerk.training.run_options import RunOptions, begin, read_options
+from draftwerk.training.run_options import RunOptions, read_options
 from draftwerk.training.text import TextOptions, TextProgress
 
 torch.set_num_threads(1)
@@ -63,6 +64,14 @@ class Notes:
 
     def evaluating(self, what: str, done: int, total: int) -> None:
         self.evaluated.append((what, done, total))
+
+
+def begin(directory: Path, options: RunOptions) -> RunDirectory:
+    """Of a new run, which nobody works on yet."""
+    place = RunDirectory(directory)
+    with place.held(new=True):
+        run_options.begin(place, options)
+    return place
 
 
 def run(
