@@ -150,6 +150,10 @@ TEST_P(LayerKernelsTest, SoftcapAndMaximum) {
   odd[4] = std::numeric_limits<float>::quiet_NaN();
   odd[17] = std::numeric_limits<float>::quiet_NaN();
   EXPECT_EQ(kernels_.softcap_max(odd.data(), 20, 0), -5.0F);
+  EXPECT_NEAR(kernels_.softcap_max(odd.data(), 20, 30), 30 * std::tanh(-5 / 30.0), 1e-5);
+  EXPECT_TRUE(std::isnan(odd[4]));
+  EXPECT_TRUE(std::isnan(odd[17]));
+  EXPECT_FLOAT_EQ(odd[0], -30);
 }
 
 TEST_P(LayerKernelsTest, Rotate) {

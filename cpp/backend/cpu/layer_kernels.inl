@@ -120,7 +120,8 @@ float softcap_max(float* x, int columns, float softcap) {
       float* p = x + i + r * kRegisterLanes;
       Register v = register_load(p);
       if (softcap != 0.0F) {
-        v = softcap * register_tanh(v / softcap);
+        const Register capped = softcap * register_tanh(v / softcap);
+        v = v == v ? capped : v;  // tanh makes a number of NaN
         register_store(p, v);
       }
       most[r] = v > most[r] ? v : most[r];  // NaN is none
@@ -131,7 +132,8 @@ float softcap_max(float* x, int columns, float softcap) {
     const int rest = columns - i;
     f32x16 v = load_partial(x + i, rest);
     if (softcap != 0.0F) {
-      v = softcap * tanh(v / softcap);
+      const f32x16 capped = softcap * tanh(v / softcap);
+      v = v == v ? capped : v;
       store_partial(x + i, v, rest);
     }
     float lanes[kLanes];
