@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace draftwerk {
 namespace {
@@ -18,6 +19,9 @@ constexpr double kLargestAllowance = 4.0;
 constexpr double kReserve = 1.0;
 /// A step that takes so many times as long as expected was disturbed.
 constexpr double kDisturbed = 2.5;
+/// Steps after which nothing is known any more of a drafter's time, for each step that a draft of it was thought to
+/// take: one that is thought to be too dear is never asked, and could not show that it is not.
+constexpr double kForgetSteps = 4096.0;
 /// What a number of rows that is not known has to promise over the best known plan, as a factor.
 constexpr double kWorthTrying = 1.01;
 /// Steps between trials that are expected to lose.
@@ -504,11 +508,20 @@ void DraftBudget::observe_step(int rows, double seconds) {
   } else if (allowance_ < kLargestAllowance * charged) {
     allowance_ = std::min(allowance_ + kTrialShare * charged, kLargestAllowance * charged);
   }
+  for (int d = 0; d < kMaxDrafters; ++d) {
+    const double dear = draft_cost(d) / step_costs_.cost(1);
+    if (dear > 0.0 && static_cast<double>(steps_ - timed_at_[d]) > kForgetSteps * std::max(dear, 1.0)) {
+      draft_costs_[d] = {};
+    }
+  }
 }
 
 void DraftBudget::observe_drafting(int drafter, int passes, int drafts, double seconds) {
   if (drafts < 1 || !std::isfinite(seconds) || seconds < 0.0) return;
   if (passes == 0) passes = rounds_.passes[drafter];
+  timed_at_[drafter] = steps_;
+  // A first round may be disturbed like any step, or load what the next ones find there: then the second one counts.
+  if (!std::exchange(begun_[drafter], true) && seconds > kDisturbed * step_costs_.cost(1)) return;
   draft_costs_[drafter].observe(std::clamp(passes, 1, drafts), drafts, seconds);
 }
 

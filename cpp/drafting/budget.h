@@ -155,6 +155,8 @@ class DraftBudget {
 
   StepCostTable step_costs_;
   std::array<DraftCost, kMaxDrafters> draft_costs_;
+  std::array<bool, kMaxDrafters> begun_{};             ///< drafters that have had a round
+  std::array<std::int64_t, kMaxDrafters> timed_at_{};  ///< steps_ at the last one of each
   AcceptanceModel acceptance_;
   double promised_ = 64.0;  ///< by drafters of trees, old promises fading,
   double kept_ = 64.0;      ///< and what came of it

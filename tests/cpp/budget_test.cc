@@ -89,6 +89,28 @@ TEST(DraftBudget, CountsWhatDraftingCosts) {
   }
 }
 
+TEST(DraftBudget, AFirstRoundThatWasDisturbedDoesNotEndDrafting) {
+  for (const int sequences : {1, 16}) {
+    SimulatedDrafter drafter = steady_drafter(kLimit, 4, [](int, int) { return 0.8; });
+    drafter.row_seconds = 0.0002;
+    BudgetSimulation simulation(sequences, kLimit, sloped(0.03), {drafter}, 8);
+    simulation.run(1);  // without drafts, as it is the first
+    simulation.budget.observe_drafting(0, 1, 1, 1.0);
+    simulation.run(300);
+    EXPECT_GE(simulation.run(300).of_best(), 0.95) << sequences;
+  }
+}
+
+TEST(DraftBudget, ADrafterThatSeemedTooDearIsAskedAgainOneDay) {
+  SimulatedDrafter drafter = steady_drafter(kLimit, 4, [](int, int) { return 0.8; });
+  drafter.row_seconds = 0.0002;
+  BudgetSimulation simulation(1, kLimit, sloped(0.03), {drafter}, 9);
+  simulation.run(1);
+  for (int round = 0; round < 2; ++round) simulation.budget.observe_drafting(0, 1, 1, 0.1);
+  simulation.run(50'000);
+  EXPECT_GE(simulation.run(300).of_best(), 0.95);
+}
+
 TEST(DraftBudget, TracksTheCostOfEachDrafter) {
   DraftBudget budget;
   EXPECT_EQ(budget.draft_cost(0), 0.0);
