@@ -15,9 +15,10 @@ void ParkedKv::park(KvOwner owner, std::string_view salt, std::span<const TokenI
   if (kv.positions() == 0) return kv_.close(kv);
   // A copy as long as it has to be: a sequence's own tokens have room for all of its output.
   const auto held = tokens.first(static_cast<std::size_t>(kv.positions()));
-  entries_.push_back({owner, std::string(salt), {held.begin(), held.end()}, kv_.own_bytes(kv), {}});
+  entries_.push_back({owner, std::string(salt), {held.begin(), held.end()}, kv_.own_bytes(kv), kv_.held_bytes(kv), {}});
   by_owner_.emplace(owner, std::prev(entries_.end()));
   bytes_ += entries_.back().bytes;
+  held_ += entries_.back().held;
   entries_.back().kv = std::move(kv);
 }
 
@@ -60,6 +61,7 @@ void ParkedKv::close(Position entry) {
 SequenceKv ParkedKv::unpark(Position entry) {
   SequenceKv kv = std::move(entry->kv);
   bytes_ -= entry->bytes;
+  held_ -= entry->held;
   by_owner_.erase(entry->owner);
   entries_.erase(entry);
   return kv;

@@ -45,6 +45,10 @@ class ParkedKv {
   /// KvCache::reserve, for which parked K/V is given up, the least recently parked first, until it succeeds or nothing
   /// is parked.
   [[nodiscard]] bool reserve(SequenceKv& sequence, std::int64_t positions);
+  /// Whether reserve() might succeed. False: all that is parked would be given up in vain.
+  [[nodiscard]] bool may_reserve(const SequenceKv& sequence, std::int64_t positions) const {
+    return kv_.may_reserve(sequence, positions, held_);
+  }
   /// Closes everything, conversations too.
   void clear();
 
@@ -58,6 +62,7 @@ class ParkedKv {
     std::string salt;
     std::vector<TokenId> tokens;
     std::size_t bytes = 0;
+    std::size_t held = 0;
     SequenceKv kv;
   };
   using Position = std::list<Entry>::iterator;
@@ -71,6 +76,7 @@ class ParkedKv {
   std::unordered_map<KvOwner, Position> by_owner_;
   std::unordered_set<ConversationId> conversations_;
   std::size_t bytes_ = 0;
+  std::size_t held_ = 0;  // in all pages of all that is parked; one that is shared counts for each that holds it
 };
 
 }  // namespace draftwerk

@@ -152,10 +152,16 @@ bool Scheduler::start(Sequence& sequence, int prefill_left) {
   const std::string& salt = sequence.request.salt;
   sequence.kv = parked_.take(sequence.id, salt, sequence.tokens);
   if (!sequence.kv.is_open()) sequence.kv = parked_.take(sequence.request.conversation, salt, sequence.tokens);
-  if (!sequence.kv.is_open()) sequence.kv = kv_.open(salt, sequence.tokens, sequence.length() - 1);
+  const bool looks_up = !sequence.kv.is_open();
+  if (looks_up) sequence.kv = kv_.open(salt, sequence.tokens, sequence.length() - 1);
   sequence.computed = sequence.kv.positions();
   const std::int64_t positions = sequence.computed + planned_rows(sequence, prefill_left);
-  if (parked_.reserve(sequence.kv, positions)) return true;
+  // While others run, what is parked is given up only for one that can start then: it may have to wait for their pages.
+  const bool in_vain = !running_.empty() && !parked_.may_reserve(sequence.kv, positions);
+  if (!in_vain && parked_.reserve(sequence.kv, positions)) {
+    if (looks_up && !sequence.was_scheduled) kv_.count_lookup(sequence.kv, sequence.length() - 1);
+    return true;
+  }
   kv_.close(sequence.kv);
   sequence.computed = 0;
   return false;

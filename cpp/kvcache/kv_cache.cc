@@ -68,10 +68,14 @@ SequenceKv KvCache::open(std::string_view salt, std::span<const TokenId> tokens,
     }
   }
   if (sequence.blocks_ > 0) ++holders_;
-  ++prefix_lookups_;
-  prefix_lookup_tokens_ += std::clamp<std::int64_t>(limit, 0, static_cast<std::int64_t>(tokens.size()));
-  prefix_hit_tokens_ += sequence.positions_;
   return sequence;
+}
+
+void KvCache::count_lookup(const SequenceKv& sequence, std::int64_t limit) {
+  if (prefixes_ == nullptr) return;
+  ++prefix_lookups_;
+  prefix_lookup_tokens_ += limit;
+  prefix_hit_tokens_ += sequence.prefix_positions_;
 }
 
 bool KvCache::reserve(SequenceKv& sequence, std::int64_t positions) {
@@ -80,7 +84,7 @@ bool KvCache::reserve(SequenceKv& sequence, std::int64_t positions) {
   const std::int64_t blocks = ceil_div(positions, kPageSize);
   if (blocks <= before) return true;
 
-  bool enough = reachable(blocks - before);
+  bool enough = reachable(blocks - before, 0);
   for (int t = 0; t < kPageTables && enough; ++t) {
     if (!pool_.has_table(t)) continue;
     for (std::int64_t b = before; b < blocks && enough; ++b) {
@@ -107,10 +111,11 @@ bool KvCache::reserve(SequenceKv& sequence, std::int64_t positions) {
   return true;
 }
 
-// Whether `blocks` more blocks could fit at all. Saves the cached prefixes from being evicted in vain.
-bool KvCache::reachable(std::int64_t blocks) const {
+// Whether `blocks` more blocks could fit at all, with so many bytes freed. Saves the cached prefixes from being evicted
+// in vain.
+bool KvCache::reachable(std::int64_t blocks, std::size_t freed) const {
   std::size_t wanted = 0;
-  std::size_t there = pool_.arena_bytes() - pool_.used_bytes();
+  std::size_t there = pool_.arena_bytes() - pool_.used_bytes() + freed;
   for (int t = 0; t < kPageTables; ++t) {
     wanted += pool_.page_bytes(t);
     if (prefixes_ != nullptr) there += static_cast<std::size_t>(prefixes_->cached_pages(t)) * pool_.page_bytes(t);
@@ -212,6 +217,21 @@ bool KvCache::fits(std::int64_t positions, int max_step_rows) const {
 
 void KvCache::drop_prefixes() {
   if (prefixes_ != nullptr) prefixes_->evict_all();
+}
+
+bool KvCache::may_reserve(const SequenceKv& sequence, std::int64_t positions, std::size_t freed) const {
+  const std::int64_t blocks = ceil_div(positions, kPageSize) - sequence.blocks_;
+  return blocks <= 0 || reachable(blocks, freed);
+}
+
+std::size_t KvCache::held_bytes(const SequenceKv& sequence) const {
+  std::size_t bytes = 0;
+  for (int t = 0; t < kPageTables; ++t) {
+    const auto held = std::count_if(sequence.tables_[t].begin(), sequence.tables_[t].end(),
+                                    [](PageId page) { return page != kNoPage; });
+    bytes += static_cast<std::size_t>(held) * pool_.page_bytes(t);
+  }
+  return bytes;
 }
 
 std::size_t KvCache::own_bytes(const SequenceKv& sequence) const {

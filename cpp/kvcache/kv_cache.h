@@ -104,6 +104,10 @@ class KvCache {
   /// cached.
   SequenceKv open(std::string_view salt, std::span<const TokenId> tokens, std::int64_t limit);
 
+  /// Counts what open() found for a sequence, of `limit` positions: for one that goes on, as others are closed and
+  /// opened again until there is room.
+  void count_lookup(const SequenceKv& sequence, std::int64_t limit);
+
   /// Makes room for positions [0, positions): allocates what is missing, evicting cached prefixes if needed. False if
   /// that is not enough, and then nothing has changed but for the evictions: the scheduler preempts or queues.
   ///
@@ -111,6 +115,8 @@ class KvCache {
   /// may be scattered so that too few slabs are whole, and in that case closing it drops the prefix cache, and the
   /// next sequence to open starts from an empty arena.
   [[nodiscard]] bool reserve(SequenceKv& sequence, std::int64_t positions);
+  /// Whether reserve() might succeed if others gave back so many bytes. False: it would not.
+  [[nodiscard]] bool may_reserve(const SequenceKv& sequence, std::int64_t positions, std::size_t freed) const;
 
   /// The K/V of `tokens` (all of the sequence, from position 0; not fewer than last time) is now valid: registers
   /// finished blocks with the prefix cache, frees the pages that no row from position tokens.size() on can see through
@@ -130,13 +136,15 @@ class KvCache {
 
   /// Bytes in the pages that this sequence shares with no other one now.
   [[nodiscard]] std::size_t own_bytes(const SequenceKv& sequence) const;
+  /// Bytes in all of its pages.
+  [[nodiscard]] std::size_t held_bytes(const SequenceKv& sequence) const;
 
   [[nodiscard]] KvUse use() const;
 
  private:
   void register_blocks(SequenceKv& sequence, std::span<const TokenId> tokens);
   void let_go(SequenceKv& sequence, std::int64_t block, int table);
-  [[nodiscard]] bool reachable(std::int64_t blocks) const;
+  [[nodiscard]] bool reachable(std::int64_t blocks, std::size_t freed) const;
 
   std::size_t budget_bytes_;
   int window_;

@@ -216,6 +216,50 @@ TEST(SchedulerTest, PausingAfterAPreemptionOpensAdmission) {
   for (const RequestId id : {1, 2}) scheduler.remove(id);
 }
 
+TEST(SchedulerTest, OneThatWaitsForPagesIsLookedUpOnce) {
+  KvCache kv(kShape, 12 * 4096, true);
+  ParkedKv parked(kv);
+  Scheduler scheduler({4, 64, 16, 64}, kv, parked);
+  scheduler.add(make_sequence(1, 40));
+  commit(kv, scheduler.plan());
+  scheduler.add(make_sequence(2, 60, 2));
+  for (int step = 0; step < 8; ++step) commit(kv, scheduler.plan());
+  EXPECT_EQ(scheduler.running(), 1);
+  EXPECT_EQ(kv.use().prefix_lookup_tokens, 39);
+  scheduler.remove(1);
+  commit(kv, scheduler.plan());
+  EXPECT_EQ(scheduler.running(), 1);
+  EXPECT_EQ(kv.use().prefix_lookups, 2);
+  EXPECT_EQ(kv.use().prefix_lookup_tokens, 39 + 59);
+  scheduler.remove(2);
+}
+
+TEST(SchedulerTest, NothingIsGivenUpForOneThatHasToWaitAllTheSame) {
+  KvCache kv(kShape, 14 * 4096, false);
+  ParkedKv parked(kv);
+  Scheduler scheduler({4, 256, 16, 256}, kv, parked);
+  const std::vector<TokenId> said(32, 7);
+  SequenceKv conversation = kv.open("", said, 31);
+  ASSERT_TRUE(kv.reserve(conversation, 32));
+  kv.commit(conversation, said);
+  parked.open_conversation(-1);
+  parked.park(-1, "", said, conversation);
+  scheduler.add(make_sequence(1, 60));
+  commit(kv, scheduler.plan());
+  const std::size_t before = parked.bytes();
+  ASSERT_GT(before, 0U);
+  scheduler.add(make_sequence(2, 100, 2));
+  commit(kv, scheduler.plan());
+  EXPECT_EQ(scheduler.running(), 1);
+  EXPECT_EQ(parked.bytes(), before);
+  scheduler.remove(1);
+  commit(kv, scheduler.plan());
+  EXPECT_EQ(scheduler.running(), 1) << "nothing but what is parked is in its way now";
+  EXPECT_EQ(parked.bytes(), 0U);
+  scheduler.remove(2);
+  parked.clear();
+}
+
 TEST(StepBatchTest, LaysOutKnownTokensThenDrafts) {
   KvCache kv(kShape, 1 << 20, false);
   ParkedKv parked(kv);
