@@ -44,17 +44,18 @@ std::optional<FieldError> validate(const SamplingParams& sampling, int vocabular
     return FieldError{"logit_bias", text(static_cast<std::int64_t>(bias.size())) + " entries",
                       "at most " + text(std::int64_t{kMaxLogitBias}) + " entries"};
   }
-  for (std::size_t i = 0; i < bias.size(); ++i) {
-    const std::string entry = "logit_bias[" + std::to_string(i) + "]";
-    const auto [token, value] = bias[i];
+  // By token, as in the requests of users; the order of entries is not theirs.
+  for (const auto& [token, value] : bias) {
+    const std::string id = text(std::int64_t{token});
     if (token < 0 || token >= vocabulary) {
-      return FieldError{entry + ".token", text(std::int64_t{token}), "0 to " + text(std::int64_t{vocabulary - 1})};
+      return FieldError{"logit_bias", "token " + id, "tokens 0 to " + text(std::int64_t{vocabulary - 1})};
     }
-    if (!(value >= -kMaxBias && value <= kMaxBias)) return FieldError{entry + ".bias", text(value), "-1000 to 1000"};
+    if (!(value >= -kMaxBias && value <= kMaxBias)) {
+      return FieldError{"logit_bias[" + id + "]", text(value), "-1000 to 1000"};
+    }
   }
   if (sampling.logprobs < -1 || sampling.logprobs > kMaxLogprobs) {
-    return FieldError{"logprobs", text(std::int64_t{sampling.logprobs}),
-                      "-1 (none) to " + text(std::int64_t{kMaxLogprobs})};
+    return FieldError{"logprobs", text(std::int64_t{sampling.logprobs}), "0 to " + text(std::int64_t{kMaxLogprobs})};
   }
   return std::nullopt;
 }

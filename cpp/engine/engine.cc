@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <ranges>
 #include <utility>
 
 namespace draftwerk {
@@ -107,15 +108,27 @@ Engine::~Engine() { close(); }
 
 // --- from any thread ---------------------------------------------------------------------------------------------
 
+// What is wrong with a request that the KV memory could not hold.
+FieldError Engine::too_long(const Request& request) const {
+  const auto prompt_tokens = static_cast<std::int64_t>(request.prompt.size());
+  const std::string memory = " the KV memory of " + std::to_string(options_.kv_memory_bytes >> 10) + " KiB";
+  const auto lengths = std::views::iota(std::int64_t{1}, prompt_tokens + request.max_tokens + 1);
+  const std::int64_t most = *std::ranges::partition_point(lengths, [this](std::int64_t length) {
+    return kv_.fits(length, model_.max_rows());
+  }) - 1;
+  if (most <= prompt_tokens) {
+    return {"prompt", std::to_string(prompt_tokens) + " tokens",
+            "at most " + std::to_string(most - 1) + " tokens: more exceed" + memory};
+  }
+  return {"max_tokens", std::to_string(request.max_tokens),
+          "at most " + std::to_string(most - prompt_tokens) + ": with the prompt of " + std::to_string(prompt_tokens) +
+              " tokens more exceed" + memory};
+}
+
 RequestId Engine::submit(Request request) {
   if (auto error = validate(request, limits_)) throw RequestError(*std::move(error));
   const auto prompt_tokens = static_cast<std::int64_t>(request.prompt.size());
-  if (!kv_.fits(prompt_tokens + request.max_tokens, model_.max_rows())) {
-    throw RequestError({"max_tokens", std::to_string(request.max_tokens),
-                        "less: with the prompt of " + std::to_string(prompt_tokens) +
-                            " tokens it exceeds the KV memory of " + std::to_string(options_.kv_memory_bytes >> 10) +
-                            " KiB"});
-  }
+  if (!kv_.fits(prompt_tokens + request.max_tokens, model_.max_rows())) throw RequestError(too_long(request));
   auto sequence = std::make_unique<Sequence>();
   sequence->tokens = request.prompt;
   sequence->tokens.reserve(static_cast<std::size_t>(prompt_tokens + request.max_tokens));

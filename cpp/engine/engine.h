@@ -144,6 +144,7 @@ class Engine {
   };
   using Command = std::variant<Submit, Cancel, Pause, Resume, OpenConversation, CloseConversation>;
 
+  FieldError too_long(const Request& request) const;
   void post(Command command);
   void run();
   bool take_commands();

@@ -62,8 +62,7 @@ std::optional<FieldError> validate(const Request& request, const RequestLimits& 
                       "none: this model was loaded without a tokenizer; use stop_token_ids"};
   }
   if (request.max_draft_length < -1 || request.max_draft_length > limits.max_draft_length) {
-    return FieldError{"max_draft_length", std::to_string(request.max_draft_length),
-                      range(0, limits.max_draft_length) + ", or -1 for the engine's own limit"};
+    return FieldError{"max_draft_length", std::to_string(request.max_draft_length), range(0, limits.max_draft_length)};
   }
   if (request.salt.size() > kMaxSaltBytes) {
     return FieldError{"salt", std::to_string(request.salt.size()) + " bytes",

@@ -374,6 +374,37 @@ TEST(EngineTest, RefusesWhatNeverFitsAndWhatOverfillsTheQueue) {
   for (const RequestId id : ids) EXPECT_EQ(outcomes[id].finish_reason, FinishReason::length);
 }
 
+// What the message says would work does work, and one more does not.
+TEST(EngineTest, WhatIsLongerThanTheMemoryIsToldWhatFits) {
+  TinyModel tiny;
+  EngineOptions options;
+  options.kv_memory_bytes = std::size_t{256} << 10;
+  Engine engine(tiny.model(), options, {}, {});
+  Request request;
+  std::string allowed;
+  const auto refused = [&](std::size_t prompt, int max_tokens) {
+    request.prompt = std::vector<TokenId>(prompt, 3);
+    request.max_tokens = max_tokens;
+    try {
+      engine.cancel(engine.submit(request));
+    } catch (const RequestError& error) {
+      allowed = error.field().allowed;
+      return error.field().field;
+    }
+    return std::string("nothing");
+  };
+  const auto most = [&] { return std::stoi(allowed.substr(std::string("at most ").size())); };
+  ASSERT_EQ(refused(40, 900), "max_tokens");
+  const int tokens = most();
+  EXPECT_EQ(refused(40, tokens), "nothing");
+  EXPECT_EQ(refused(40, tokens + 1), "max_tokens");
+  ASSERT_EQ(refused(1000, 1), "prompt") << "no number of tokens would do";
+  const int prompt = most();
+  EXPECT_EQ(prompt, 40 + tokens - 1);
+  EXPECT_EQ(refused(prompt, 1), "nothing");
+  EXPECT_EQ(refused(prompt + 1, 1), "prompt");
+}
+
 TEST(EngineTest, ErrorsNameFieldValueAndRange) {
   TinyModel tiny;
   Engine engine(tiny.model(), {}, {}, {});

@@ -386,9 +386,9 @@ TEST(SamplingValidation, NamesFieldValueAndRange) {
       {"presence_penalty", [](SamplingParams& s) { s.presence_penalty = -10.1F; }},
       {"frequency_penalty", [](SamplingParams& s) { s.frequency_penalty = NAN; }},
       {"logit_bias", [](SamplingParams& s) { s.logit_bias.resize(kMaxLogitBias + 1); }},
-      {"logit_bias[1].token", [](SamplingParams& s) { s.logit_bias = {{1, 1.0F}, {100, 1.0F}}; }},
-      {"logit_bias[0].token", [](SamplingParams& s) { s.logit_bias = {{-1, 1.0F}}; }},
-      {"logit_bias[0].bias", [](SamplingParams& s) { s.logit_bias = {{1, -kInfinity}}; }},
+      {"logit_bias", [](SamplingParams& s) { s.logit_bias = {{1, 1.0F}, {100, 1.0F}}; }},
+      {"logit_bias", [](SamplingParams& s) { s.logit_bias = {{-1, 1.0F}}; }},
+      {"logit_bias[1]", [](SamplingParams& s) { s.logit_bias = {{1, -kInfinity}}; }},
       {"logprobs", [](SamplingParams& s) { s.logprobs = -2; }},
       {"logprobs", [](SamplingParams& s) { s.logprobs = kMaxLogprobs + 1; }},
   };

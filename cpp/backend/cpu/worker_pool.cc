@@ -182,7 +182,8 @@ struct WorkerPool::State {
 
 WorkerPool::WorkerPool(int threads) : state_(std::make_unique<State>()) {
   if (threads < 1 || threads > static_cast<int>(kInside)) {
-    throw std::invalid_argument("worker pool: " + std::to_string(threads) + " threads; at least 1 is needed");
+    throw std::invalid_argument("worker pool: " + std::to_string(threads) + " threads: must be 1 to " +
+                                std::to_string(kInside));
   }
   State* state = state_.get();
   state->shares = std::vector<Share>(static_cast<std::size_t>(threads));
