@@ -71,7 +71,7 @@ class Dispatcher:
             self._stop_loop()
             thread = self._stop_thread()
             self._loop = loop
-            loop.add_reader(self.core.event_fd(), self._take_events, loop)
+            loop.add_reader(self.core.event_fd(), self.take_events, loop)
         if thread is not None:
             thread.join()
 
@@ -105,7 +105,7 @@ class Dispatcher:
         with self.lock:
             self._stop_loop()
             thread = self._stop_thread()
-            self._take_events(None)
+            self.take_events()
             abandoned = list(self._running.values())
             self._running.clear()
             closed_at = time.perf_counter()
@@ -117,7 +117,7 @@ class Dispatcher:
         if self._closed:
             raise EngineClosed("the engine is closed")
 
-    def _take_events(self, loop: asyncio.AbstractEventLoop | None) -> None:
+    def take_events(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Delivers everything that has come. `loop`: the event loop that calls this, if one does."""
         with self.lock:
             events = self.core.wait_events(0.0)
@@ -174,7 +174,7 @@ class Dispatcher:
                 with self.lock:
                     if self._thread is not threading.current_thread():
                         return
-                    self._take_events(None)
+                    self.take_events()
         finally:
             os.close(wake)
 

@@ -53,6 +53,8 @@ class EngineInfo:
     """Of the model and its drafter, in memory."""
     kv_memory_bytes: int
     max_context: int
+    max_draft_length: int
+    """Most drafts per step and sequence: a step brings one token more, if all are accepted."""
     vocab_size: int
     end_token_ids: tuple[int, ...]
     """Generation ends at any of them, unless a request ignores them."""
@@ -161,6 +163,7 @@ class Engine:
             weight_bytes=core_model.weight_bytes + (0 if mtp is None else mtp.weight_bytes),
             kv_memory_bytes=options.kv_memory_bytes,
             max_context=options.max_context,
+            max_draft_length=max_draft_length,
             vocab_size=checkpoint.config.vocab_size,
             end_token_ids=tuple(checkpoint.eos_token_ids),
             fingerprint=model_fingerprint,

@@ -54,6 +54,7 @@ class Generation:
         self._max_unread = max_unread_tokens
         self._unread = 0
         self._paused = False
+        self._delivered = 0  # tokens; under that lock too
         self._texts: list[str] = []
         self._token_ids: list[int] = []
         self._drafted: list[bool] = []
@@ -71,6 +72,24 @@ class Generation:
     def cancel(self) -> None:
         """Asks the engine to stop. The last chunk then says "cancelled", unless the request was done before."""
         self._dispatcher.cancel(self.request_id)
+
+    def cancel_if(self, check: Callable[[int], None]) -> None:
+        """Cancels the request, unless `check` raises: then it goes on as if nothing had been asked.
+
+        Args:
+            check: takes the number of tokens that were generated. While it decides no step begins, but one that has
+                begun may bring more.
+        """
+        with self._dispatcher.lock:
+            self._dispatcher.core.pause(self.request_id)
+            try:
+                self._dispatcher.take_events()
+                check(self._delivered)
+            except BaseException:
+                if not self._paused:
+                    self._dispatcher.core.resume(self.request_id)
+                raise
+            self.cancel()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until the engine is done with the request, reading nothing. False if `timeout` seconds passed.
@@ -135,11 +154,14 @@ class Generation:
         self._deliveries.put((event, received_at))
         if last:
             self._last_delivered.set()
-        elif self._max_unread is not None:
-            self._unread += len(cast("_core.Event", event).token_ids)
-            if self._unread > self._max_unread and not self._paused:
-                self._paused = True
-                self._dispatcher.core.pause(self.request_id)
+        else:
+            tokens = len(cast("_core.Event", event).token_ids)
+            self._delivered += tokens
+            if self._max_unread is not None:
+                self._unread += tokens
+                if self._unread > self._max_unread and not self._paused:
+                    self._paused = True
+                    self._dispatcher.core.pause(self.request_id)
         waiter = self._waiter
         return waiter if last or not self._awaits_last else None
 

@@ -42,7 +42,7 @@ class Injection:
     request_number: int
     token_ids: Sequence[int]
     outcome: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    """Done when the tokens are in (or cannot be). Stays open if the generation ends first."""
+    """Done when the tokens are in. Stays open if the generation ends first."""
 
 
 class BranchGeneration:
@@ -101,14 +101,19 @@ class BranchGeneration:
         """Puts tokens after what has been generated so far, and answers. False if the generation ended before that.
 
         Raises:
-            InvalidField: the context does not take as many tokens.
+            InvalidField: the context may not take as many tokens. The generation goes on as if it had not been asked.
         """
         assert self.task is not None
+        info, start = self._engine.info, len(self._request.prompt_token_ids)
+
+        def check(generated: int) -> None:
+            # Decided before anything ends: what is resubmitted has lost its penalties, and what its stop strings held.
+            longest = start + generated + info.max_draft_length + 1  # with the step that may be under way
+            check_room("content", len(token_ids), room=info.max_context - 1 - longest)
+
+        self._request.cancel_if(check)
         injection = self._injection = Injection(request_number, token_ids)
-        self._request.cancel()
         await asyncio.wait({injection.outcome, self.task}, return_when=asyncio.FIRST_COMPLETED)
-        if injection.outcome.done():
-            injection.outcome.result()
         return injection.outcome.done()
 
     async def _run_request(self) -> Injection | None:
@@ -154,29 +159,18 @@ class BranchGeneration:
         )
 
     async def _inject(self, injection: Injection) -> None:
-        """Adds the tokens and goes on after them; goes on without them if there is no room for them and another."""
+        """Adds the tokens and goes on after them."""
         self._injection = None
         tokens = self._branch.tokens
-        refused: InvalidField | None = None
-        try:
-            check_room("content", len(injection.token_ids), room=self._engine.info.max_context - 1 - len(tokens))
-        except InvalidField as error:  # what was generated since it was asked for took the room
-            refused = error
-        else:
-            injected = pb.SessionResponse.Injected(token_ids=injection.token_ids, position=len(tokens))
-            tokens.extend(injection.token_ids)
-            await self._send(
-                pb.SessionResponse(
-                    request_number=injection.request_number, branch=self._branch.number, injected=injected
-                )
-            )
+        injected = pb.SessionResponse.Injected(token_ids=injection.token_ids, position=len(tokens))
+        tokens.extend(injection.token_ids)
+        await self._send(
+            pb.SessionResponse(request_number=injection.request_number, branch=self._branch.number, injected=injected)
+        )
         try:
             self._request = self._submit(self._remaining_params())
         finally:
-            if refused is None:
-                injection.outcome.set_result(None)
-            else:
-                injection.outcome.set_exception(refused)
+            injection.outcome.set_result(None)
 
     def _remaining_params(self) -> SamplingParams:
         """The parameters for what is left of the generation."""

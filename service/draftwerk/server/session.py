@@ -213,7 +213,6 @@ class Session:
         if content.HasField("messages"):
             raise InvalidField("content.messages", "given", "text or token_ids: a generation has no turns")
         token_ids = await token_ids_of(content, self._engine, "content", add_bos=False)
-        check_room("content", len(token_ids), room=self._engine.info.max_context - 1 - len(branch.tokens))
         if branch.generating is not generation or not await generation.inject(request.request_number, token_ids):
             raise self._not_generating(branch)
 
