@@ -11,7 +11,7 @@ from draftwerk.conversation import Conversation
 from draftwerk.engine import Engine
 from draftwerk.generation import Generation
 from draftwerk.requests import SamplingParams, output_fingerprint
-from draftwerk.results import Chunk, GenerationStats
+from draftwerk.results import Chunk, FinishReason, GenerationStats
 from draftwerk.server.chat_history import ChatHistory
 from draftwerk.server.errors import InvalidField
 from draftwerk.server.metrics import Metrics
@@ -74,6 +74,7 @@ class BranchGeneration:
         self._spell = spell
         self._send = send
         self._generated = 0
+        self._ended = False
         self._parts: list[tuple[float, GenerationStats]] = []
         self._previous_at: float | None = None
         self._injection: Injection | None = None
@@ -96,6 +97,12 @@ class BranchGeneration:
     def cancel(self) -> None:
         """Asks the engine to stop; the last message then says so, unless the generation was done before."""
         self._request.cancel()
+
+    def leave(self) -> None:
+        """Cancels what still runs, and counts it if its end was not told. For when run() is over."""
+        self.cancel()
+        if not self._ended:
+            self._observe_end(None, "cancelled")
 
     async def inject(self, request_number: int, token_ids: Sequence[int]) -> bool:
         """Puts tokens after what has been generated so far, and answers. False if the generation ended before that.
@@ -121,6 +128,7 @@ class BranchGeneration:
         branch = self._branch
         async for chunk in self._request:
             if chunk.finish_reason == "error":
+                self._observe_end(chunk.stats, chunk.finish_reason)
                 continue  # the iteration raises it next
             if chunk.token_ids:
                 self._metrics.observe_chunk(self._submitted_at, self._previous_at, chunk)
@@ -149,8 +157,12 @@ class BranchGeneration:
         if len(self._parts) > 1:
             chunk = replace(chunk, stats=joined_stats(self._parts))
         assert chunk.stats is not None and chunk.finish_reason is not None
-        self._metrics.observe_end(chunk.stats, chunk.finish_reason)
+        self._observe_end(chunk.stats, chunk.finish_reason)
         return chunk
+
+    def _observe_end(self, stats: GenerationStats | None, finish_reason: FinishReason) -> None:
+        self._ended = True
+        self._metrics.observe_end(stats, finish_reason)
 
     async def _send_chunk(self, chunk: Chunk) -> None:
         generated = generate_response(chunk, self._fingerprint, self._spell)

@@ -48,6 +48,7 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
         )
         call = current_call()
         generation = self._engine.submit(prompt, params, max_unread_tokens=self._max_unread_tokens)
+        ended = False
         try:
             await call.accept()
             fingerprint = output_fingerprint(self._engine.info.fingerprint, prompt, params)
@@ -55,6 +56,9 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
             request_id = call.request_id
             previous_at = None
             async for chunk in generation:
+                if chunk.finish_reason is not None:
+                    self._metrics.observe_end(chunk.stats, chunk.finish_reason)
+                    ended = True
                 if chunk.finish_reason == "error":
                     continue  # the iteration raises it next
                 response = generate_response(chunk, fingerprint, spell)
@@ -63,7 +67,6 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 self._metrics.observe_chunk(generation.submitted_at, previous_at, chunk)
                 previous_at = chunk.received_at
                 if chunk.finish_reason is not None and chunk.stats is not None:
-                    self._metrics.observe_end(chunk.stats, chunk.finish_reason)
                     call.note(
                         prompt_tokens=chunk.stats.prompt_tokens,
                         generated_tokens=chunk.stats.generated_tokens,
@@ -72,6 +75,8 @@ class GenerationService(generation_pb2_grpc.GenerationServicer):
                 await context.write(response)
         finally:
             generation.cancel()
+            if not ended:
+                self._metrics.observe_end(None, "cancelled")
 
     async def Session(self, request_iterator: object, context: Any) -> None:  # type: ignore[override]  # noqa: N802
         """Holds a conversation; see session.py."""

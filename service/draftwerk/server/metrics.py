@@ -100,10 +100,11 @@ class Metrics:
         else:
             self._between_tokens.observe((chunk.received_at - previous_at) / tokens, tokens)
 
-    def observe_end(self, stats: GenerationStats, finish_reason: FinishReason) -> None:
-        """Counts a generation that has ended."""
+    def observe_end(self, stats: GenerationStats | None, finish_reason: FinishReason) -> None:
+        """Counts a generation that has ended. `stats`: None if nobody was left to read them."""
         self._finished[finish_reason] = self._finished.get(finish_reason, 0) + 1
-        self._queue_time.observe(stats.queue_time)
+        if stats is not None:
+            self._queue_time.observe(stats.queue_time)
 
     def call_started(self, method: str) -> None:
         """Counts a call, such as "Generation/Generate"."""

@@ -201,6 +201,7 @@ class Session:
         task = generation.task = asyncio.create_task(self._run_generation(branch, generation))
         self._tasks.add(task)
         task.add_done_callback(self._forget)
+        task.add_done_callback(lambda _: generation.leave())  # also if it was cancelled before it began
 
     async def _interrupt(self, request: pb.SessionRequest) -> None:
         branch, generation = self._generating_branch(request)
@@ -301,8 +302,6 @@ class Session:
         except Exception as error:
             branch.generating = None
             await self._send_error(generation.request_number, branch.number, error)
-        finally:
-            generation.cancel()
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
 import pytest
-from serve_process import TIMEOUT, RunningServer, scraped
+from serve_process import TIMEOUT, InProcess, RunningServer, scraped
+from session_client import SessionClient, hold_after, ids_prompt, start_and_hold
 
 import draftwerk
 import fake_core
 from draftwerk.results import Chunk, GenerationStats
 from draftwerk.server.metrics import Metrics
+from draftwerk.server.server import Server
 from draftwerk_client.v1 import generation_pb2_grpc
 from draftwerk_client.v1.generation_pb2 import GenerateRequest
 from draftwerk_client.v1.parameters_pb2 import Prompt, StopConditions
+from draftwerk_client.v1.session_pb2 import SessionRequest
 
 
 @pytest.fixture
@@ -206,3 +209,60 @@ async def test_a_server_counts_what_it_does(server: RunningServer, channel: grpc
     assert difference("draftwerk_calls_total", "OK", "Generation/Generate") == 1
     assert after["draftwerk_kv_budget_bytes",] == 64 << 20
     assert after["draftwerk_generations_running",] == 0
+
+
+@pytest.fixture
+async def serving(engine: draftwerk.Engine, inprocess_server: InProcess) -> AsyncIterator[Server]:
+    """A server of the scripted engine that is scraped."""
+    async with inprocess_server(engine, metrics_listen="127.0.0.1:0") as server:
+        yield server
+
+
+async def finished(server: Server, reason: str, count: int) -> None:
+    """Waits until so many generations have ended, and checks that it was for this reason."""
+    ended: dict[str, float] = {}
+    for _ in range(200):
+        found = await asyncio.to_thread(scraped, server.metrics_address)
+        ended = {name[1]: n for name, n in found.items() if name[0] == "draftwerk_generations_finished_total"}
+        if sum(ended.values()) >= count:
+            break
+        await asyncio.sleep(0.01)
+    assert ended == {reason: count}
+
+
+async def test_a_stream_that_its_client_leaves_is_counted(
+    serving: Server, scripted_channel: grpc.aio.Channel, scripted: fake_core.Engine, figures: dict[str, Any]
+) -> None:
+    hold_after(scripted, 2)
+    stub = generation_pb2_grpc.GenerationStub(scripted_channel)
+    left = stub.Generate(GenerateRequest(prompt=ids_prompt([10])))
+    await left.read()
+    left.cancel()
+    await finished(serving, "cancelled", 1)
+    scripted.gate.set()
+    late = stub.Generate(GenerateRequest(prompt=ids_prompt([10])), timeout=0.2)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await late.read()
+        await late.read()
+    await finished(serving, "cancelled", 2)
+
+
+async def test_what_runs_when_its_session_ends_is_counted(
+    serving: Server, session: SessionClient, scripted: fake_core.Engine, figures: dict[str, Any]
+) -> None:
+    await start_and_hold(session, scripted, after=2)
+    session.call.cancel()
+    await finished(serving, "cancelled", 1)
+
+
+async def test_failures_are_counted(
+    serving: Server, session: SessionClient, scripted_channel: grpc.aio.Channel, scripted: fake_core.Engine,
+    figures: dict[str, Any],
+) -> None:  # fmt: skip
+    scripted.fail_with = "out of smoke"
+    call = generation_pb2_grpc.GenerationStub(scripted_channel).Generate(GenerateRequest(prompt=ids_prompt([10])))
+    with pytest.raises(grpc.aio.AioRpcError, match="out of smoke"):
+        await call.read()
+    await session.append(10)
+    assert (await session.answer(generate=SessionRequest.Generate())).HasField("error")
+    await finished(serving, "error", 2)
