@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from draftwerk.memory import peak_resident_bytes, resident_bytes
+from draftwerk.server.conversion import check_known_fields
 from draftwerk.server.responses import duration
 from draftwerk_client.v1 import operations_pb2 as pb
 from draftwerk_client.v1 import operations_pb2_grpc
@@ -25,6 +26,7 @@ class OperationsService(operations_pb2_grpc.OperationsServicer):
 
     async def GetStats(self, request: pb.GetStatsRequest, context: Any) -> pb.GetStatsResponse:  # noqa: N802 (gRPC's name)
         """Figures since the server started, and its state now."""
+        check_known_fields(request)
         stats = self._engine.stats()
         return pb.GetStatsResponse(
             uptime=duration(self._metrics.uptime),

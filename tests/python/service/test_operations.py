@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
+import pytest
 from serve_process import InProcess
 
 import draftwerk
@@ -86,3 +87,13 @@ async def test_a_port_of_its_own(
             assert "/draftwerk.v1.Operations/GetStats on this port" in (error.details() or "")
         else:
             raise AssertionError("the main port answered")
+
+
+async def test_fields_that_the_server_does_not_know_are_refused(
+    engine: draftwerk.Engine, figures: dict[str, Any], inprocess_server: InProcess
+) -> None:
+    request = pb.GetStatsRequest.FromString(b"\x08\x01")  # field 1
+    async with inprocess_server(engine) as server, grpc.aio.insecure_channel(server.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match="1 = set: must be absent") as caught:
+            await operations_pb2_grpc.OperationsStub(channel).GetStats(request, timeout=30)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
