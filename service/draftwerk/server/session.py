@@ -11,7 +11,7 @@ import grpc
 import structlog
 
 from draftwerk.engine import Engine
-from draftwerk.requests import Chat, SamplingParams
+from draftwerk.requests import Chat, RequestError, SamplingParams
 from draftwerk.server.branch import Branch, BranchGeneration, check_room
 from draftwerk.server.calls import Call
 from draftwerk.server.chat_history import ChatHistory, common_beginning, tokens_of_chat
@@ -159,7 +159,11 @@ class Session:
             more = prompt_of(content, self._engine, "content")
             assert isinstance(more, Chat)
             whole = chat.continued(branch.tokens, more, size, self._engine, "content")
-            return whole, tokens_of_chat(render_chat(whole, self._engine, "content"), branch.tokens, self._engine)
+            text = render_chat(whole, self._engine, "content")
+            try:
+                return whole, tokens_of_chat(text, branch.tokens, self._engine)
+            except RequestError as error:
+                raise InvalidField("content.messages", error.value, error.allowed) from None
 
         # Of what was generated, the tokens are a measure.
         whole, token_ids = await off_loop_if_long(chat.size + size + 4 * len(branch.tokens), encode)

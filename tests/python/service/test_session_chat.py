@@ -331,6 +331,16 @@ async def test_what_is_refused_changes_nothing(chat: Chatting, scripted: Scripte
     assert chat.is_the_chat(FIRST, answer("Rain."), SECOND)
 
 
+async def test_a_message_that_is_no_unicode_text_names_its_field(chat: Chatting) -> None:
+    content = parameters_pb2.Prompt()
+    content.messages.messages.add(role="user", structured_content='"\\ud800"')
+    response = await chat.session.answer(append=Request.Append(content=content))
+    assert code_of(response) is grpc.StatusCode.INVALID_ARGUMENT
+    violation = detail_of(response, error_details_pb2.BadRequest()).field_violations[0]
+    assert violation.field == "content.messages"
+    assert "valid Unicode text" in violation.description
+
+
 async def test_a_chat_does_not_grow_without_end(
     chat: Chatting, scripted: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
