@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 SESSION = "Generation/Session"
 
 _SHORTEST_DELAY, _LONGEST_DELAY = 0.1, 10.0  # seconds
-_SPEED_WINDOW = 1.0  # seconds over which the speed of working off the queue is measured
+# Seconds over which the speed of working off the queue is measured. It is looked at when calls are refused; what lies
+# further back than the longest was before that, when less waited than could be computed.
+_SPEED_WINDOW, _LONGEST_SPEED_WINDOW = 1.0, 3.0
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 2, 5, 10, 30, 60)
 _POSITIONS = 8  # in a draft, that have a label of their own
 _TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16)
@@ -128,12 +130,13 @@ class Metrics:
         return time.perf_counter() - self._started_at
 
     def retry_delay(self) -> float:
-        """Seconds until half of the queue is worked off at the speed of the last second: when to try again."""
+        """Seconds until half of the queue is worked off at the speed that was measured last: when to try again."""
         stats = self._engine.stats()
         now, computed = time.perf_counter(), int(stats["prefill_rows"])
         seconds = now - self._speed_since[0]
         if seconds >= _SPEED_WINDOW:
-            self._queue_speed = (computed - self._speed_since[1]) / seconds
+            if seconds <= _LONGEST_SPEED_WINDOW:
+                self._queue_speed = (computed - self._speed_since[1]) / seconds
             self._speed_since = (now, computed)
         if self._queue_speed <= 0:
             return RETRY_DELAY

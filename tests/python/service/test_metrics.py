@@ -191,6 +191,23 @@ def test_the_retry_delay_comes_from_the_queue_and_its_speed(
     assert metrics.retry_delay() == pytest.approx(600 / 2 / 250)
 
 
+def test_a_quiet_spell_does_not_make_the_retry_delay_longer(
+    metrics: Metrics, figures: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = metrics._started_at + 3600.0
+    monkeypatch.setattr("draftwerk.server.metrics.time.perf_counter", lambda: now)
+    assert metrics.retry_delay() == 1.0  # how fast it is while calls are refused is not known yet
+    now += 1.0
+    figures["prefill_rows"] += 300
+    assert metrics.retry_delay() == pytest.approx(600 / 2 / 300)
+    now += 3600.0
+    figures["prefill_rows"] += 300
+    assert metrics.retry_delay() == pytest.approx(600 / 2 / 300)
+    now += 2.0
+    figures["prefill_rows"] += 300
+    assert metrics.retry_delay() == pytest.approx(600 / 2 / 150)
+
+
 async def test_a_server_counts_what_it_does(server: RunningServer, channel: grpc.aio.Channel) -> None:
     def difference(name: str, *labels: str) -> float:
         return after.get((name, *labels), 0) - before.get((name, *labels), 0)
