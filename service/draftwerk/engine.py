@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, overload
@@ -17,7 +17,7 @@ from draftwerk.conversation import Conversation
 from draftwerk.devices import find_gpu
 from draftwerk.dispatcher import Dispatcher
 from draftwerk.drafters import Drafter, choose_drafters
-from draftwerk.generation import Generation
+from draftwerk.generation import Generation, Stream
 from draftwerk.loading import ChatTemplate, ChatTemplateError, Checkpoint, Tokenizer, shipped_drafter
 from draftwerk.memory import available_memory, parse_size
 from draftwerk.output_text import OutputText
@@ -256,17 +256,9 @@ class Engine:
             return self._wait([self.submit(prompt, cast(SamplingParams, params))])[0]
         return self._wait(self._submit_all(prompt, params))
 
-    def stream(self, prompt: Prompt, params: SamplingParams = _GREEDY) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt, params: SamplingParams = _GREEDY) -> Stream:
         """Generates from one prompt, step by step. Leaving the loop early cancels the request."""
-        generation = self.submit(prompt, params)
-
-        def chunks() -> Iterator[Chunk]:
-            try:
-                yield from generation
-            finally:
-                generation.cancel()
-
-        return chunks()
+        return Stream(self.submit(prompt, params))
 
     async def agenerate(self, prompt: Prompt, params: SamplingParams = _GREEDY) -> Completion:
         """generate() of one prompt, for asyncio. Cancelling the task cancels the request."""

@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Union, cast
 
 from draftwerk.requests import EngineClosed
@@ -255,3 +255,26 @@ class Generation:
             finish_reason=reason,
             stats=self._stats if reason is not None else None,
         )
+
+
+class Stream(Iterator[Chunk]):
+    """The chunks of one request. Closing it cancels the request, and so does dropping it, read or unread."""
+
+    # No generator: one that was never begun skips its `finally`.
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    def __next__(self) -> Chunk:
+        try:
+            return next(self._generation)
+        except BaseException:  # also Ctrl-C
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Asks the engine to stop. What is still read ends with "cancelled", unless the request was done before."""
+        self._generation.cancel()
+
+    def __del__(self) -> None:
+        self.close()

@@ -267,6 +267,17 @@ def test_leaving_a_stream_cancels_it(engine: Engine, scripted: ScriptedEngine) -
     assert scripted.cancelled == [1]
 
 
+def test_a_stream_that_nobody_reads_is_cancelled(engine: Engine, scripted: ScriptedEngine) -> None:
+    scripted.gate.clear()
+    stream = engine.stream("a", SamplingParams(max_tokens=10**6))
+    stream.close()
+    assert scripted.cancelled == [1]
+    stream = engine.stream("b", SamplingParams(max_tokens=10**6))
+    del stream
+    gc.collect()
+    assert scripted.cancelled[-1] == 2
+
+
 def test_close_ends_what_runs(engine: Engine, scripted: ScriptedEngine) -> None:
     scripted.gate.clear()
     generation = engine.submit("a")
