@@ -14,12 +14,15 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as "512MiB", "1.5G" or "1000000".
 
     Raises:
-        ValueError: the text is not a size.
+        ValueError: the text is not a size, or one that no memory has.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} is not a size: write bytes, or a number with KiB, MiB, GiB, KB, MB or GB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    size = float(match[1]) * _UNITS[(match[2] or "").lower()]
+    if size >= 1 << 63:
+        raise ValueError(f"{text!r} is too large: write a size of less than 8 EiB")
+    return int(size)
 
 
 def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:

@@ -111,6 +111,8 @@ def test_generate_without_tokenizer_prints_ids(run, checkpoint: Any) -> None:
         (("--prompt", "a", "--drafter", "./drafter.gguf"), "no such file or directory"),
         (("--prompt", "a", "--draft-length", "100"), "--draft-length"),
         (("--prompt", "a", "--kv-memory", "lots"), "'lots' is not a size"),
+        (("--prompt", "a", "--kv-memory", "99999999999GiB"), "'99999999999GiB' is too large"),
+        (("--prompt", "a", "--threads", "99999999999"), "--threads"),
         (("--prompt", "a", "--weights", "int3"), "must be one of auto, int8"),
         (("--prompt", "a", "--seed", "-1"), "seed = -1"),
         (("--prompt", "a", "--max-tokens", "many"), "--max-tokens"),

@@ -33,3 +33,10 @@ def test_sizes_as_people_write_them() -> None:
     assert parse_size("512MiB") == 512 << 20
     with pytest.raises(ValueError, match="is not a size"):
         parse_size("much")
+
+
+@pytest.mark.parametrize("text", ["8589934592GiB", "9" * 400])
+def test_a_size_that_no_memory_has(text: str) -> None:
+    assert parse_size("8589934591GiB") == (1 << 63) - (1 << 30)
+    with pytest.raises(ValueError, match="less than 8 EiB"):
+        parse_size(text)

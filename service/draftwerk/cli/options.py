@@ -45,7 +45,7 @@ DraftLength = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda or cuda:N.", metavar="DEVICE")
 ]
-Threads = Annotated[int, typer.Option("--threads", "-t", min=0, help="Kernel threads; 0 uses all cores.")]
+Threads = Annotated[int, typer.Option("--threads", "-t", min=0, max=511, help="Kernel threads; 0 uses all cores.")]
 KvMemory = Annotated[
     Optional[str],
     typer.Option(

@@ -22,6 +22,8 @@ else:
 ENVIRONMENT_PREFIX = "DRAFTWERK_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
 
+_INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1  # what the engine counts in; it knows closer limits itself
+
 
 class SettingsError(ValueError):
     """A setting that cannot be used. One line: where it was made, its name and value, and what is allowed."""
@@ -54,7 +56,7 @@ def _bytes(value: object) -> object:
         try:
             return parse_size(value)
         except ValueError:
-            raise ValueError("bytes, or a size such as 512MiB") from None
+            raise ValueError("bytes, or a size such as 512MiB, and less than 8 EiB") from None
     return value
 
 
@@ -89,7 +91,7 @@ class Settings(BaseModel):
         "auto (a GPU if there is one), cpu, cuda or cuda:N.",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
     )
-    threads: int = _setting(0, "Model", "N", "Kernel threads on the processor; 0 uses all cores.", ge=0)
+    threads: int = _setting(0, "Model", "N", "Kernel threads on the processor; 0 uses all cores.", ge=0, le=511)
 
     listen: Address = _setting("127.0.0.1:50051", "Network", "ADDRESS", "HOST:PORT or unix:PATH of the service.")
     operations_listen: OptionalAddress = _setting(
@@ -113,7 +115,12 @@ class Settings(BaseModel):
     )
 
     kv_memory: Optional[Size] = _setting(
-        None, "Budgets", "SIZE", "Size of the KV cache, e.g. 512MiB. Default: 1GiB, or 25% of free memory.", gt=0
+        None,
+        "Budgets",
+        "SIZE",
+        "Size of the KV cache, e.g. 512MiB. Default: 1GiB, or 25% of free memory.",
+        gt=0,
+        le=_INT64_MAX,
     )
     gpu_memory_fraction: float = _setting(
         0.9,
@@ -124,20 +131,30 @@ class Settings(BaseModel):
         le=1,
     )
     max_context: Optional[int] = _setting(
-        None, "Budgets", "N", "Longest sequence in tokens, prompt and output. Default: the model's.", ge=1
+        None,
+        "Budgets",
+        "N",
+        "Longest sequence in tokens, prompt and output. Default: the model's.",
+        ge=1,
+        le=_INT64_MAX,
     )
-    max_sequences: int = _setting(64, "Budgets", "N", "Generations that run at the same time.", ge=1)
+    max_sequences: int = _setting(64, "Budgets", "N", "Generations that run at the same time.", ge=1, le=_INT32_MAX)
     max_queued_tokens: int = _setting(
-        1 << 20, "Budgets", "N", "Prompt tokens that may wait; beyond that calls are refused at once.", ge=1
+        1 << 20,
+        "Budgets",
+        "N",
+        "Prompt tokens that may wait; beyond that calls are refused at once.",
+        ge=1,
+        le=_INT64_MAX,
     )
     max_unread_tokens: int = _setting(
-        256, "Budgets", "N", "Tokens that may wait for a slow reader before its generation pauses.", ge=1
+        256, "Budgets", "N", "Tokens that may wait for a slow reader before its generation pauses.", ge=1, le=_INT32_MAX
     )
     max_step_rows: int = _setting(
-        512, "Budgets", "N", "Most tokens of one pass of the model: of prompts, last ones, drafts.", ge=1
+        512, "Budgets", "N", "Most tokens of one pass of the model: of prompts, last ones, drafts.", ge=1, le=_INT32_MAX
     )
     prefill_chunk: Optional[int] = _setting(
-        None, "Budgets", "N", "Most prompt tokens of one pass. Default: --max-step-rows.", ge=1
+        None, "Budgets", "N", "Most prompt tokens of one pass. Default: --max-step-rows.", ge=1, le=_INT32_MAX
     )
     prefix_cache: bool = _setting(True, "Budgets", "", "Keep finished prompts for prompts that begin alike.")
     step_timeout: float = _setting(

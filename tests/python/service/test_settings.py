@@ -147,6 +147,24 @@ def test_wrong_flags_and_variables_are_named_as_they_were_given() -> None:
         resolve({}, {"DRAFTWERK_MAX_CONTEXT": "0"})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        *[(name, "9" * 11, "less than or equal to 2147483647") for name in
+          ("max_sequences", "max_unread_tokens", "max_step_rows", "prefill_chunk")],
+        *[(name, "9" * 20, "less than or equal to 9223372036854775807") for name in
+          ("max_context", "max_queued_tokens")],
+        ("threads", "9" * 11, "less than or equal to 511"),
+        ("kv_memory", 10**20, "less than or equal to 9223372036854775807"),
+        ("kv_memory", "99999999999GiB", "bytes, or a size such as 512MiB, and less than 8 EiB"),
+        ("kv_memory", "9" * 400, "bytes, or a size such as 512MiB, and less than 8 EiB"),
+    ],
+)  # fmt: skip
+def test_numbers_that_the_engine_cannot_hold(name: str, value: object, allowed: str) -> None:
+    with pytest.raises(SettingsError, match=f"^--{name.replace('_', '-')} = {value!r}: must be {allowed}$"):
+        resolve({name: value}, {})
+
+
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "localhost:65535", "[::]:1", "unix:/a/b", "unix:relative"])
 def test_addresses(address: str) -> None:
     assert Settings(listen=address).listen == address
