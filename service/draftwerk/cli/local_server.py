@@ -70,8 +70,11 @@ def local_server(model: str, **settings: Setting) -> Iterator[str]:
 
 
 def _without_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what is set there for the user's servers."""
-    return {name: value for name, value in environment.items() if not name.startswith("DRAFTWERK_")}
+    """The environment without what is set there for the user's servers; what chooses the kernels stays."""
+    from draftwerk.server.settings import CONFIG_VARIABLE, ENVIRONMENT_PREFIX, Settings
+
+    settings = {CONFIG_VARIABLE, *(ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields)}
+    return {name: value for name, value in environment.items() if name not in settings}
 
 
 def _flags(settings: dict[str, Setting]) -> list[str]:

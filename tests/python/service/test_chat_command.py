@@ -228,6 +228,14 @@ def test_a_local_server_lasts_as_long_as_its_context(tiny_model_path: Path, monk
         os.kill(server_pid, 0)
 
 
+def test_a_local_server_has_the_environment_that_chooses_kernels(
+    tiny_model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRAFTWERK_CPU_ISA", "portable")
+    with local_server(str(tiny_model_path), threads=1, kv_memory="16MiB") as address, Client(address) as client:
+        assert "portable" in client.model().backend
+
+
 def test_a_local_server_that_dies_says_how(tiny_model_path: Path) -> None:
     others = children(os.getpid())
     with (
