@@ -27,6 +27,7 @@ from draftwerk.loading import byte_spans
 from draftwerk.loading import sentencepiece_model as proto
 from draftwerk.loading.errors import CheckpointError, printable
 from draftwerk.loading.gguf import GgufFile, StringArray
+from draftwerk.loading.mapped_file import MappedFile
 
 _SPACE = "\u2581"
 _SPACE_BYTES = _SPACE.encode()
@@ -278,8 +279,9 @@ def _from_json(path: str) -> BpeTokenizer:
     """The tokenizer in a ``tokenizer.json``."""
     import tokenizers  # see SentencePieceTokenizer
 
+    written = MappedFile(path).bytes.tobytes()
     with _refusals(path):
-        tokenizer = tokenizers.Tokenizer.from_file(path)
+        tokenizer = tokenizers.Tokenizer.from_buffer(written)
         # Both can be left over from training.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -409,10 +411,7 @@ def tokenizer_from_directory(directory: Path, bos_token: str | int | None) -> To
 
 
 def _from_model_file(path: Path) -> SentencePieceTokenizer:
-    try:
-        model = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(path, error.strerror or str(error)) from error
+    model = MappedFile(path).bytes.tobytes()
 
     def pieces() -> Iterator[tuple[bytes, float, int]]:
         for piece, score, kind in proto.read_pieces(model):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 from draftwerk.loading import CheckpointError, Tokenizer, open_checkpoint
 from draftwerk.loading import sentencepiece_model as proto
+from draftwerk.loading.tokenizer import tokenizer_from_directory
 
 PIECES = tiny.vocabulary()
 
@@ -201,6 +204,17 @@ def test_other_kinds_of_tokenizer_json_are_refused(change: Callable[[dict[str, A
         open_checkpoint(tmp_path)
     assert caught.value.path.endswith("tokenizer.json")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_pipe_is_no_tokenizer(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    pipe = os.open(tmp_path / name, os.O_RDWR)
+    with subprocess.Popen(["sleep", "5"], stdout=pipe) as writer:  # its end ends the wait of one who reads all the same
+        os.close(pipe)
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            tokenizer_from_directory(tmp_path, None)
+        writer.kill()
 
 
 def test_a_bos_token_that_is_not_there(tmp_path: Path) -> None:
