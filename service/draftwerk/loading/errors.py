@@ -30,5 +30,10 @@ def printable(text: str, limit: int = 80) -> str:
     return _one_line(shown)
 
 
+def printable_name(name: str) -> str:
+    """What a model calls itself, or its file, in a form that terminals, logs and messages of the API can take."""
+    return printable(name, 255)  # no file's name is longer
+
+
 def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from draftwerk.loading.checkpoint import AssistantCheckpoint, Checkpoint
 from draftwerk.loading.config import TextConfig
-from draftwerk.loading.errors import CheckpointError
+from draftwerk.loading.errors import CheckpointError, printable_name
 from draftwerk.loading.gguf import GgufFile
 from draftwerk.loading.gguf_config import assistant_config_from_gguf, config_from_gguf
 from draftwerk.loading.tensors import FileRange, FoundTensors, Source, histogram
@@ -117,7 +117,7 @@ def open_model(path: str, name: str | None) -> Checkpoint:
             special[kind] = tokenizer.piece_of(token_id)
     return Checkpoint(
         path=path,
-        name=name or gguf.string("general.name") or Path(path).stem,
+        name=name or printable_name(gguf.string("general.name") or Path(path).stem),
         config=config,
         tokenizer=tokenizer,
         chat_template=chat_template(path, template_source, special),
@@ -137,13 +137,14 @@ def open_drafter(path: str, name: str | None) -> AssistantCheckpoint:
     layers = f"an assistant of {config.text.num_hidden_layers} layers"
     sources = found.match(config.expected_tensors(), config.text.ignored_tensors(), layers)
     gguf.release_directory()
+    base_model = gguf.string("general.base_model.0.name")
     return AssistantCheckpoint(
         path=path,
-        name=name or gguf.string("general.name") or Path(path).stem,
+        name=name or printable_name(gguf.string("general.name") or Path(path).stem),
         config=config,
         head_token_ids=token_ids,
         draft_length=None,
-        base_model=gguf.string("general.base_model.0.name"),
+        base_model=None if base_model is None else printable_name(base_model),
         weight_types=histogram(sources),
         _sources=sources,
     )

@@ -11,7 +11,7 @@ from draftwerk.loading.chat_template import ChatTemplate
 from draftwerk.loading.checkpoint import AssistantCheckpoint, Checkpoint
 from draftwerk.loading.compressed_tensors import holds_fp8
 from draftwerk.loading.config import TextConfig
-from draftwerk.loading.errors import CheckpointError, printable
+from draftwerk.loading.errors import CheckpointError, printable, printable_name
 from draftwerk.loading.hugging_face_config import (
     MULTIMODAL_TYPES,
     assistant_config_from_hugging_face,
@@ -101,7 +101,7 @@ def open_model(directory: Path, name: str | None) -> Checkpoint:
         special.setdefault("bos_token", tokenizer.piece_of(bos_id))
     return Checkpoint(
         path=path,
-        name=name or directory.resolve().name,
+        name=name or printable_name(directory.resolve().name),
         config=config,
         tokenizer=tokenizer,
         chat_template=_template(path, directory, tokenizer_config, special),
@@ -139,11 +139,13 @@ def open_drafter(directory: Path, name: str | None) -> AssistantCheckpoint:
     base_model = raw.get("base_model")
     return AssistantCheckpoint(
         path=path,
-        name=name or directory.resolve().name,
+        name=name or printable_name(directory.resolve().name),
         config=config,
         head_token_ids=token_ids,
         draft_length=length,
-        base_model=base_model if isinstance(base_model, str) else None,  # a remark: nothing depends on it
+        base_model=printable_name(base_model)
+        if isinstance(base_model, str)
+        else None,  # a remark: nothing depends on it
         weight_types=histogram(sources),
         _sources=sources,
     )

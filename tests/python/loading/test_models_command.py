@@ -58,6 +58,11 @@ def test_the_table_has_what_the_model_has(tmp_path: Path) -> None:
     assert found["head dim"] == str(tiny.HEAD_DIM)
 
 
+def test_a_hostile_name_cannot_reach_the_terminal(tmp_path: Path) -> None:
+    model = tiny.TinyGguf(**{"general.name": (tiny.STRING, "Tiny\x1b[2J")})
+    assert "Tiny\\x1b[2J" in run(str(model.write(tmp_path / "tiny.gguf")))
+
+
 def test_the_table_of_a_drafter(tmp_path: Path) -> None:
     path = tiny4.write_assistant(tmp_path / "gemma-assistant")
     found = rows(run(str(path)))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from serve_process import TIMEOUT, InProcess, RunningServer, scraped
+from serve_process import TIMEOUT, InProcess, RunningServer, ServerFactory, scraped
 from session_client import SessionClient, hold_after, ids_prompt, start_and_hold
 
 import draftwerk
@@ -16,8 +19,9 @@ import fake_core
 from draftwerk.results import Chunk, GenerationStats
 from draftwerk.server.metrics import Metrics
 from draftwerk.server.server import Server
-from draftwerk_client.v1 import generation_pb2_grpc
+from draftwerk_client.v1 import generation_pb2_grpc, models_pb2_grpc
 from draftwerk_client.v1.generation_pb2 import GenerateRequest
+from draftwerk_client.v1.models_pb2 import GetModelRequest
 from draftwerk_client.v1.parameters_pb2 import Prompt, StopConditions
 from draftwerk_client.v1.session_pb2 import SessionRequest
 
@@ -283,3 +287,14 @@ async def test_failures_are_counted(
     await session.append(10)
     assert (await session.answer(generate=SessionRequest.Generate())).HasField("error")
     await finished(serving, "error", 2)
+
+
+async def test_a_model_whose_name_is_no_text(
+    server_process: ServerFactory, tiny_model_path: Path, tmp_path: Path
+) -> None:
+    path = shutil.copytree(tiny_model_path, tmp_path / os.fsdecode(b"caf\xe9"))
+    server = server_process("--model", str(path))
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        model = (await models_pb2_grpc.ModelsStub(channel).GetModel(GetModelRequest(), timeout=TIMEOUT)).model
+    assert model.name == r"caf\udce9"
+    assert any(name[0] == "draftwerk_info" and model.name in name for name in scraped(server.serving["metrics"]))
