@@ -25,6 +25,10 @@ _RETRY_BUFFER_BYTES = 4 << 20
 # A call of a server that is down fails at once; how soon its return is noticed is decided here.
 _RECONNECT_BACKOFF_MS = {"initial": 200, "min": 2_000, "max": 5_000}
 
+LONGEST_SECONDS = 1e8
+"""The longest that anything is waited for, three years: where gRPC has to add a longer time to the clock, the sum
+overflows, and the time has passed at once."""
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -104,7 +108,7 @@ def timeout_of(timeout: float | None, default: float | None) -> float | None:
     seconds = default if timeout is None else timeout
     if seconds is not None and not seconds > 0:
         raise invalid("timeout", seconds, "more than 0 seconds; math.inf for no limit")
-    return None if seconds == math.inf else seconds
+    return None if seconds is None or seconds == math.inf else min(seconds, LONGEST_SECONDS)
 
 
 def metadata_of(context: CallContext) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import Message as ProtoMessage
 
 from draftwerk_client import health
-from draftwerk_client.channel import Endpoint, metadata_of
+from draftwerk_client.channel import LONGEST_SECONDS, Endpoint, metadata_of
 from draftwerk_client.errors import CallContext, from_rpc_error
 from draftwerk_client.parameters import Prompt, generate_request, prompt_message, session_open, token_ids
 from draftwerk_client.results import Completion, Model, Stats, Tokens, model_of, stats_of
@@ -172,7 +172,7 @@ class Client:
         """
         context = self._context(timeout, None)
         check: Any = self._channel.unary_unary(health.METHOD)
-        end = time.monotonic() + timeout
+        end = time.monotonic() + min(timeout, LONGEST_SECONDS)
         while (remaining := end - time.monotonic()) > 0:
             try:
                 if check(health.REQUEST, timeout=remaining, wait_for_ready=True) == health.SERVING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from pathlib import Path
@@ -210,6 +211,15 @@ def test_a_server_that_is_not_healthy_gets_no_calls(make_client: Any, server: Sc
 
 def test_wait_ready_returns_at_once_when_the_server_serves(client: Any) -> None:
     client.wait_ready(TIMEOUT)
+
+
+@pytest.mark.parametrize("seconds", [1e12, math.inf])
+def test_a_long_wait_is_a_wait(client: Any, seconds: float) -> None:
+    waiting = threading.Thread(target=client.wait_ready, args=[seconds], daemon=True)
+    waiting.start()
+    waiting.join(TIMEOUT)
+    assert not waiting.is_alive()
+    assert client.generate("x", timeout=seconds).text == "Hello"
 
 
 def test_wait_ready_waits_for_a_server_that_starts_later(make_client: Any, server: ScriptedServer) -> None:

@@ -261,6 +261,12 @@ def test_an_action_that_is_not_answered_in_time(client: Any, server: ScriptedSer
         assert session.append([1]).length == 2
 
 
+def test_a_session_may_take_as_long_as_it_likes(client: Any, server: ScriptedServer) -> None:
+    with client.session(timeout=1e12) as session:
+        session.append([1])
+        assert session.generate(max_tokens=1).text == "end"
+
+
 def test_a_generation_that_takes_too_long_is_interrupted(client: Any, server: ScriptedServer) -> None:
     with client.session(timeout=0.3) as session:
         session.append([1])
