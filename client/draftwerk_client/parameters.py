@@ -220,7 +220,11 @@ def _fill(message: Any, options: Mapping[str, Any], known: Mapping[str, _Field])
         field = known[name]
         part = getattr(message, field.part) if field.part else message
         if field.kind in _INTEGERS:
-            setattr(part, field.name, _integer(field.path, value, *_INTEGERS[field.kind]))
+            setattr(
+                part,
+                field.name,
+                _integer(field.path, value, *_INTEGERS[field.kind], least=1 if name == "max_tokens" else 0),
+            )
         elif field.kind == "float":
             setattr(part, field.name, _number(field.path, value))
         elif field.kind == "bool":
@@ -235,7 +239,8 @@ def _fill(message: Any, options: Mapping[str, Any], known: Mapping[str, _Field])
             getattr(part, field.name).update(_biases(field.path, value))
 
 
-def _integer(path: str, value: Any, lowest: int, highest: int) -> int:
+def _integer(path: str, value: Any, lowest: int, highest: int, *, least: int = 0) -> int:
+    """`value` if it fits the wire. `least` is the least that the server takes, which errors name."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -243,7 +248,7 @@ def _integer(path: str, value: Any, lowest: int, highest: int) -> int:
     if isinstance(value, bool):
         raise invalid(path, value, "an integer")
     if not lowest <= number <= highest:
-        raise invalid(path, number, f"{lowest} to {highest}")
+        raise invalid(path, number, f"{least} to {highest}")
     return number
 
 

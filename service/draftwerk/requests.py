@@ -38,7 +38,7 @@ Prompt = Union[str, Sequence[int], Sequence[Message], Chat]
 
 _INT32_MAX = 2**31 - 1
 # The fields of SamplingParams that are plain numbers.
-_INTEGERS = ("max_tokens", "min_tokens", "top_k")
+_INTEGERS = {"max_tokens": 1, "min_tokens": 0, "top_k": 0}  # and the least that each can be
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -158,7 +158,8 @@ def template_variables(path: str, chat: Chat, read: Collection[str], checkpoint:
     return variables
 
 
-def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
+def _integer(name: str, value: Any, lowest: int, highest: int, *, least: int = 0) -> int:
+    """`value` if the engine's type can hold it. `least` is the least that the engine takes, which errors name."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -166,8 +167,12 @@ def _integer(name: str, value: Any, lowest: int, highest: int) -> int:
     if isinstance(value, bool):
         raise RequestError(name, repr(value), "an integer")
     if not lowest <= number <= highest:
-        raise RequestError(name, number, f"{lowest} to {highest}")
+        raise RequestError(name, number, f"{least} to {highest}")
     return number
+
+
+def _int32(params: SamplingParams, name: str) -> int:
+    return _integer(name, getattr(params, name), -_INT32_MAX - 1, _INT32_MAX, least=_INTEGERS[name])
 
 
 def _number(name: str, value: Any) -> float:
@@ -223,7 +228,7 @@ def native_request(prompt_ids: Sequence[int], params: SamplingParams) -> _core.R
     request = _core.Request()
     request.prompt = token_id_list("prompt", prompt_ids)
     for name in _INTEGERS:
-        setattr(request, name, _integer(name, getattr(params, name), -_INT32_MAX - 1, _INT32_MAX))
+        setattr(request, name, _int32(params, name))
     for name in _NUMBERS:
         setattr(request, name, _number(name, getattr(params, name)))
     request.logit_bias = _logit_bias(params)
@@ -283,7 +288,7 @@ def output_fingerprint(weights: int, prompt_ids: Sequence[int], params: Sampling
         RequestError: a value has the wrong type or cannot be represented.
     """
     values = {
-        **{name: _integer(name, getattr(params, name), -_INT32_MAX - 1, _INT32_MAX) for name in _INTEGERS},
+        **{name: _int32(params, name) for name in _INTEGERS},
         **{name: _float32(_number(name, getattr(params, name))) for name in _NUMBERS},
         "logit_bias": sorted((token, _float32(bias)) for token, bias in _logit_bias(params).items()),
         "seed": _seed(params),

@@ -195,7 +195,7 @@ def test_every_parameter_reaches_the_core(engine: Engine, scripted: ScriptedEngi
     ("field", "value", "allowed"),
     [
         ("max_tokens", 1.5, "an integer"),
-        ("max_tokens", 2**40, "to 2147483647"),
+        ("max_tokens", 2**40, "1 to 2147483647"),
         ("max_tokens", True, "an integer"),
         ("top_k", "5", "an integer"),
         ("seed", -1, "0 to 18446744073709551615"),

@@ -187,7 +187,8 @@ def test_exceptions_survive_pickling() -> None:
 @pytest.mark.parametrize(
     ("options", "field", "description"),
     [
-        ({"max_tokens": 2**31}, "stop.max_tokens", "2147483648: must be -2147483648 to 2147483647"),
+        ({"max_tokens": 2**31}, "stop.max_tokens", "2147483648: must be 1 to 2147483647"),
+        ({"top_k": 2**31}, "sampling.top_k", "2147483648: must be 0 to 2147483647"),
         ({"max_tokens": 2.5}, "stop.max_tokens", "2.5: must be an integer"),
         ({"max_tokens": True}, "stop.max_tokens", "True: must be an integer"),
         ({"seed": -1}, "sampling.seed", "-1: must be 0 to 18446744073709551615"),
