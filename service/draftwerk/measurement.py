@@ -102,7 +102,7 @@ def read_prompts(path: Path, limit: int | None) -> list[BenchPrompt]:
                 if not isinstance(text, str):
                     raise TypeError
                 prompts.append(BenchPrompt(str(entry.get("question_id", number)), str(entry.get("category", "")), text))
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
                 raise ValueError(
                     f'{path}:{number}: not a line like {{"question_id": 1, "category": "...", "turns": ["..."]}}'
                 ) from None

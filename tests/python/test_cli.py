@@ -240,6 +240,7 @@ def test_bench_prints_a_table(run, prompts: Path) -> None:
         ("not json\n", "prompts.jsonl:1: not a line like"),
         ('{"turns": ["a"]}\n{"turns": []}\n', "prompts.jsonl:2: not a line like"),
         ('["a"]\n', "prompts.jsonl:1"),
+        (f"{'[' * 100_000}\n", "prompts.jsonl:1"),
     ],
 )
 def test_bench_refuses_other_files(run, prompts: Path, content: str, message: str) -> None:

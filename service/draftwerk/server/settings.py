@@ -255,6 +255,8 @@ def _read(path: Path) -> dict[str, object]:
         raise SettingsError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not a TOML file: {error}") from None
+    except RecursionError:
+        raise SettingsError(f"{path}: not a TOML file: nested too deeply") from None
     for name in values:
         if name not in Settings.model_fields:
             near = difflib.get_close_matches(name, Settings.model_fields, n=1)

@@ -118,6 +118,7 @@ def test_what_is_printed_is_toml_and_says_where_each_value_is_from() -> None:
         ("threads = [1]", "c.toml: threads = [1]: must be an integer"),
         ("[threads]", "c.toml: threads = {}: must be an integer"),
         ("threads =", "c.toml: not a TOML file: "),
+        (f"threads = {'[' * 100_000}", "c.toml: not a TOML file: nested too deeply"),
         ("listen = 'here'", "c.toml: listen = 'here': must be HOST:PORT, [IPV6]:PORT or unix:PATH"),
         ("kv_memory = '5 apples'", "c.toml: kv_memory = '5 apples': must be bytes, or a size such as 512MiB"),
         ("log_level = 'loud'", "c.toml: log_level = 'loud': must be 'debug', 'info', 'warning' or 'error'"),
