@@ -265,6 +265,14 @@ def test_bench_rows(run, tmp_path: Path) -> None:
     assert "relative to 1 row" in result.stdout
 
 
+@pytest.mark.parametrize("option", ["--model m", "--json f", "--prompts f", "-c 2", "--full-head"])
+def test_bench_rows_takes_no_options_before_it(run, option: str) -> None:
+    result = run("bench", *option.split(), "rows", "--model", "fake")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "and rows exclude each other" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

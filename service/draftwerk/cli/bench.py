@@ -116,6 +116,7 @@ def bench(
 ) -> None:
     """Measure speed on a file of prompts."""
     if context.invoked_subcommand is not None:
+        options.refuse_beside(context, context.invoked_subcommand, "it has its own options, behind it", *context.params)
         return
     from draftwerk.measurement import figures, read_prompts
     from draftwerk.requests import SamplingParams
