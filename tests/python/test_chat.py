@@ -54,6 +54,8 @@ class Script:
     asked: list[dict[str, Any]] = field(default_factory=list)
     interrupted: threading.Event = field(default_factory=threading.Event)
     failure: Exception | None = None
+    branches: int = 1
+    most_branches: int = 64
 
 
 class ScriptedSession:
@@ -92,10 +94,14 @@ class ScriptedSession:
 
     def fork(self, position: int | None = None) -> ScriptedSession:
         self._check()
+        if self.script.branches == self.script.most_branches:
+            raise OutOfOrder("the session has all branches that it may have", code=None)  # type: ignore[arg-type]
+        self.script.branches += 1
         return ScriptedSession(self.script, self.content[:position])
 
     def close(self) -> None:
         self.closed = True
+        self.script.branches -= 1
 
     def _check(self) -> None:
         assert not self.closed
@@ -208,6 +214,20 @@ def test_a_refused_turn_leaves_the_conversation_as_it_was() -> None:
     script.answer = short_answer
     said(conversations, "c")
     assert conversations.current.session.content == "<system>be brief<user>ayes!<user>cyes!"
+
+
+def test_a_refused_turn_in_a_session_that_has_no_branch_left() -> None:
+    script = Script(short_answer)
+    conversations = opened(script)
+    with pytest.raises(OutOfOrder):
+        for _ in range(64):
+            conversations.fork()
+    for _ in range(2):
+        script.answer = lambda _: failing()
+        with pytest.raises(TurnRefused, match="too many"):
+            said(conversations, "a")
+        script.answer = short_answer
+        said(conversations, "b")
 
 
 THOUGHTFUL = '<|channel>thought\nHm.<channel|>Sure.<|tool_call>call:f{a:<|"|>é<|"|>}<tool_call|>'

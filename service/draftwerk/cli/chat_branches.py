@@ -52,6 +52,7 @@ class Conversations:
         self, root: Session, *, has_chat_template: bool, system: str | None, thinking: bool | None = None
     ) -> None:
         self._root = root
+        self._reserve = root.fork(0)  # its place is for taking back a message where the session has no other left
         self._has_chat_template = has_chat_template
         self.thinking = thinking
         self.branches: dict[int, Branch] = {}
@@ -110,12 +111,14 @@ class Conversations:
     def _restore(self, branch: Branch, length: int, unchanged: int) -> None:
         """Gives a branch the tokens back that it had before a message; fails if it is the session that failed."""
         refused = branch.session
+        self._reserve.close()
         if unchanged == length:
             branch.session = refused.fork(length)
         else:  # the message made the chat template write earlier turns otherwise
             branch.session = self._root.fork(0)
             branch.session.append(self._chat(branch, [turn.message() for turn in branch.turns]))
         refused.close()
+        self._reserve = self._root.fork(0)
 
     def _add(self, session: Session, system: str | None, turns: list[Turn]) -> Branch:
         branch = Branch(len(self.branches), session, system, turns)
