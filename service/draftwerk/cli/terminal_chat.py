@@ -217,23 +217,38 @@ class TerminalChat:
             self._say("nothing was said yet")
 
     def _seed(self, argument: str) -> None:
-        self._set_number("/seed N", "seed", argument, int, 0, 2**64 - 1)
+        self._set_number("/seed N", "seed", argument, int, lambda seed: 0 <= seed < 2**64, f"from 0 to {2**64 - 1}")
 
     def _temperature(self, argument: str) -> None:
-        self._set_number("/temperature T", "temperature", argument, float, 0, 100)
+        self._set_number(
+            "/temperature T",
+            "temperature",
+            argument,
+            float,
+            lambda t: t == 0 or 0.001 <= t <= 100,
+            "from 0.001 to 100, or 0",
+        )
 
     def _max_tokens(self, argument: str) -> None:
-        self._set_number("/max-tokens N", "max_tokens", argument, int, 1, 2**31 - 1)
+        self._set_number(
+            "/max-tokens N", "max_tokens", argument, int, lambda n: 1 <= n < 2**31, f"from 1 to {2**31 - 1}"
+        )
 
     def _set_number(
-        self, usage: str, name: str, argument: str, kind: Callable[[str], float], lowest: int, highest: int
+        self,
+        usage: str,
+        name: str,
+        argument: str,
+        kind: Callable[[str], float],
+        is_allowed: Callable[[float], bool],
+        allowed: str,
     ) -> None:
         try:
             value = kind(argument) if argument else self._parameters[name]
         except ValueError:
             value = None
-        if value is None or not lowest <= value <= highest:
-            raise _Wrong(f"{usage}: {argument} is not a number from {lowest} to {highest}")
+        if value is None or not is_allowed(value):
+            raise _Wrong(f"{usage}: {argument} is not a number {allowed}")
         self._parameters[name] = value
         self._say(f"{name} = {value}")
 
