@@ -100,7 +100,8 @@ class SamplingParams:
     logprobs: int | None = None
     """n: report the log-probability of each token and of the n most probable ones. None: none."""
     stop: Sequence[str] = ()
-    """Generation ends before the first occurrence of any of these texts; the text is not part of the output."""
+    """Generation ends before the first of these texts that is complete with token `min_tokens` or later; the text is
+    not part of the output."""
     stop_token_ids: Sequence[int] = ()
     """Generation ends with any of these tokens, besides the model's own end tokens."""
     ignore_eos: bool = False

@@ -265,24 +265,26 @@ class SamplingParameters(_message.Message):
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Divides the logits. 0 takes the most probable token (greedy) and is the default; at most 100."""
+    """Divides the logits, 0.001 to 100; or 0, the default, which takes the most probable token (greedy)."""
     top_k: _builtins.int
-    """Keeps the k most probable tokens. Default 0: keeps all."""
+    """Keeps the k most probable tokens, 0 or more. Default 0: keeps all."""
     top_p: _builtins.float
-    """Keeps the most probable tokens up to this probability mass, 0 to 1. Default 1: keeps all."""
+    """Keeps the most probable tokens up to this probability mass, more than 0 and at most 1. Default 1: keeps all."""
     min_p: _builtins.float
     """Keeps tokens at least this probable relative to the most probable one, 0 to 1. Default 0: keeps all."""
     repetition_penalty: _builtins.float
-    """Divides (or multiplies, if negative) the logits of tokens that occur in prompt or output. Default 1: off."""
+    """Divides (or multiplies, if negative) the logits of tokens that occur in prompt or output, more than 0 and at most
+    10. Default 1: off.
+    """
     presence_penalty: _builtins.float
-    """Subtracted from the logit of every token that was already generated. Default 0: off."""
+    """Subtracted from the logit of every token that was already generated, -10 to 10. Default 0: off."""
     frequency_penalty: _builtins.float
-    """Subtracted from the logit of a token once for every time it was generated. Default 0: off."""
+    """Subtracted from the logit of a token once for every time it was generated, -10 to 10. Default 0: off."""
     seed: _builtins.int
     """Keys the sampling noise. Default 0, which is a seed like any other."""
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Added to the logits of these token ids."""
+        """Added to the logits of these token ids: at most 1,024, each -1000 to 1000."""
 
     def __init__(
         self,
@@ -346,16 +348,18 @@ class StopConditions(_message.Message):
     max_tokens: _builtins.int
     """Most tokens to generate, 1 or more. Default 256, or what the context has left if that is less."""
     min_tokens: _builtins.int
-    """End tokens and stop tokens are excluded from the first min_tokens tokens. Default 0."""
+    """End tokens and stop tokens are excluded from the first min_tokens tokens, 0 to max_tokens. Default 0."""
     ignore_end_tokens: _builtins.bool
     """Go on after the model's end tokens."""
     @_builtins.property
     def strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The generation ends before the first occurrence of any of these texts, which is not part of the output's text."""
+        """The generation ends before the first of these texts that is complete with token min_tokens or later; the text is not
+        part of the output's. At most 64, each 1 to 1,024 bytes.
+        """
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The generation ends with any of these tokens, which is part of the token ids and not of the text."""
+        """The generation ends with any of these tokens, which is part of the token ids and not of the text. At most 256."""
 
     def __init__(
         self,
