@@ -48,11 +48,11 @@ def local_server(model: str, **settings: Setting) -> Iterator[str]:
             "log_format": "console",
             "grace_period": 0,  # at the end nobody listens any more
         }
-        command = [sys.executable, "-m", "draftwerk", "serve", *_flags({**fixed, **settings})]
+        command = [sys.executable, "-m", "draftwerk.cli.local_server_process", "serve", *_flags({**fixed, **settings})]
         with errors.open("wb") as stderr:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # nothing is written: its end tells the server that this process is no more
                 stdout=stderr,
                 stderr=stderr,
                 env=_without_settings(os.environ),

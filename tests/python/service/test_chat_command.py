@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,24 @@ def test_a_chat_that_is_ended_takes_its_server_with_it(
     assert b"Traceback" not in stderr
     with pytest.raises(ProcessLookupError):
         os.kill(server_pid, 0)
+
+
+def test_a_chat_that_is_killed_takes_its_server_with_it(tiny_model_path: Path) -> None:
+    process = start_chat("--model", str(tiny_model_path), "--kv-memory", "16MiB", "-t", "1")
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(f"{MESSAGES[0]}\n".encode())
+    process.stdin.flush()
+    process.stdout.read(1)
+    (server_pid,) = children(process.pid)
+    server = os.pidfd_open(server_pid)
+    try:
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert select.select([server], [], [], 10.0)[0], "it serves on"
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(server_pid, signal.SIGKILL)
+        os.close(server)
 
 
 # --- at a terminal -------------------------------------------------------------------------------------------------
