@@ -100,6 +100,8 @@ class _Field(NamedTuple):
     """The message that the field is in; empty for the request itself."""
     name: str
     kind: str
+    least: int = 0
+    """Of an integer: the least that the server takes."""
 
     @property
     def path(self) -> str:
@@ -107,7 +109,7 @@ class _Field(NamedTuple):
 
 
 _FIELDS = {
-    "max_tokens": _Field("stop", "max_tokens", "int32"),
+    "max_tokens": _Field("stop", "max_tokens", "int32", least=1),
     "min_tokens": _Field("stop", "min_tokens", "int32"),
     "temperature": _Field("sampling", "temperature", "float"),
     "top_k": _Field("sampling", "top_k", "int32"),
@@ -221,11 +223,7 @@ def _fill(message: Any, options: Mapping[str, Any], known: Mapping[str, _Field])
         field = known[name]
         part = getattr(message, field.part) if field.part else message
         if field.kind in _INTEGERS:
-            setattr(
-                part,
-                field.name,
-                _integer(field.path, value, *_INTEGERS[field.kind], least=1 if name == "max_tokens" else 0),
-            )
+            setattr(part, field.name, _integer(field.path, value, *_INTEGERS[field.kind], least=field.least))
         elif field.kind == "float":
             setattr(part, field.name, _number(field.path, value))
         elif field.kind == "bool":
