@@ -84,7 +84,7 @@ bool KvCache::reserve(SequenceKv& sequence, std::int64_t positions) {
   const std::int64_t blocks = ceil_div(positions, kPageSize);
   if (blocks <= before) return true;
 
-  bool enough = reachable(blocks - before, 0);
+  bool enough = may_reserve(sequence, positions, 0);  // else cached prefixes would be evicted in vain
   for (int t = 0; t < kPageTables && enough; ++t) {
     if (!pool_.has_table(t)) continue;
     for (std::int64_t b = before; b < blocks && enough; ++b) {
@@ -111,9 +111,9 @@ bool KvCache::reserve(SequenceKv& sequence, std::int64_t positions) {
   return true;
 }
 
-// Whether `blocks` more blocks could fit at all, with so many bytes freed. Saves the cached prefixes from being evicted
-// in vain.
-bool KvCache::reachable(std::int64_t blocks, std::size_t freed) const {
+bool KvCache::may_reserve(const SequenceKv& sequence, std::int64_t positions, std::size_t freed) const {
+  const std::int64_t blocks = ceil_div(positions, kPageSize) - sequence.blocks_;
+  if (blocks <= 0) return true;
   std::size_t wanted = 0;
   std::size_t there = pool_.arena_bytes() - pool_.used_bytes() + freed;
   for (int t = 0; t < kPageTables; ++t) {
@@ -217,11 +217,6 @@ bool KvCache::fits(std::int64_t positions, int max_step_rows) const {
 
 void KvCache::drop_prefixes() {
   if (prefixes_ != nullptr) prefixes_->evict_all();
-}
-
-bool KvCache::may_reserve(const SequenceKv& sequence, std::int64_t positions, std::size_t freed) const {
-  const std::int64_t blocks = ceil_div(positions, kPageSize) - sequence.blocks_;
-  return blocks <= 0 || reachable(blocks, freed);
 }
 
 std::size_t KvCache::held_bytes(const SequenceKv& sequence) const {

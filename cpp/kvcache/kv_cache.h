@@ -144,7 +144,6 @@ class KvCache {
  private:
   void register_blocks(SequenceKv& sequence, std::span<const TokenId> tokens);
   void let_go(SequenceKv& sequence, std::int64_t block, int table);
-  [[nodiscard]] bool reachable(std::int64_t blocks, std::size_t freed) const;
 
   std::size_t budget_bytes_;
   int window_;

@@ -221,6 +221,25 @@ template <WeightType type, int first, int g, int end, int P, int R>
   if constexpr (g + 1 < end) add_groups<type, first, g + 1, end>(block, quants, stride, pairs, dot);
 }
 
+// The nibbles of a group's bytes, of P parts.
+template <int P>
+struct Nibbles {
+  __m256i low[P];
+  __m256i high[P];
+};
+
+template <int first, int P>
+[[gnu::always_inline]] inline Nibbles<P> load_nibbles(const std::byte* bytes) {
+  Nibbles<P> nibbles;
+#pragma GCC unroll 2
+  for (int p = 0; p < P; ++p) {
+    const __m256i both = load_32(bytes + (first + p) * 32);
+    nibbles.low[p] = low_nibbles(both);
+    nibbles.high[p] = high_nibbles(both);
+  }
+  return nibbles;
+}
+
 // Sums of the products of low and of high nibbles.
 template <int P, int R>
 struct NibbleSums {
@@ -232,21 +251,14 @@ struct NibbleSums {
 template <int first, int P, int R>
 [[gnu::always_inline]] inline void add_bytes(const std::byte* bytes, int group, const std::int8_t* quants,
                                              std::int64_t stride, NibbleSums<P, R>& sums) {
-  __m256i low[P];
-  __m256i high[P];
-#pragma GCC unroll 2
-  for (int p = 0; p < P; ++p) {
-    const __m256i both = load_32(bytes + (first + p) * 32);
-    low[p] = low_nibbles(both);
-    high[p] = high_nibbles(both);
-  }
+  const Nibbles<P> weights = load_nibbles<first, P>(bytes);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     const __m256i four = broadcast_four(quants + r * stride + group * 4);
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) {
-      add_pairs(low[p], four, sums.low[p][r]);
-      add_pairs(high[p], four, sums.high[p][r]);
+      add_pairs(weights.low[p], four, sums.low[p][r]);
+      add_pairs(weights.high[p], four, sums.high[p][r]);
     }
   }
 }
@@ -255,16 +267,9 @@ template <int first, int P, int R>
 template <int first, int P, int R>
 [[gnu::always_inline]] inline void add_nibbles(const std::byte* nibbles, int group, int other_group,
                                                const std::int8_t* quants, std::int64_t stride, __m256i (&sums)[P][R]) {
-  __m256i low[P];
-  __m256i high[P];
-#pragma GCC unroll 2
-  for (int p = 0; p < P; ++p) {
-    const __m256i both = load_32(nibbles + (first + p) * 32);
-    low[p] = low_nibbles(both);
-    high[p] = high_nibbles(both);
-  }
-  add_group(low, group, quants, stride, sums);
-  add_group(high, other_group, quants, stride, sums);
+  const Nibbles<P> weights = load_nibbles<first, P>(nibbles);
+  add_group(weights.low, group, quants, stride, sums);
+  add_group(weights.high, other_group, quants, stride, sums);
 }
 
 template <bool coarse, int whole, int first, int P, int R>
