@@ -214,7 +214,8 @@ void bind_requests(py::module_& m) {
       .def_readwrite("drafting", &Request::drafting)
       .def_readwrite("max_draft_length", &Request::max_draft_length)
       .def_readwrite("salt", &Request::salt)
-      .def_readwrite("conversation", &Request::conversation);
+      .def_readwrite("conversation", &Request::conversation)
+      .def_readwrite("continues", &Request::continues);
 }
 
 void bind_engine(py::module_& m) {

@@ -148,7 +148,8 @@ RequestId Engine::submit(Request request) {
     const std::lock_guard lock(mutex_);
     if (closing_) throw EngineClosed("the engine is closed");
     if (!failure_.empty()) throw DeviceFailure(failure_);
-    if (queued_tokens_ > 0 && queued_tokens_ + prompt_tokens > options_.max_queued_tokens) {
+    const bool overfull = queued_tokens_ > 0 && queued_tokens_ + prompt_tokens > options_.max_queued_tokens;
+    if (overfull && !sequence->request.continues) {
       throw QueueFull("the queue holds " + std::to_string(queued_tokens_) + " prompt tokens and takes at most " +
                       std::to_string(options_.max_queued_tokens) + ": try again when requests have finished");
     }

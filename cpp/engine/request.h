@@ -30,6 +30,7 @@ struct Request {
   /// its prompt begins with those tokens and goes on, and the salt is the same. Never changes a token. 0: none; a
   /// closed one is as good as none.
   ConversationId conversation = 0;
+  bool continues = false;  ///< goes on with what was accepted before: the queue takes it even when it is full
 };
 
 enum class FinishReason : std::uint8_t { none, stop, length, cancelled, error };

@@ -137,6 +137,7 @@ class Request:
     max_draft_length: int
     salt: str
     conversation: int
+    continues: bool
     def __init__(self) -> None: ...
 
 class Event:

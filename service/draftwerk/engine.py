@@ -190,12 +190,14 @@ class Engine:
         params: SamplingParams = _GREEDY,
         *,
         conversation: Conversation | None = None,
+        continues: bool = False,
         max_unread_tokens: int | None = None,
     ) -> Generation:
         """Starts one request and returns at once.
 
         Args:
             conversation: starts from what its last request left, where the prompt begins with the same tokens.
+            continues: it goes on with what was accepted before, and is not refused because too much is waiting.
             max_unread_tokens: the request pauses once more than this many tokens were delivered and not read yet, and
                 goes on when all are read. None: it never pauses.
 
@@ -211,6 +213,7 @@ class Engine:
             if conversation.closed or not conversation.belongs_to(self._dispatcher):
                 raise RequestError("conversation", conversation, "an open one of this engine")
             request.conversation = conversation.id
+        request.continues = continues
         if params.stop and self._tokenizer is None:
             raise RequestError("stop", list(params.stop), "empty: this checkpoint has no tokenizer")
         text = None

@@ -374,6 +374,30 @@ TEST(EngineTest, RefusesWhatNeverFitsAndWhatOverfillsTheQueue) {
   for (const RequestId id : ids) EXPECT_EQ(outcomes[id].finish_reason, FinishReason::length);
 }
 
+TEST(EngineTest, WhatGoesOnWithAcceptedWorkIsTakenThoughTheQueueIsFull) {
+  TinyModel tiny;
+  EngineOptions options;
+  options.max_sequences = 1;
+  options.max_queued_tokens = 50;
+  testing::Gate gate(1);
+  Engine engine(tiny.model(), options, gate.drafter(), {});
+  Request request;
+  request.prompt = std::vector<TokenId>(40, 3);
+  request.max_tokens = 5;
+  request.ignore_eos = true;
+  std::vector<RequestId> ids = {engine.submit(request)};
+  gate.wait_until_held();
+  ids.push_back(engine.submit(request));
+  EXPECT_THROW(engine.submit(request), QueueFull);
+  request.continues = true;
+  ids.push_back(engine.submit(request));
+  EXPECT_EQ(engine.statistics().queued_tokens, 80);
+  gate.let_pass();
+  auto outcomes = collect(engine, ids);
+  for (const RequestId id : ids) EXPECT_EQ(outcomes[id].finish_reason, FinishReason::length);
+  EXPECT_EQ(engine.statistics().queued_tokens, 0);
+}
+
 // What the message says would work does work, and one more does not.
 TEST(EngineTest, WhatIsLongerThanTheMemoryIsToldWhatFits) {
   TinyModel tiny;

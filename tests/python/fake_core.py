@@ -107,6 +107,7 @@ class Request:
     max_draft_length: int = -1
     salt: str = ""
     conversation: int = 0
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ class Engine:
     def submit(self, request: Request) -> int:
         if self.device_failure:
             raise DeviceFailure(self.device_failure)
-        if self.refuse_with is not None:
+        if self.refuse_with is not None and not (isinstance(self.refuse_with, QueueFull) and request.continues):
             raise self.refuse_with
         if not request.prompt:
             raise RequestError("prompt", "empty", "at least one token")

@@ -89,7 +89,6 @@ class BranchGeneration:
         Raises:
             GenerationError: the generation failed inside the engine.
             EngineClosed: the engine was closed.
-            QueueFull: there is no room to go on after an injection.
         """
         while (injection := await self._run_request()) is not None:
             await self._inject(injection)
@@ -180,7 +179,8 @@ class BranchGeneration:
             pb.SessionResponse(request_number=injection.request_number, branch=self._branch.number, injected=injected)
         )
         try:
-            self._request = self._submit(self._remaining_params())
+            # Never refused for want of room: the generation was accepted, and so were these tokens.
+            self._request = self._submit(self._remaining_params(), continues=True)
         finally:
             injection.outcome.set_result(None)
 
@@ -191,10 +191,14 @@ class BranchGeneration:
         min_tokens = min(max(0, self._params.min_tokens - self._generated), max_tokens)
         return replace(self._params, max_tokens=max_tokens, min_tokens=min_tokens)
 
-    def _submit(self, params: SamplingParams) -> Generation:
+    def _submit(self, params: SamplingParams, *, continues: bool = False) -> Generation:
         branch = self._branch
         request = self._engine.submit(
-            branch.tokens, params, conversation=branch.conversation, max_unread_tokens=self._max_unread_tokens
+            branch.tokens,
+            params,
+            conversation=branch.conversation,
+            continues=continues,
+            max_unread_tokens=self._max_unread_tokens,
         )
         self._fingerprint = output_fingerprint(self._engine.info.fingerprint, request.prompt_token_ids, params)
         return request

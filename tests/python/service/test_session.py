@@ -342,16 +342,27 @@ async def test_an_injection_without_room_changes_nothing_and_the_generation_goes
     assert (await session.append()).appended.length == 9
 
 
-async def test_a_generation_that_finds_no_place_after_an_injection_ends_with_an_error(
+async def test_a_generation_goes_on_after_an_injection_though_the_queue_is_full(
+    session: SessionClient, scripted: ScriptedEngine
+) -> None:
+    await start_and_hold(session, scripted, after=2, stop=at_most(4))
+    scripted.refuse_with = CoreQueueFull("full")
+    assert (await session.answer(inject=inject([30]))).HasField("injected")
+    scripted.gate.set()
+    assert len(tokens_of(await session.generated())) == 2
+    assert scripted.requests[-1].continues
+
+
+async def test_a_generation_that_cannot_go_on_after_an_injection_ends_with_an_error(
     session: SessionClient, scripted: ScriptedEngine, figures: dict[str, Any]
 ) -> None:
     await start_and_hold(session, scripted, after=2)
     generate_number = session.last_request_number
-    scripted.refuse_with = CoreQueueFull("full")
+    scripted.device_failure = "out of smoke"
     await session.act(inject=inject([30]))
     assert (await session.next()).HasField("injected")
     response = await session.next()
-    assert (response.request_number, code_of(response)) == (generate_number, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    assert (response.request_number, code_of(response)) == (generate_number, grpc.StatusCode.UNAVAILABLE)
     assert (await session.append()).appended.length == 6
 
 
