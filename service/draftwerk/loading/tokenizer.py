@@ -9,14 +9,18 @@ Any Unicode text survives ``decode(encode(text, add_bos=False), skip_special_tok
 * The name of a special token in a text (``<bos>``, ``<start_of_turn>``) becomes that token, as transformers and
   llama.cpp have it for prompts; chat templates depend on it.
 * U+2581 itself becomes its three byte tokens. The libraries take it for a space, and the text would come back changed.
+
+What Gemma has as control tokens are control tokens here, whatever type a file gives them.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,11 +33,22 @@ from draftwerk.loading.errors import CheckpointError, printable
 from draftwerk.loading.gguf import GgufFile, StringArray
 from draftwerk.loading.mapped_file import MappedFile
 
+_logger = logging.getLogger(__name__)
 _SPACE = "\u2581"
 _SPACE_BYTES = _SPACE.encode()
 _BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
-# Gemma's `tokenizer.model` holds these as user-defined text; transformers' converter makes them special, as we do.
-_TURN_MARKERS = (b"<start_of_turn>", b"<end_of_turn>")
+# What `tokenizer.json` and `tokenizer_config.json` of Gemma 3 and 4 have as special. Other files type some of them as
+# text: `tokenizer.model` the turn markers and images; llama.cpp's converter Gemma 4's channels, calls, responses and
+# quotes, for its own parser to see; files of other hands the turn markers of either, even as pieces of ordinary text.
+_TURN_MARKERS = ("<start_of_turn>", "<end_of_turn>", "<|turn>", "<turn|>")
+_CONTROL_TOKENS = (
+    *("<pad>", "<eos>", "<bos>"),
+    *_TURN_MARKERS,
+    *("<|channel>", "<channel|>", "<|think|>", '<|"|>', "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>"),
+    *("<|tool_response>", "<tool_response|>"),
+    *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
+    *("<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>", "<|video|>"),
+)
 _MAX_TOKENS = 1 << 22
 
 
@@ -69,6 +84,23 @@ class TokenTexts(NamedTuple):
         offsets = np.zeros(kinds.size + 1, dtype=np.uint32)
         np.cumsum(lengths, out=offsets[1:])
         return cls(blob, offsets, frozenset(np.flatnonzero(special).tolist()))
+
+
+def _with_control_tokens(path: str, joined: bytes, kinds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The types of the pieces, CONTROL for those that Gemma has as control tokens."""
+    kinds = kinds.copy()
+    ended = joined + byte_spans.SEPARATOR
+    mistyped = []
+    for name in _CONTROL_TOKENS:
+        at = ended.find(byte_spans.SEPARATOR + name.encode() + byte_spans.SEPARATOR)
+        token = ended.count(byte_spans.SEPARATOR, 0, max(at, 0))
+        if at >= 0 and kinds[token] != proto.CONTROL:
+            kinds[token] = proto.CONTROL
+            mistyped.append(name)
+    markers = [name for name in mistyped if name in _TURN_MARKERS]
+    if markers:
+        _logger.info("%s has %s as text: taken as control tokens, which they are", path, " and ".join(markers))
+    return kinds
 
 
 class Tokenizer(ABC):
@@ -177,6 +209,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         try:
             _check_pieces(vocabulary)
+            kinds = _with_control_tokens(path, vocabulary.joined, vocabulary.kinds)
+            vocabulary = replace(vocabulary, kinds=kinds)
             texts = TokenTexts.of(vocabulary.joined, vocabulary.kinds)
             model = proto.write_model(_matching_special_tokens(vocabulary))
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -290,7 +324,7 @@ def _from_json(path: str) -> BpeTokenizer:
         if size > _MAX_TOKENS:
             raise CheckpointError(path, f"it claims {size} tokens (at most {_MAX_TOKENS} are accepted)")
         pieces: list[bytes] = []
-        kinds = np.full(size, proto.NORMAL, dtype=np.int64)
+        kinds: npt.NDArray[np.int64] = np.full(size, proto.NORMAL, dtype=np.int64)
         for index in range(size):
             token = added.get(index)
             if token is None:
@@ -301,7 +335,11 @@ def _from_json(path: str) -> BpeTokenizer:
                 piece = token.content.encode()
                 kinds[index] = proto.CONTROL if token.special else proto.USER_DEFINED
             pieces.append(byte_spans.SEPARATOR + piece)
-        texts = TokenTexts.of(b"".join(pieces), kinds)
+        joined = b"".join(pieces)
+        kinds = _with_control_tokens(path, joined, kinds)
+        # Those among them that were ordinary pieces are not found in a text otherwise; the others are there already.
+        tokenizer.add_special_tokens([name for name in _CONTROL_TOKENS if tokenizer.token_to_id(name) is not None])
+        texts = TokenTexts.of(joined, kinds)
     return BpeTokenizer(path, tokenizer, texts, None)
 
 
@@ -316,7 +354,9 @@ def _from_merges(
         _check_kinds(kinds)
         pieces = [tokens[index].decode() for index in range(len(tokens))]
         pairs = [merge.decode().partition(" ") for merge in map(merges.__getitem__, range(len(merges)))]
-        texts = TokenTexts.of(tokens.joined(), kinds)
+        joined = tokens.joined()
+        kinds = _with_control_tokens(path, joined, kinds)
+        texts = TokenTexts.of(joined, kinds)
     except ValueError as error:
         raise CheckpointError(path, f"unusable vocabulary: {error}") from None
     unknown = next((pieces[index] for index in np.flatnonzero(kinds == proto.UNKNOWN).tolist()), None)
@@ -412,13 +452,8 @@ def tokenizer_from_directory(directory: Path, bos_token: str | int | None) -> To
 
 def _from_model_file(path: Path) -> SentencePieceTokenizer:
     model = MappedFile(path).bytes.tobytes()
-
-    def pieces() -> Iterator[tuple[bytes, float, int]]:
-        for piece, score, kind in proto.read_pieces(model):
-            yield piece, score, proto.CONTROL if piece in _TURN_MARKERS else kind
-
     try:
-        vocabulary = proto.Vocabulary.of(pieces())
+        vocabulary = proto.Vocabulary.of(proto.read_pieces(model))
     except (ValueError, OverflowError) as error:
         raise CheckpointError(path, f"unusable vocabulary: {error}") from None
     return SentencePieceTokenizer(str(path), vocabulary, None)

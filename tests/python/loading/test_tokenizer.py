@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny_files as tiny
+import tiny_gemma4_files as tiny4
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -215,6 +217,48 @@ def test_a_pipe_is_no_tokenizer(name: str, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="not a regular file"):
             tokenizer_from_directory(tmp_path, None)
         writer.kill()
+
+
+def typed_as(kind: int, source: str, path: Path) -> Tokenizer:
+    """Of a vocabulary whose control tokens 4 to 7 are ``<|turn>``, ``<turn|>``, ``<|channel>`` and ``<|"|>``, which the
+    file gives the type `kind`."""
+    pieces = list(PIECES)
+    pieces[4:8] = [(marker, -1000.0, kind) for marker in MARKERS]
+    if source in ("gguf", "merges"):
+        model = tiny.TinyGguf() if source == "gguf" else tiny4.TinyGemma4Gguf()
+        model.entries["tokens"] = tiny.array("tokenizer.ggml.tokens", tiny.STRING, [piece for piece, _, _ in pieces])
+        model.entries["types"] = tiny.array("tokenizer.ggml.token_type", tiny.I32, [kind for _, _, kind in pieces])
+        found = open_checkpoint(model.write(path / "tiny.gguf")).tokenizer
+    else:
+        directory = tiny.write_directory(path)
+        if source == "model":
+            data = written([(piece.encode(), score, kind) for piece, score, kind in pieces])
+            (directory / "tokenizer.model").write_bytes(data)
+        else:
+            (directory / "tokenizer.json").write_text(json.dumps(tiny.tokenizer_json(pieces)))
+        found = open_checkpoint(directory).tokenizer
+    assert found is not None
+    return found
+
+
+MARKERS = ["<|turn>", "<turn|>", "<|channel>", '<|"|>']
+
+
+@pytest.mark.parametrize("source", ["gguf", "merges", "json", "model"])
+@pytest.mark.parametrize("kind", [proto.NORMAL, proto.CONTROL, proto.USER_DEFINED])
+def test_control_tokens_are_control_tokens_whatever_the_file_says(
+    kind: int, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="draftwerk.loading"):
+        tokenizer = typed_as(kind, source, tmp_path)
+    assert {4, 5, 6, 7} <= tokenizer.special_ids
+    text = "hello" + " the".join(MARKERS)
+    ids = tokenizer.encode(text, add_bos=False)
+    assert [token for token in ids if 4 <= token <= 7] == [4, 5, 6, 7]
+    assert tokenizer.decode(ids) == "hello the the the"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    said = [record.getMessage() for record in caplog.records if "<|turn> and <turn|>" in record.getMessage()]
+    assert len(said) == (kind != proto.CONTROL)
 
 
 def test_a_bos_token_that_is_not_there(tmp_path: Path) -> None:

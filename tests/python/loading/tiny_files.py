@@ -259,9 +259,9 @@ def write_directory(
     return path
 
 
-def tokenizer_json() -> dict[str, Any]:
-    """The vocabulary as ``tokenizer.json``, with merges made from the pieces as transformers' converter makes them."""
-    pieces = vocabulary()
+def tokenizer_json(pieces: Sequence[tuple[str, float, int]] = ()) -> dict[str, Any]:
+    """A vocabulary as ``tokenizer.json``, with merges made from the pieces as transformers' converter makes them."""
+    pieces = pieces or vocabulary()
     ids = {piece: index for index, (piece, _, _) in enumerate(pieces)}
     merges = []
     for piece, score, kind in pieces:
