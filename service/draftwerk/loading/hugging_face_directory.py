@@ -203,12 +203,13 @@ def _join_experts(found: FoundTensors, config: TextConfig) -> None:
 
 def _weight_files(directory: Path) -> dict[str, list[str] | None]:
     """File name to the tensors to take from it, of every safetensors file of a directory; ``None`` for all of them."""
+    # transformers too takes one file where there is one: an index beside it is left over.
+    if (directory / "model.safetensors").exists():
+        return {"model.safetensors": None}
     index_path = directory / "model.safetensors.index.json"
     index = _read_json(index_path)
     if index is None:
-        if not (directory / "model.safetensors").exists():
-            raise CheckpointError(directory, "neither model.safetensors nor model.safetensors.index.json: no weights")
-        return {"model.safetensors": None}
+        raise CheckpointError(directory, "neither model.safetensors nor model.safetensors.index.json: no weights")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(index_path, "weight_map is missing or empty")

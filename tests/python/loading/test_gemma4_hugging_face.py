@@ -528,7 +528,8 @@ def test_files_without_a_part_of_the_text_model_are_not_opened(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tiny4.write(tmp_path, {"model_type": "gemma4", "text_config": tiny4.text_config()}, tiny4.text_tensors())
-    weight_map = dict.fromkeys(tiny4.text_tensors(), "model.safetensors")
+    (path / "model.safetensors").rename(path / "text.safetensors")
+    weight_map = dict.fromkeys(tiny4.text_tensors(), "text.safetensors")
     weight_map |= {f"model.vision_tower.{index}": "not-there.safetensors" for index in range(7)}
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with caplog.at_level(logging.INFO, logger="draftwerk"):

@@ -172,6 +172,17 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
     assert {view.name: view.data.tobytes() for view in open_checkpoint(directory).tensors()} == single
 
 
+def test_an_index_beside_a_single_file_is_left_over(tmp_path: Path) -> None:
+    directory = tiny.write_directory(tmp_path)
+    single = (directory / "model.safetensors").read_bytes()
+    expected = {view.name: view.data.tobytes() for view in open_checkpoint(directory).tensors()}
+    write_shards(directory)
+    for shard in directory.glob("model-*.safetensors"):
+        shard.write_bytes(b"something else")
+    (directory / "model.safetensors").write_bytes(single)
+    assert {view.name: view.data.tobytes() for view in open_checkpoint(directory).tensors()} == expected
+
+
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "", ".", "..", "a/b", "a\0b", 3, None])
 def test_an_index_opens_no_file_elsewhere(shard: Any, tmp_path: Path) -> None:
     directory = tiny.write_directory(tmp_path)
