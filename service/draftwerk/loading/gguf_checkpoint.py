@@ -23,12 +23,10 @@ from draftwerk.loading.vocabulary_checks import (
     TOKEN_ORDERING,
     chat_template,
     checked_ids,
+    end_token_ids,
     head_token_ids,
 )
 
-# Tokens at which chat models end, where a GGUF's metadata names only one of them. At Gemma 4's last one the model has
-# called a tool and waits for what it says; its `generation_config.json` names it too.
-_END_OF_TURN = ("<end_of_turn>", "<turn|>", "<|tool_response>")
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -106,10 +104,9 @@ def open_model(path: str, name: str | None) -> Checkpoint:
     tokenizer = tokenizer_from_gguf(gguf)
     gguf.release_directory()
     _check_vocabulary(path, tokenizer, config)
-    eos_ids = [gguf.integer(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     template_source = gguf.string("tokenizer.chat_template")
-    if tokenizer is not None and template_source is not None:
-        eos_ids += [tokenizer.id_of(marker) for marker in _END_OF_TURN]
+    eos_ids = [gguf.integer(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    end_ids = end_token_ids(path, config, eos_ids, tokenizer, chats=template_source is not None)
     bos_id = gguf.integer("tokenizer.ggml.bos_token_id")
     special = {}
     for kind, token_id in (("bos_token", bos_id), ("eos_token", eos_ids[0])):
@@ -122,7 +119,7 @@ def open_model(path: str, name: str | None) -> Checkpoint:
         tokenizer=tokenizer,
         chat_template=chat_template(path, template_source, special),
         bos_token_id=checked_ids(path, config, [bos_id])[0] if bos_id is not None else None,
-        eos_token_ids=checked_ids(path, config, eos_ids),
+        eos_token_ids=end_ids,
         weight_types=histogram(sources),
         _sources=sources,
     )

@@ -21,7 +21,14 @@ from draftwerk.loading.hugging_face_config import (
 from draftwerk.loading.safetensors import SafetensorsFile, parse_json_object
 from draftwerk.loading.tensors import FileRange, FoundTensors, Source, histogram
 from draftwerk.loading.tokenizer import tokenizer_from_directory
-from draftwerk.loading.vocabulary_checks import DRAFT_TOKEN_IDS, HEAD, chat_template, checked_ids, head_token_ids
+from draftwerk.loading.vocabulary_checks import (
+    DRAFT_TOKEN_IDS,
+    HEAD,
+    chat_template,
+    checked_ids,
+    end_token_ids,
+    head_token_ids,
+)
 
 _logger = logging.getLogger(__name__)
 _MAX_JSON_BYTES = 1 << 26
@@ -94,19 +101,21 @@ def open_model(directory: Path, name: str | None) -> Checkpoint:
         bos = checked_ids(path, config, _as_ids(path, "bos_token_id", bos))[0]
     tokenizer = tokenizer_from_directory(directory, bos)
     bos_id = tokenizer.bos_token_id if tokenizer is not None else bos if isinstance(bos, int) else None
-    eos = _first(generation.get("eos_token_id"), raw.get("eos_token_id"), text_config.get("eos_token_id"))
-    if eos is None and tokenizer is not None and "eos_token" in special:
-        eos = tokenizer.id_of(special["eos_token"])
     if tokenizer is not None and bos_id is not None:
         special.setdefault("bos_token", tokenizer.piece_of(bos_id))
+    template = _template(path, directory, tokenizer_config, special)
+    eos = _first(generation.get("eos_token_id"), raw.get("eos_token_id"), text_config.get("eos_token_id"))
+    eos_ids: list[int | None] = [] if eos is None else [*_as_ids(path, "eos_token_id", eos)]
+    if tokenizer is not None and "eos_token" in special and (template is not None or not eos_ids):
+        eos_ids.append(tokenizer.id_of(special["eos_token"]))
     return Checkpoint(
         path=path,
         name=name or printable_name(directory.resolve().name),
         config=config,
         tokenizer=tokenizer,
-        chat_template=_template(path, directory, tokenizer_config, special),
+        chat_template=template,
         bos_token_id=bos_id,
-        eos_token_ids=checked_ids(path, config, [] if eos is None else _as_ids(path, "eos_token_id", eos)),
+        eos_token_ids=end_token_ids(path, config, eos_ids, tokenizer, chats=template is not None),
         weight_types=histogram(sources),
         _sources=sources,
         _norms_add_one=config.architecture == "gemma3",

@@ -11,11 +11,15 @@ from draftwerk.loading.chat_template import ChatTemplate, ChatTemplateError
 from draftwerk.loading.config import AssistantConfig, TextConfig
 from draftwerk.loading.errors import CheckpointError
 from draftwerk.loading.tensors import FoundTensors, Source
+from draftwerk.loading.tokenizer import Tokenizer
 
 INTEGER_TYPES = {"i32": "<i4", "i64": "<i8"}
 HEAD = "lm_head.weight"
 TOKEN_ORDERING = "masked_embedding.token_ordering"
 DRAFT_TOKEN_IDS = "draft_token_ids"
+# Tokens at which models that chat end, though many a file names only one of them or `<eos>` alone. At Gemma 4's last
+# one the model has called a tool and waits for what it says; its `generation_config.json` names it too.
+_ENDS_OF_TURNS = ("<end_of_turn>", "<turn|>", "<|tool_response>")
 
 
 def checked_ids(path: str, config: TextConfig, ids: Sequence[int | None]) -> tuple[int, ...]:
@@ -28,6 +32,27 @@ def checked_ids(path: str, config: TextConfig, ids: Sequence[int | None]) -> tup
         if token_id is not None and not 0 <= token_id < config.vocab_size:
             raise CheckpointError(path, f"token id {token_id} is outside the vocabulary of {config.vocab_size}")
     return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+
+def end_token_ids(
+    path: str, config: TextConfig, named: Sequence[int | None], tokenizer: Tokenizer | None, *, chats: bool
+) -> tuple[int, ...]:
+    """The tokens at which generation ends: those that a checkpoint names and, if it chats, the ends of turns.
+
+    Args:
+        path: names the checkpoint in errors.
+        config: its configuration.
+        named: the ids that its files name.
+        tokenizer: its tokenizer, if it has one.
+        chats: whether it has a chat template.
+
+    Raises:
+        CheckpointError: an id is outside the vocabulary.
+    """
+    ids = list(named)
+    if chats and tokenizer is not None:
+        ids += [tokenizer.id_of(marker) for marker in _ENDS_OF_TURNS]
+    return checked_ids(path, config, ids)
 
 
 def head_token_ids(found: FoundTensors, config: AssistantConfig) -> npt.NDArray[np.int32] | None:

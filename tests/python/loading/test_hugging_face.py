@@ -259,9 +259,28 @@ def test_without_ids_the_tokenizer_names_the_end_token(tmp_path: Path) -> None:
         json.dumps({"eos_token": {"content": "<eos>"}, "bos_token": "<bos>", "chat_template": "{{ bos_token }}x"})
     )
     checkpoint = open_checkpoint(directory)
-    assert (checkpoint.bos_token_id, checkpoint.eos_token_ids) == (2, (1,))
+    assert (checkpoint.bos_token_id, checkpoint.eos_token_ids) == (2, (1, 5))
     assert checkpoint.chat_template is not None
     assert checkpoint.chat_template.render([]) == "<bos>x"
+
+
+@pytest.mark.parametrize(
+    ("eos_token", "template", "expected"),
+    [
+        ("<end_of_turn>", "{{ bos_token }}", (1, 5)),
+        ("<eos>", "{{ bos_token }}", (1, 5)),
+        ("<table>", "{{ bos_token }}", (1, 14, 5)),  # the end of a turn of a chat that is not Gemma's
+        ("<end_of_turn>", None, (1,)),
+    ],
+)
+def test_a_chat_model_ends_at_the_end_of_its_turn(
+    eos_token: str, template: str | None, expected: tuple[int, ...], tmp_path: Path
+) -> None:
+    directory = tiny.write_directory(tmp_path)  # its configuration names <eos> alone
+    (directory / "tokenizer.json").write_text(json.dumps(tiny.tokenizer_json()))
+    named = {"bos_token": "<bos>", "eos_token": eos_token, "chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(named))
+    assert open_checkpoint(directory).eos_token_ids == expected
 
 
 @pytest.mark.parametrize("place", ["jinja", "json", "config", "list"])
