@@ -28,8 +28,8 @@ class Checkpoint:
         config: sizes and constants.
         tokenizer: ``None`` if the checkpoint has none; then only token ids can be used.
         chat_template: ``None`` if the checkpoint has none.
-        bos_token_id: put in front of raw text; ``None`` if unknown.
-        eos_token_ids: generation ends at any of them; may be empty.
+        bos_token_id: put in front of raw text; ``None`` only if unknown and there is no tokenizer.
+        eos_token_ids: generation ends at any of them; empty only if none is known and there is no tokenizer.
         weight_types: type name to number of tensors stored so.
     """
 

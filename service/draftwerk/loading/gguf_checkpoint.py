@@ -109,9 +109,9 @@ def open_model(path: str, name: str | None) -> Checkpoint:
     end_ids = end_token_ids(path, config, eos_ids, tokenizer, chats=template_source is not None)
     bos_id = gguf.integer("tokenizer.ggml.bos_token_id")
     special = {}
-    for kind, token_id in (("bos_token", bos_id), ("eos_token", eos_ids[0])):
-        if tokenizer is not None and token_id is not None:
-            special[kind] = tokenizer.piece_of(token_id)
+    if tokenizer is not None:
+        bos_id = tokenizer.bos_token_id
+        special = {"bos_token": tokenizer.piece_of(bos_id), "eos_token": tokenizer.piece_of(end_ids[0])}
     return Checkpoint(
         path=path,
         name=name or printable_name(gguf.string("general.name") or Path(path).stem),

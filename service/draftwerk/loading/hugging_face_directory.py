@@ -101,8 +101,8 @@ def open_model(directory: Path, name: str | None) -> Checkpoint:
         bos = checked_ids(path, config, _as_ids(path, "bos_token_id", bos))[0]
     tokenizer = tokenizer_from_directory(directory, bos)
     bos_id = tokenizer.bos_token_id if tokenizer is not None else bos if isinstance(bos, int) else None
-    if tokenizer is not None and bos_id is not None:
-        special.setdefault("bos_token", tokenizer.piece_of(bos_id))
+    if tokenizer is not None:
+        special.setdefault("bos_token", tokenizer.piece_of(tokenizer.bos_token_id))
     template = _template(path, directory, tokenizer_config, special)
     eos = _first(generation.get("eos_token_id"), raw.get("eos_token_id"), text_config.get("eos_token_id"))
     eos_ids: list[int | None] = [] if eos is None else [*_as_ids(path, "eos_token_id", eos)]

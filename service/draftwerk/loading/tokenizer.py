@@ -108,18 +108,24 @@ class Tokenizer(ABC):
 
     Attributes:
         vocab_size: number of ids; may differ from the model's number of embedding rows.
-        bos_token_id: what ``add_bos`` prepends; ``None`` if the checkpoint names none.
+        bos_token_id: what ``add_bos`` prepends.
         special_ids: control tokens (``<bos>``, ``<end_of_turn>``): they stand for no text.
+
+    Args:
+        path: names the file in errors.
+        texts: its tokens.
+        bos_token: name or id of the beginning-of-sequence token; ``<bos>`` where the checkpoint names none.
+
+    Raises:
+        CheckpointError: the vocabulary has no such token, without which Gemma answers nonsense, or lacks byte tokens.
     """
 
-    def __init__(self, path: str, texts: TokenTexts, bos_token_id: int | None) -> None:
+    def __init__(self, path: str, texts: TokenTexts, bos_token: str | int | None) -> None:
         self.vocab_size = len(texts.offsets) - 1
         self.special_ids = texts.special_ids
-        self.bos_token_id = bos_token_id
+        self.bos_token_id = self._bos_id(path, "<bos>" if bos_token is None else bos_token)
         self._offsets = texts.offsets
         self._blob = texts.blob
-        if bos_token_id is not None and not 0 <= bos_token_id < self.vocab_size:
-            raise CheckpointError(path, f"bos token {bos_token_id} is outside the vocabulary of {self.vocab_size}")
         byte_ids = [self.id_of(f"<0x{byte:02X}>") for byte in range(256)]
         if None in byte_ids:
             missing = byte_ids.index(None)
@@ -127,6 +133,14 @@ class Tokenizer(ABC):
                 path, f"the vocabulary has no byte token <0x{missing:02X}>: only BPE with byte fallback is supported"
             )
         self._space_ids = [cast(int, byte_ids[byte]) for byte in _SPACE_BYTES]
+
+    def _bos_id(self, path: str, token: str | int) -> int:
+        token_id = self.id_of(token) if isinstance(token, str) else token
+        if token_id is None or not 0 <= token_id < self.vocab_size:
+            raise CheckpointError(
+                path, f"bos token {printable(repr(token))} is not in the vocabulary of {self.vocab_size}"
+            )
+        return token_id
 
     @abstractmethod
     def _encode_segment(self, text: str) -> list[int]:
@@ -160,7 +174,7 @@ class Tokenizer(ABC):
                 ids += self._space_ids
             if segment:
                 ids += self._encode_segment(segment)
-        if add_bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
+        if add_bos and ids[:1] != [self.bos_token_id]:
             ids.insert(0, self.bos_token_id)
         return ids
 
@@ -198,13 +212,13 @@ class SentencePieceTokenizer(Tokenizer):
     Args:
         path: names the file in errors.
         vocabulary: its pieces.
-        bos_token_id: as for :class:`Tokenizer`.
+        bos_token: as for :class:`Tokenizer`.
 
     Raises:
-        CheckpointError: the vocabulary is no BPE vocabulary with byte fallback.
+        CheckpointError: the vocabulary is no BPE vocabulary with byte fallback, or has no such token.
     """
 
-    def __init__(self, path: str, vocabulary: proto.Vocabulary, bos_token_id: int | None) -> None:
+    def __init__(self, path: str, vocabulary: proto.Vocabulary, bos_token: str | int | None) -> None:
         import sentencepiece  # here, not above: large, and only of use when there is a vocabulary
 
         try:
@@ -216,7 +230,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(path, f"unusable vocabulary: {error}") from None
-        super().__init__(path, texts, bos_token_id)
+        super().__init__(path, texts, bos_token)
 
     def _encode_segment(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
@@ -271,18 +285,18 @@ class BpeTokenizer(Tokenizer):
         path: names the file in errors.
         tokenizer: a ``tokenizers.Tokenizer``.
         texts: its tokens.
-        bos_token_id: as for :class:`Tokenizer`.
+        bos_token: as for :class:`Tokenizer`.
 
     Raises:
-        CheckpointError: the tokenizer does not give back the text it was given.
+        CheckpointError: the tokenizer does not give back the text it was given, or has no such token.
     """
 
     # Everything that tokenizers of another form lose or change.
     _PROBE = " A\u0301 \u00e9\u212b  \ufb01\t\n\n x\x00\u4e2d\U0010ffff\u2581 "
 
-    def __init__(self, path: str, tokenizer: Any, texts: TokenTexts, bos_token_id: int | None) -> None:
+    def __init__(self, path: str, tokenizer: Any, texts: TokenTexts, bos_token: str | int | None) -> None:
         self._tokenizer = tokenizer
-        super().__init__(path, texts, bos_token_id)
+        super().__init__(path, texts, bos_token)
         if self.decode(self.encode(self._PROBE, add_bos=False), skip_special_tokens=False) != self._PROBE:
             raise CheckpointError(path, "is not a Gemma tokenizer: it does not give back the text it was given")
 
@@ -309,7 +323,7 @@ def _refusals(path: str) -> Iterator[None]:
         raise CheckpointError(path, f"is refused by the tokenizers library: {error}") from None
 
 
-def _from_json(path: str) -> BpeTokenizer:
+def _from_json(path: str, bos_token: str | int | None) -> BpeTokenizer:
     """The tokenizer in a ``tokenizer.json``."""
     import tokenizers  # see SentencePieceTokenizer
 
@@ -340,7 +354,7 @@ def _from_json(path: str) -> BpeTokenizer:
         # Those among them that were ordinary pieces are not found in a text otherwise; the others are there already.
         tokenizer.add_special_tokens([name for name in _CONTROL_TOKENS if tokenizer.token_to_id(name) is not None])
         texts = TokenTexts.of(joined, kinds)
-    return BpeTokenizer(path, tokenizer, texts, None)
+    return BpeTokenizer(path, tokenizer, texts, bos_token)
 
 
 def _from_merges(
@@ -431,29 +445,22 @@ def tokenizer_from_directory(directory: Path, bos_token: str | int | None) -> To
 
     Args:
         directory: the directory.
-        bos_token: name or id of the beginning-of-sequence token.
+        bos_token: as for :class:`Tokenizer`.
 
     Raises:
-        CheckpointError: the file is damaged or of an unsupported kind.
+        CheckpointError: the file is damaged or of an unsupported kind, or has no such token.
     """
-    tokenizer: Tokenizer
     if (path := directory / "tokenizer.json").exists():
-        tokenizer = _from_json(str(path))
-    elif (path := directory / "tokenizer.model").exists():
-        tokenizer = _from_model_file(path)
-    else:
-        return None
-    bos_id = tokenizer.id_of(bos_token) if isinstance(bos_token, str) else bos_token
-    if bos_token is not None and (bos_id is None or not 0 <= bos_id < tokenizer.vocab_size):
-        raise CheckpointError(path, f"bos token {printable(repr(bos_token))} is not in the vocabulary")
-    tokenizer.bos_token_id = bos_id
-    return tokenizer
+        return _from_json(str(path), bos_token)
+    if (path := directory / "tokenizer.model").exists():
+        return _from_model_file(str(path), bos_token)
+    return None
 
 
-def _from_model_file(path: Path) -> SentencePieceTokenizer:
+def _from_model_file(path: str, bos_token: str | int | None) -> SentencePieceTokenizer:
     model = MappedFile(path).bytes.tobytes()
     try:
         vocabulary = proto.Vocabulary.of(proto.read_pieces(model))
     except (ValueError, OverflowError) as error:
         raise CheckpointError(path, f"unusable vocabulary: {error}") from None
-    return SentencePieceTokenizer(str(path), vocabulary, None)
+    return SentencePieceTokenizer(path, vocabulary, bos_token)

@@ -17,21 +17,22 @@ INTEGER_TYPES = {"i32": "<i4", "i64": "<i8"}
 HEAD = "lm_head.weight"
 TOKEN_ORDERING = "masked_embedding.token_ordering"
 DRAFT_TOKEN_IDS = "draft_token_ids"
+_END_OF_TEXT = "<eos>"
 # Tokens at which models that chat end, though many a file names only one of them or `<eos>` alone. At Gemma 4's last
 # one the model has called a tool and waits for what it says; its `generation_config.json` names it too.
 _ENDS_OF_TURNS = ("<end_of_turn>", "<turn|>", "<|tool_response>")
 
 
-def checked_ids(path: str, config: TextConfig, ids: Sequence[int | None]) -> tuple[int, ...]:
-    """``ids`` without repetitions and ``None``, each inside the vocabulary.
+def checked_ids(path: str, config: TextConfig, ids: Sequence[int]) -> tuple[int, ...]:
+    """``ids`` without repetitions, each inside the vocabulary.
 
     Raises:
         CheckpointError: one is outside.
     """
     for token_id in ids:
-        if token_id is not None and not 0 <= token_id < config.vocab_size:
+        if not 0 <= token_id < config.vocab_size:
             raise CheckpointError(path, f"token id {token_id} is outside the vocabulary of {config.vocab_size}")
-    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+    return tuple(dict.fromkeys(ids))
 
 
 def end_token_ids(
@@ -42,16 +43,21 @@ def end_token_ids(
     Args:
         path: names the checkpoint in errors.
         config: its configuration.
-        named: the ids that its files name.
+        named: the ids that its files name; without any it is ``<eos>`` of the vocabulary.
         tokenizer: its tokenizer, if it has one.
         chats: whether it has a chat template.
 
     Raises:
-        CheckpointError: an id is outside the vocabulary.
+        CheckpointError: an id is outside the vocabulary, or there is a vocabulary and no end is known.
     """
-    ids = list(named)
-    if chats and tokenizer is not None:
-        ids += [tokenizer.id_of(marker) for marker in _ENDS_OF_TURNS]
+    ids = [token_id for token_id in named if token_id is not None]
+    if tokenizer is None:
+        return checked_ids(path, config, ids)
+    ends = _ENDS_OF_TURNS if chats else ()
+    names = ends if ids else (_END_OF_TEXT, *ends)
+    ids += [token_id for name in names if (token_id := tokenizer.id_of(name)) is not None]
+    if not ids:
+        raise CheckpointError(path, f"no file names an end token, and the vocabulary has no {_END_OF_TEXT}")
     return checked_ids(path, config, ids)
 
 

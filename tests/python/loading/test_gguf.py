@@ -133,6 +133,14 @@ def test_version_2_and_files_without_a_vocabulary(tmp_path: Path) -> None:
     assert checkpoint.eos_token_ids == (1,)
 
 
+def test_without_ids_the_vocabulary_has_both_ends_of_a_text(tmp_path: Path) -> None:
+    unknown = {f"tokenizer.ggml.{kind}_token_id": None for kind in ("bos", "eos")}
+    checkpoint = open_checkpoint(tiny.TinyGguf(**unknown).write(tmp_path / "tiny.gguf"))
+    assert (checkpoint.bos_token_id, checkpoint.eos_token_ids) == (2, (1,))
+    assert checkpoint.tokenizer is not None
+    assert checkpoint.tokenizer.encode("hello")[0] == 2
+
+
 def test_turn_markers_end_generation_of_a_chat_model(tmp_path: Path) -> None:
     template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
     model = tiny.TinyGguf(tokenizer__chat_template=(tiny.STRING, template))
@@ -159,6 +167,13 @@ def entry(name: str, value: bytes | None) -> Change:
 
 def having(name: str, kind: int, value: object) -> Change:
     return entry(name, tiny.key(name, kind, value))
+
+
+def unnamed(model: tiny.TinyGguf, token: str) -> None:
+    """Neither the metadata nor the vocabulary tells which token this is."""
+    del model.entries[f"tokenizer.ggml.{token}_token_id"]
+    pieces = [piece.replace(f"<{token}>", "<unused0>") for piece, _, _ in tiny.vocabulary()]
+    model.entries["tokens"] = tiny.array("tokenizer.ggml.tokens", tiny.STRING, pieces)
 
 
 def moved(name: str, onto: str) -> Change:
@@ -297,7 +312,13 @@ BAD_FILES: dict[str, tuple[Change, str | None, str]] = {
         None,
         "string 0 is not UTF-8",
     ),
-    "bos": (having("tokenizer.ggml.bos_token_id", tiny.U32, 1 << 31), None, "outside the vocabulary"),
+    "bos": (having("tokenizer.ggml.bos_token_id", tiny.U32, 1 << 31), None, "is not in the vocabulary"),
+    "no bos": (lambda model: unnamed(model, "bos"), None, "bos token '<bos>' is not in the vocabulary"),
+    "no eos": (
+        lambda model: unnamed(model, "eos"),
+        None,
+        "no file names an end token, and the vocabulary has no <eos>",
+    ),
     "eos": (having("tokenizer.ggml.eos_token_id", tiny.U32, 1 << 31), None, "outside the vocabulary"),
     "infinite norm": (tensor(NORM, 3, b"\x00\x00\x80\x7f" * 32), "model.layers.0.input_layernorm.weight", "not finite"),
     "template": (

@@ -249,12 +249,14 @@ def test_generation_config_names_the_end_tokens(tmp_path: Path) -> None:
             open_checkpoint(directory)
 
 
-def test_without_ids_the_tokenizer_names_the_end_token(tmp_path: Path) -> None:
+def test_without_ids_the_tokenizer_names_the_ends_of_a_text(tmp_path: Path) -> None:
     config = tiny.hugging_face_config()
     del config["eos_token_id"], config["bos_token_id"]
     directory = tiny.write_directory(tmp_path, config=config)
     assert open_checkpoint(directory).eos_token_ids == ()
     (directory / "tokenizer.json").write_text(json.dumps(tiny.tokenizer_json()))
+    checkpoint = open_checkpoint(directory)
+    assert (checkpoint.bos_token_id, checkpoint.eos_token_ids) == (2, (1,))
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": {"content": "<eos>"}, "bos_token": "<bos>", "chat_template": "{{ bos_token }}x"})
     )
