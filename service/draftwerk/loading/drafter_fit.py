@@ -50,7 +50,7 @@ def find_assistant(model: str | os.PathLike[str]) -> Path | None:
         # The configuration first: something else of that name may have gigabytes of weights.
         if not is_assistant(hub.download(name + _SUFFIX, ["config.json"])):
             return None
-        return hub.download(name + _SUFFIX)
+        return hub.checkpoint_directory(name + _SUFFIX)
     except hub.NotOnHubError:
         return None
     except CheckpointError as error:

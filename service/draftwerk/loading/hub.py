@@ -28,6 +28,36 @@ def cached_name(directory: Path) -> str | None:
     return name if is_hub_name(name) else None
 
 
+def checkpoint_directory(name: str) -> Path:
+    """The directory of a checkpoint with its weights; see download().
+
+    Raises:
+        CheckpointError: as download(), or what has this name is no safetensors checkpoint.
+    """
+    directory = download(name)
+    if any(directory.glob("*.safetensors")):
+        return directory
+    ggufs = _gguf_files(name)
+    if not ggufs:
+        raise CheckpointError(name, "holds no safetensors checkpoint: give the name of one, or the path of a GGUF file")
+    raise CheckpointError(
+        name,
+        f"holds no safetensors checkpoint, but GGUF files: download one (hf download {name} {ggufs[0]}) and give its "
+        f"path; there are {printable(', '.join(ggufs), 400)}",
+    )
+
+
+def _gguf_files(name: str) -> list[str]:
+    """The GGUF files with models that the hub has under a name, as far as it can be asked."""
+    import huggingface_hub
+
+    try:
+        files = huggingface_hub.list_repo_files(name)
+    except Exception:  # whatever it is: the error they are listed for is the one to tell
+        return []
+    return [file for file in files if file.endswith(".gguf") and not file.startswith("mmproj")]
+
+
 def download(name: str, files: Sequence[str] = _FILES) -> Path:
     """The directory of a checkpoint, downloaded first where the local cache does not have it.
 

@@ -80,6 +80,6 @@ def _find(model: str | os.PathLike[str], progress: Progress | None) -> _Place:
     if path in BUILTIN_MODELS:
         return _Place(resolve_builtin(path, progress), path)
     if hub.is_hub_name(path):
-        return _Place(hub.download(path), path)
+        return _Place(hub.checkpoint_directory(path), path)
     known = ", ".join(BUILTIN_MODELS)
     raise CheckpointError(path, f"no such file or directory, and not a built-in model ({known})")

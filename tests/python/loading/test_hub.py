@@ -105,6 +105,41 @@ def test_what_cannot_be_had_is_one_clear_line(case: str, hub: dict[str, Any]) ->
         assert len(str(caught.value).splitlines()) == 1
 
 
+GGUFS = ["README.md", "gemma-Q4_K_M.gguf", "gemma-Q8_0.gguf", "mmproj-F16.gguf"]
+NO_CHECKPOINT: dict[str, tuple[list[str] | Exception, str]] = {
+    "GGUF": (
+        GGUFS,
+        "holds no safetensors checkpoint, but GGUF files: download one (hf download google/gemma-4-E2B-it "
+        "gemma-Q4_K_M.gguf) and give its path; there are gemma-Q4_K_M.gguf, gemma-Q8_0.gguf",
+    ),
+    "something else": (["README.md"], "holds no safetensors checkpoint: give the name of one, or the path of a GGUF"),
+    "offline": (OSError("no route"), "holds no safetensors checkpoint: give the name of one, or the path of a GGUF"),
+}
+
+
+@pytest.mark.parametrize("case", NO_CHECKPOINT)
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_name_without_a_safetensors_checkpoint(
+    configured: bool, case: str, hub: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, reason = NO_CHECKPOINT[case]
+
+    def list_repo_files(name: str) -> list[str]:
+        if isinstance(files, Exception):
+            raise files
+        return files
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+    hub[NAME] = tmp_path / "snapshots" / "0123456789abcdef"  # of which huggingface_hub makes no directory without files
+    if configured:
+        hub[NAME].mkdir(parents=True)
+        (hub[NAME] / "config.json").write_text('{"model_type": "gemma4_text"}')
+    for open_it in (open_checkpoint, open_assistant):
+        with pytest.raises(CheckpointError) as caught:
+            open_it(NAME)
+        assert str(caught.value).startswith(f"{NAME}: {reason}")
+
+
 @pytest.mark.parametrize(("case", "warned"), [("not found", False), ("offline", False), ("gated", True)])
 def test_a_model_without_a_drafter_on_the_hub(
     case: str, warned: bool, hub: dict[str, Any], caplog: pytest.LogCaptureFixture
