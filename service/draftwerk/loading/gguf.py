@@ -76,7 +76,10 @@ _OTHER_TYPES = {
     3: "q4_1", 7: "q5_1", 9: "q8_1", 10: "q2_k", 11: "q3_k", 13: "q5_k", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs",
     18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16",
     28: "f64", 29: "iq1_m", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4",
+    40: "nvfp4", 41: "q1_0",
 }  # fmt: skip
+# What users choose by: the names that files have of these types and mixtures of them.
+_FILES_READ = "BF16, F16, Q8_0, Q6_K, Q4_K_M and Q4_0"
 
 
 class StringArray:
@@ -313,7 +316,10 @@ class GgufFile:
             if block is None:
                 supported = ", ".join(sorted(BLOCK_TYPES))
                 shown = _OTHER_TYPES.get(type_id, f"number {type_id}")
-                raise self._error(f"type {shown} is not supported (supported: {supported})", name)
+                raise self._error(
+                    f"type {shown} is not supported (supported: {supported}); files called {_FILES_READ} can be read",
+                    name,
+                )
             elements = math.prod(shape)
             if elements == 0:
                 raise self._error(f"has an empty dimension: {list(shape)}", name)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from draftwerk.loading import CheckpointError, open_checkpoint
-from draftwerk.loading.gguf import BLOCK_TYPES, GgufFile
+from draftwerk.loading.gguf import BLOCK_TYPES, TENSOR_TYPES, GgufFile
 
 
 def test_reads_what_the_reference_package_writes(tmp_path: Path) -> None:
@@ -76,6 +76,14 @@ def test_reads_what_the_reference_package_writes(tmp_path: Path) -> None:
 def test_block_sizes_are_those_of_the_reference_package() -> None:
     for name, block in BLOCK_TYPES.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]] == (block.block_size, block.block_bytes)
+
+
+def test_every_type_of_ggml_has_its_name(tmp_path: Path) -> None:
+    model = tiny.TinyGguf()
+    for kind in set(gguf.GGMLQuantizationType) - {gguf.GGMLQuantizationType(number) for number in TENSOR_TYPES}:
+        model.tensor(GATE)[2] = kind
+        with pytest.raises(CheckpointError, match=f"type {kind.name.lower()} is not supported"):
+            GgufFile(model.write(tmp_path / "tiny.gguf"))
 
 
 def test_opens_a_tiny_checkpoint(tmp_path: Path) -> None:
@@ -252,7 +260,8 @@ BAD_FILES: dict[str, tuple[Change, str | None, str]] = {
     "known type": (
         tensor("token_embd.weight", 2, 10),
         "token_embd.weight",
-        "type q2_k is not supported (supported: bf16",
+        "type q2_k is not supported (supported: bf16, f16, f32, q4_0, q4_k, q5_0, q6_k, q8_0); files called BF16, F16, "
+        "Q8_0, Q6_K, Q4_K_M and Q4_0 can be read",
     ),
     "quantised norm": (tensor("output_norm.weight", 2, 8), "output_norm.weight", "type q8_0 is not supported here"),
     "shape": (
