@@ -309,7 +309,8 @@ class BpeTokenizer(Tokenizer):
         return found
 
     def piece_of(self, token_id: int) -> str:
-        return self._tokenizer.id_to_token(token_id) or "" if token_id >= 0 else ""
+        # The library's ids have 32 bits.
+        return self._tokenizer.id_to_token(token_id) or "" if 0 <= token_id < self.vocab_size else ""
 
 
 @contextmanager

@@ -306,6 +306,13 @@ def test_a_chat_model_ends_at_each_of_its_markers(tmp_path: Path) -> None:
     assert open_checkpoint(model.write(tmp_path / "x.gguf")).eos_token_ids == (1, 4, 5)
 
 
+def test_an_end_token_beyond_32_bits(tmp_path: Path) -> None:
+    model = tiny4.TinyGemma4Gguf()
+    model.entries["tokenizer.ggml.eos_token_id"] = tiny.key("tokenizer.ggml.eos_token_id", tiny.U64, 1 << 32)
+    with pytest.raises(CheckpointError, match=f"token id {1 << 32} is outside the vocabulary"):
+        open_checkpoint(model.write(tmp_path / "x.gguf"))
+
+
 # --- damaged ---------------------------------------------------------------------------------------------------------
 
 Change = Callable[[Any], object]

@@ -96,7 +96,7 @@ def test_the_table_of_texts(source: str, tokenizers: dict[str, Tokenizer]) -> No
         assert tokenizer.piece_of(index) == piece
         assert tokenizer.id_of(piece) == index
     assert tokenizer.token_bytes(len(PIECES)) == tokenizer.token_bytes(10**9) == b""
-    assert tokenizer.piece_of(len(PIECES)) == tokenizer.piece_of(-1) == ""
+    assert tokenizer.piece_of(len(PIECES)) == tokenizer.piece_of(-1) == tokenizer.piece_of(1 << 32) == ""
     assert tokenizer.id_of("no such piece") is None
     assert tokenizer.id_of("<no token>") is None
     with pytest.raises(ValueError, match="negative"):
