@@ -89,7 +89,7 @@ def open_model(directory: Path, name: str | None) -> Checkpoint:
     special = {
         kind: text
         for kind in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if (text := _token_text(tokenizer_config.get(kind))) is not None
+        if (text := _token_text(directory, kind, tokenizer_config.get(kind))) is not None
     }
     bos = _first(
         generation.get("bos_token_id"),
@@ -263,10 +263,18 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _token_text(value: Any) -> str | None:
+def _token_text(directory: Path, kind: str, value: Any) -> str | None:
     """A special token of ``tokenizer_config.json``: its text, or an object with the text in ``content``."""
     text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            directory / "tokenizer_config.json", f"{kind} = {printable(repr(text))} is not valid Unicode"
+        ) from None
+    return text
 
 
 def _read_text(path: Path) -> bytes | None:

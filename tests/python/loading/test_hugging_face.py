@@ -388,6 +388,15 @@ def test_damaged_json_files(name: str, text: bytes, tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("kind", ["bos_token", "eos_token", "pad_token"])
+def test_a_special_token_that_is_no_text(kind: str, tmp_path: Path) -> None:
+    directory = tiny.write_directory(tmp_path, config={**tiny.hugging_face_config(), "bos_token_id": None})
+    (directory / "tokenizer.json").write_text(json.dumps(tiny.tokenizer_json()))
+    (directory / "tokenizer_config.json").write_text(json.dumps({kind: "\ud800"}))
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {kind} = '\\ud800' is not valid Unicode"):
+        open_checkpoint(directory)
+
+
 def test_directories_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         open_checkpoint(tmp_path)
