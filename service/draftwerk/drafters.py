@@ -6,11 +6,10 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from draftwerk import _core
-from draftwerk.loading import CheckpointError, check_fits, find_assistant, is_hub_name, open_assistant
+from draftwerk.loading import CheckpointError, check_fits, find_assistant, is_hub_name, open_assistant, path_exists
 from draftwerk.weights import Progress, load_assistant
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def choose_drafters(drafter: Drafter, target: Checkpoint, *, lookup: bool) -> Ch
     if drafter in DRAFTERS:
         return ChosenDrafters(() if drafter == "none" else (str(drafter),))
     path = os.fspath(drafter)
-    if not path or not (Path(path).exists() or is_hub_name(path)):
+    if not (path_exists(path) or is_hub_name(path)):
         raise ValueError(
             f"drafter = {path!r}: must be one of {', '.join(DRAFTERS)}, or the path or hub name of an MTP drafter "
             "(no such file or directory)"

@@ -90,7 +90,7 @@ def eval_drafter(
     check_writable(json_file)
     with reports_training_failures(), naming_options(context, _OPTIONS):
         from draftwerk.drafters import DRAFTERS
-        from draftwerk.loading import find_assistant, is_hub_name
+        from draftwerk.loading import find_assistant, is_hub_name, path_exists
         from draftwerk.training.evaluation import EvaluationOptions, Evaluator
         from draftwerk.training.evaluation_prompts import from_file, from_openings
         from draftwerk.training.prompts import read_prompts
@@ -110,7 +110,7 @@ def eval_drafter(
         if found is None:
             raise usage_error(f"no drafter goes with {model}: give one by --drafter")
         # The engine's own message also offers what is no MTP drafter.
-        if not str(found) or not (Path(found).exists() or is_hub_name(str(found))):
+        if not (path_exists(found) or is_hub_name(str(found))):
             raise usage_error(f"--drafter {found}: no such file or directory; {_GIVE}")
 
         def chosen(engine: Any) -> Any:

@@ -10,7 +10,7 @@ from draftwerk.loading.config import AssistantConfig, TextConfig
 from draftwerk.loading.drafter_fit import check_fits, find_assistant
 from draftwerk.loading.errors import CheckpointError
 from draftwerk.loading.hub import is_hub_name
-from draftwerk.loading.opening import is_assistant, open_assistant, open_checkpoint
+from draftwerk.loading.opening import is_assistant, open_assistant, open_checkpoint, path_exists
 from draftwerk.loading.tensors import TensorView
 from draftwerk.loading.tokenizer import Tokenizer
 
@@ -32,6 +32,7 @@ __all__ = [
     "is_hub_name",
     "open_assistant",
     "open_checkpoint",
+    "path_exists",
     "resolve_builtin",
     "shipped_drafter",
 ]

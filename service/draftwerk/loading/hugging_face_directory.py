@@ -279,9 +279,9 @@ def _token_text(directory: Path, kind: str, value: Any) -> str | None:
 
 def _read_text(path: Path) -> bytes | None:
     """The bytes of a small file; ``None`` if there is none."""
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         if not path.is_file():
             raise CheckpointError(path, "not a regular file")
         with path.open("rb") as file:

@@ -56,7 +56,10 @@ def is_assistant(model: str | os.PathLike[str]) -> bool:
         CheckpointError: a name on the hub cannot be resolved.
     """
     name = os.fspath(model)
-    if not (_is_there(name) or hub.is_hub_name(name)):
+    try:
+        if not (path_exists(name) or hub.is_hub_name(name)):
+            return False
+    except CheckpointError:
         return False
     path = _find(name, None).path
     try:
@@ -67,15 +70,23 @@ def is_assistant(model: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _is_there(path: str) -> bool:
-    return bool(path) and Path(path).exists()
+def path_exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file or directory at this path.
+
+    Raises:
+        CheckpointError: it is too long, or a directory on the way may not be read.
+    """
+    try:
+        return bool(os.fspath(path)) and Path(path).exists()
+    except OSError as error:
+        raise CheckpointError(path, error.strerror or str(error)) from None
 
 
 def _find(model: str | os.PathLike[str], progress: Progress | None) -> _Place:
     path = os.fspath(model)
     if "\0" in path:
         raise CheckpointError(path, "is not a path: it holds a NUL")
-    if _is_there(path):
+    if path_exists(path):
         return _Place(Path(path), None)
     if path in BUILTIN_MODELS:
         return _Place(resolve_builtin(path, progress), path)

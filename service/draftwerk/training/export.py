@@ -26,6 +26,7 @@ from draftwerk.loading import (
     check_fits,
     is_hub_name,
     open_assistant,
+    path_exists,
 )
 from draftwerk.loading.vocabulary_checks import DRAFT_TOKEN_IDS, HEAD, TOKEN_ORDERING
 from draftwerk.training.atomic_file import atomic_file
@@ -45,8 +46,7 @@ def open_drafter(drafter: str | os.PathLike[str]) -> AssistantCheckpoint:
         TrainingError: there is none.
         CheckpointError: it is damaged, not supported, or no drafter.
     """
-    path = Path(drafter)
-    if not (path.exists() or is_hub_name(os.fspath(drafter))):
+    if not (path_exists(drafter) or is_hub_name(os.fspath(drafter))):
         raise TrainingError(
             f"{drafter}: no such file or directory, and no name on the hub: give a drafter's directory, its GGUF file, "
             "or a name such as google/gemma-4-E2B-it-assistant"

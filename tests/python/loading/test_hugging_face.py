@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_files as tiny
 
-from draftwerk.loading import CheckpointError, TextConfig, open_checkpoint
+from draftwerk.loading import CheckpointError, TextConfig, is_assistant, open_checkpoint
 
 Json = dict[str, Any]
 
@@ -397,6 +397,12 @@ def test_a_special_token_that_is_no_text(kind: str, tmp_path: Path) -> None:
         open_checkpoint(directory)
 
 
+def test_a_link_to_a_name_that_is_too_long(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("x" * 300)
+    with pytest.raises(CheckpointError, match=r"config\.json: File name too long"):
+        open_checkpoint(tmp_path)
+
+
 def test_directories_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         open_checkpoint(tmp_path)
@@ -408,6 +414,10 @@ def test_directories_without_a_model(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no such file"):
         open_checkpoint("")
+    too_long = "x" * 5000
+    with pytest.raises(CheckpointError, match=f"{too_long}: File name too long"):
+        open_checkpoint(too_long)
+    assert not is_assistant(too_long)
 
 
 def test_unsupported_tensor_types_are_named(tmp_path: Path) -> None:
