@@ -331,9 +331,11 @@ def _from_json(path: str, bos_token: str | int | None) -> BpeTokenizer:
     written = MappedFile(path).bytes.tobytes()
     with _refusals(path):
         tokenizer = tokenizers.Tokenizer.from_buffer(written)
-        # Both can be left over from training.
+        # All three can be left over from training.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if isinstance(tokenizer.model, tokenizers.models.BPE):
+            tokenizer.model.dropout = None
         added = tokenizer.get_added_tokens_decoder()
         size = max([tokenizer.get_vocab_size(with_added_tokens=True), *(index + 1 for index in added)])
         if size > _MAX_TOKENS:

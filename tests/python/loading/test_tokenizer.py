@@ -208,6 +208,16 @@ def test_other_kinds_of_tokenizer_json_are_refused(change: Callable[[dict[str, A
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_dropout_is_left_to_training(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
+    data = tiny.tokenizer_json()
+    data["model"]["dropout"] = 0.5
+    (tiny.write_directory(tmp_path) / "tokenizer.json").write_text(json.dumps(data))
+    tokenizer = open_checkpoint(tmp_path).tokenizer
+    assert tokenizer is not None
+    text = "hello the world" * 20
+    assert tokenizer.encode(text) == tokenizers["json"].encode(text)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_a_pipe_is_no_tokenizer(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
