@@ -172,12 +172,20 @@ class _Keys:
         return [self.checked(field, key, entry) for entry in value.tolist()]
 
     def linear_rope_factor(self) -> float:
-        scaling = self.string("rope.scaling.type")
+        key = "rope.scaling.factor"
+        scaling, factor = self.string("rope.scaling.type"), self.number(key)
         if scaling not in (None, "none", "linear"):
             raise CheckpointError(
                 self.gguf.path, f"RoPE scaling {printable(scaling)!r} is not supported (supported: none, linear)"
             )
-        return 1.0 if scaling in (None, "none") else self.number("rope.scaling.factor") or 1.0
+        # As in llama.cpp a factor alone is that of linear scaling, and 0 is none.
+        if scaling == "none" or (scaling is None and not factor):
+            return 1.0
+        if factor is None or factor <= 0:
+            raise self.error(
+                key, f"is {'missing' if factor is None else factor}: linear RoPE scaling needs one above 0"
+            )
+        return factor
 
     def epsilon(self) -> float:
         key = "attention.layer_norm_rms_epsilon"

@@ -131,6 +131,20 @@ def test_layer_pattern_scaling_and_attention_scale(tmp_path: Path) -> None:
     assert config.layer_types == ("full_attention", "sliding_attention")
 
 
+@pytest.mark.parametrize(
+    ("kind", "factor", "expected"),
+    [(None, 8.0, 8.0), (None, 0.0, 1.0), ("none", 8.0, 1.0), ("none", None, 1.0), ("linear", 8.0, 8.0)],
+)
+def test_rope_scaling_is_that_of_llama_cpp(
+    kind: str | None, factor: float | None, expected: float, tmp_path: Path
+) -> None:
+    model = tiny.TinyGguf(
+        gemma3__rope__scaling__type=None if kind is None else (tiny.STRING, kind),
+        gemma3__rope__scaling__factor=None if factor is None else (tiny.F32, factor),
+    )
+    assert open_checkpoint(model.write(tmp_path / "tiny.gguf")).config.rope_scaling_factor == expected
+
+
 def test_version_2_and_files_without_a_vocabulary(tmp_path: Path) -> None:
     model = tiny.TinyGguf()
     model.version = 2
@@ -231,6 +245,26 @@ BAD_FILES: dict[str, tuple[Change, str | None, str]] = {
         entry("x", tiny.key("gemma3.rope.scaling.type", tiny.STRING, "yarn")),
         None,
         "'yarn' is not supported",
+    ),
+    "linear RoPE without a factor": (
+        entry("x", tiny.key("gemma3.rope.scaling.type", tiny.STRING, "linear")),
+        None,
+        "gemma3.rope.scaling.factor is missing: linear RoPE scaling needs one above 0",
+    ),
+    "linear RoPE by nothing": (
+        lambda model: model.entries.update(
+            {
+                "type": tiny.key("gemma3.rope.scaling.type", tiny.STRING, "linear"),
+                "factor": tiny.key("gemma3.rope.scaling.factor", tiny.F32, 0.0),
+            }
+        ),
+        None,
+        "gemma3.rope.scaling.factor is 0.0: linear RoPE scaling needs one above 0",
+    ),
+    "RoPE by less than nothing": (
+        entry("x", tiny.key("gemma3.rope.scaling.factor", tiny.F32, -8.0)),
+        None,
+        "gemma3.rope.scaling.factor is -8.0",
     ),
     "key twice": (entry("x", tiny.key("general.name", tiny.STRING, "x")), None, "general.name appears twice"),
     "value type": (entry("x", tiny.string("x") + struct.pack("<I", 13)), None, "unknown value type 13"),
