@@ -161,7 +161,7 @@ def _find_tensors(gguf: GgufFile, config: TextConfig, names: dict[str, str], wha
         if canonical is None:
             raise CheckpointError(gguf.path, f"is not part of {what}", tensor=tensor.name)
         place = FileRange(gguf.file, tensor.offset, tensor.size)
-        found.add(canonical, Source(tensor.type.name, tensor.shape, (place,)), gguf.path, tensor.name)
+        found.add(canonical, Source(tensor.name, tensor.type.name, tensor.shape, (place,)))
     return found
 
 

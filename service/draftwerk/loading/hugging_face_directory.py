@@ -196,7 +196,7 @@ def _find_tensors(directory: Path, canonical: Callable[[str], str | None]) -> tu
             if tensor is None:
                 raise CheckpointError(path, "is missing, though the index says it is here", tensor=stored)
             place = FileRange(file.file, tensor.offset, tensor.size)
-            found.add(name, Source(tensor.dtype, tensor.shape, (place,)), str(path), stored)
+            found.add(name, Source(stored, tensor.dtype, tensor.shape, (place,)))
     return found, skipped
 
 

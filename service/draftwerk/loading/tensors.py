@@ -49,6 +49,7 @@ class Source:
     """Where the bytes of one tensor lie.
 
     Attributes:
+        stored: what its file calls it; of several, what the first one is called.
         dtype: as in :class:`TensorView`.
         shape: slowest dimension first; experts have three.
         ranges: its bytes; where there are several, rows come from each in turn, ``run`` at a time.
@@ -56,11 +57,17 @@ class Source:
         scales: of the rows of ``f8_e4m3``.
     """
 
+    stored: str
     dtype: str
     shape: tuple[int, ...]
     ranges: tuple[FileRange, ...]
     run: int = 0
     scales: tuple[RowScales, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """The file that it is in; of several, that of the first one."""
+        return self.ranges[0].file.path
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,18 +176,18 @@ class FoundTensors:
         self._path = path
         self._stored_name = stored_name
         self._sources: dict[str, Source] = {}
-        self._stored: dict[str, tuple[str, str]] = {}  # with the path of the file and the name there
+        self._known: dict[str, Source] = {}  # those that were taken, joined or matched too
 
-    def add(self, name: str, source: Source, path: str, stored: str) -> None:
-        """Adds what is called ``stored`` in the file at ``path``.
+    def add(self, name: str, source: Source) -> None:
+        """Adds a tensor.
 
         Raises:
             CheckpointError: there is one of this name already.
         """
         if name in self._sources:
-            raise CheckpointError(path, f"the same tensor as {printable(self._stored[name][1])}", tensor=stored)
-        self._sources[name] = source
-        self._stored[name] = (path, stored)
+            other = printable(self._sources[name].stored)
+            raise CheckpointError(source.path, f"the same tensor as {other}", tensor=source.stored)
+        self._sources[name] = self._known[name] = source
 
     def __contains__(self, name: str) -> bool:
         return name in self._sources
@@ -191,13 +198,14 @@ class FoundTensors:
 
     def rename(self, name: str, new: str) -> None:
         """Gives a tensor another canonical name; it keeps that in the files."""
-        self._sources[new] = self._sources.pop(name)
-        self._stored[new] = self._stored[name]
+        self._sources[new] = self._known[new] = self._sources.pop(name)
 
     def error(self, name: str, reason: str) -> CheckpointError:
         """An error about a tensor, as the files call it."""
-        path, stored = self._stored.get(name) or (self._path, self._stored_name(name))
-        return CheckpointError(path, reason, tensor=stored)
+        source = self._known.get(name)
+        if source is None:
+            return CheckpointError(self._path, reason, tensor=self._stored_name(name))
+        return CheckpointError(source.path, reason, tensor=source.stored)
 
     def attach_scales(self) -> None:
         """Gives every matrix of ``f8_e4m3`` the scales that lie beside it as ``NAME_scale``, and leaves out those of
@@ -243,13 +251,13 @@ class FoundTensors:
                 raise self.error(
                     name,
                     f"is {list(source.shape)} of {source.dtype}, but experts must be matrices of one shape and type, "
-                    f"as {printable(self._stored[names[0]][1])}: {list(first.shape)} of {first.dtype}",
+                    f"as {printable(first.stored)}: {list(first.shape)} of {first.dtype}",
                 )
-        rows, columns = matrices[0].shape
+        rows, columns = first.shape
         ranges = tuple(part for source in matrices for part in source.ranges)
         scales = tuple(part for source in matrices for part in source.scales)
         shape = (experts, len(names) // experts * rows, columns)
-        self.add(into, Source(matrices[0].dtype, shape, ranges, rows, scales), *self._stored[names[0]])
+        self.add(into, Source(first.stored, first.dtype, shape, ranges, rows, scales))
         for name in names:
             del self._sources[name]
 
@@ -268,7 +276,7 @@ class FoundTensors:
         if (first.shape, first.dtype) != (second.shape, second.dtype) or len(first.shape) != 3:
             raise self.error(
                 names[1],
-                f"is {list(second.shape)} of {second.dtype}, but {printable(self._stored[names[0]][1])} is "
+                f"is {list(second.shape)} of {second.dtype}, but {printable(first.stored)} is "
                 f"{list(first.shape)} of {first.dtype}",
             )
         experts, rows, columns = first.shape
@@ -276,8 +284,8 @@ class FoundTensors:
             raise self.error(names[0], f"has {rows} rows for each expert, but the configuration asks for {run}")
         for name in names:
             del self._sources[name]
-        merged = Source(first.dtype, (experts, 2 * rows, columns), first.ranges + second.ranges, run)
-        self.add(into, merged, *self._stored[names[0]])
+        shape, ranges = (experts, 2 * rows, columns), first.ranges + second.ranges
+        self.add(into, Source(first.stored, first.dtype, shape, ranges, run))
 
     def match(self, expected: Shapes, ignored: Iterable[str], what: str) -> dict[str, Source | None]:
         """The tensors of the model in its own order, each with the shape and a type that the engine reads.
@@ -337,7 +345,7 @@ def views(sources: Mapping[str, Source | None], *, add_one: bool) -> Iterator[Te
         elif len(source.shape) == 1:
             factor = _to_float32(source.ranges[0].bytes(), source.dtype)
             if not np.isfinite(factor).all():
-                raise CheckpointError(source.ranges[0].file.path, "holds a value that is not finite", tensor=name)
+                raise CheckpointError(source.path, "holds a value that is not finite", tensor=source.stored)
             factor += np.float32(add_one)
             yield TensorView(name, "f32", source.shape, (factor.view(np.uint8),))
         else:
