@@ -114,13 +114,23 @@ def is_assistant_gguf(gguf: GgufFile) -> bool:
 
 
 def _architecture(gguf: GgufFile) -> str:
+    """The architecture of a file that holds a whole text model or drafter, supported or not.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    split = gguf.integer("split.count")
+    if split is not None and split > 1:  # all parts but the first have no other metadata
+        raise CheckpointError(
+            gguf.path, f"is one of {split} parts of a split GGUF: merge them (llama-gguf-split --merge)"
+        )
     architecture = gguf.string("general.architecture")
     if architecture is None:
         raise CheckpointError(gguf.path, "metadata general.architecture is missing")
-    split = gguf.integer("split.count")
-    if split is not None and split > 1:
+    if architecture == "clip":
         raise CheckpointError(
-            gguf.path, f"is one of {split} parts of a split GGUF: merge them (llama-gguf-split --merge)"
+            gguf.path,
+            "is the vision or audio part of a model (architecture 'clip'): give the GGUF file of its text model",
         )
     return architecture
 

@@ -290,6 +290,16 @@ BAD_FILES: dict[str, tuple[Change, str | None, str]] = {
     "alignment": (entry("x", tiny.key("general.alignment", tiny.U32, 24)), None, "general.alignment is 24"),
     "alignment zero": (entry("x", tiny.key("general.alignment", tiny.U32, 0)), None, "general.alignment is 0"),
     "split": (entry("x", tiny.key("split.count", tiny.U32, 4)), None, "one of 4 parts"),
+    "another part of a split": (
+        changed("entries", {"x": tiny.key("split.count", tiny.U32, 4)}),
+        None,
+        "one of 4 parts",
+    ),
+    "vision part": (
+        having("general.architecture", tiny.STRING, "clip"),
+        None,
+        "vision or audio part of a model (architecture 'clip'): give the GGUF file of its text model",
+    ),
     "type": (tensor(NORM, 2, 99), NORM, "type number 99 is not supported"),
     "known type": (
         tensor("token_embd.weight", 2, 10),
