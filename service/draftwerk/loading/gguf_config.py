@@ -113,6 +113,11 @@ def is_assistant_gguf(gguf: GgufFile) -> bool:
     return gguf.metadata.get("general.architecture") in ASSISTANT_ARCHITECTURES
 
 
+def may_hold_model(file: str) -> bool:
+    """Whether a file of this name may be a GGUF file of a text model: ``mmproj-F16.gguf`` is a vision part."""
+    return file.endswith(".gguf") and not file.startswith("mmproj")
+
+
 def _architecture(gguf: GgufFile) -> str:
     """The architecture of a file that holds a whole text model or drafter, supported or not.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draftwerk.loading.errors import CheckpointError, printable
+from draftwerk.loading.gguf_config import may_hold_model
 
 # One organisation, one name; nothing that looks like a relative path to a file.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -55,7 +56,7 @@ def _gguf_files(name: str) -> list[str]:
         files = huggingface_hub.list_repo_files(name)
     except Exception:  # whatever it is: the error they are listed for is the one to tell
         return []
-    return [file for file in files if file.endswith(".gguf") and not file.startswith("mmproj")]
+    return [file for file in files if may_hold_model(file)]
 
 
 def download(name: str, files: Sequence[str] = _FILES) -> Path:
@@ -88,7 +89,8 @@ def download(name: str, files: Sequence[str] = _FILES) -> Path:
         ) from None
     except errors.LocalEntryNotFoundError:
         raise NotOnHubError(
-            name, "is not in the local cache of the Hugging Face hub, which cannot be reached from here"
+            name,
+            "no such file or directory, and not in the cache of the Hugging Face hub, which cannot be reached",
         ) from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
         raise CheckpointError(name, f"cannot be downloaded: {printable(str(error), 200)}") from error

@@ -12,6 +12,7 @@ from draftwerk.loading.checkpoint import AssistantCheckpoint, Checkpoint
 from draftwerk.loading.compressed_tensors import holds_fp8
 from draftwerk.loading.config import TextConfig
 from draftwerk.loading.errors import CheckpointError, printable, printable_name
+from draftwerk.loading.gguf_config import may_hold_model
 from draftwerk.loading.hugging_face_config import (
     MULTIMODAL_TYPES,
     assistant_config_from_hugging_face,
@@ -167,11 +168,21 @@ def read_config(directory: Path) -> dict[str, Any]:
         CheckpointError: there is none, or it is damaged.
     """
     raw = _read_json(directory / "config.json")
-    if raw is None and (directory / "run.json").exists():
-        raise CheckpointError(directory, f"is the directory of a training run: its drafter is {directory / 'drafter'}")
     if raw is None:
-        raise CheckpointError(directory, "no config.json: not a Hugging Face checkpoint")
+        raise CheckpointError(directory, _instead(directory) or "no config.json: not a Hugging Face checkpoint")
     return raw
+
+
+def _instead(directory: Path) -> str:
+    """What a directory is that lacks a part of a checkpoint, and what to give instead; "" if that cannot be told."""
+    if (directory / "run.json").exists():
+        return f"is the directory of a training run: its drafter is {directory / 'drafter'}"
+    if (directory / "adapter_config.json").exists():
+        return (
+            "is a LoRA adapter: merge it into its model (merge_and_unload() of peft), save that and give its directory"
+        )
+    ggufs = sorted(path for path in directory.glob("*.gguf") if may_hold_model(path.name))
+    return f"holds GGUF files and no safetensors checkpoint: give the path of one, such as {ggufs[0]}" if ggufs else ""
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -218,7 +229,10 @@ def _weight_files(directory: Path) -> dict[str, list[str] | None]:
     index_path = directory / "model.safetensors.index.json"
     index = _read_json(index_path)
     if index is None:
-        raise CheckpointError(directory, "neither model.safetensors nor model.safetensors.index.json: no weights")
+        raise CheckpointError(
+            directory,
+            _instead(directory) or "neither model.safetensors nor model.safetensors.index.json: no weights",
+        )
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(index_path, "weight_map is missing or empty")

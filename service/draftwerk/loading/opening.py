@@ -34,7 +34,7 @@ def open_checkpoint(model: str | os.PathLike[str], *, progress: Progress | None 
     path, name = _find(model, progress)
     if path.is_dir():
         return hugging_face_directory.open_model(path, name)
-    return gguf_checkpoint.open_model(str(path), name)
+    return gguf_checkpoint.open_model(_gguf_path(path), name)
 
 
 def open_assistant(model: str | os.PathLike[str]) -> AssistantCheckpoint:
@@ -46,7 +46,7 @@ def open_assistant(model: str | os.PathLike[str]) -> AssistantCheckpoint:
     path, name = _find(model, None)
     if path.is_dir():
         return hugging_face_directory.open_drafter(path, name)
-    return gguf_checkpoint.open_drafter(str(path), name)
+    return gguf_checkpoint.open_drafter(_gguf_path(path), name)
 
 
 def is_assistant(model: str | os.PathLike[str]) -> bool:
@@ -68,6 +68,13 @@ def is_assistant(model: str | os.PathLike[str]) -> bool:
         return is_assistant_gguf(GgufFile(path))
     except CheckpointError:
         return False
+
+
+def _gguf_path(path: Path) -> str:
+    """The path of what is no directory and so has to be a GGUF file."""
+    if path.suffix == ".safetensors":
+        raise CheckpointError(path, "is a file of weights, a part of a checkpoint: give its directory")
+    return str(path)
 
 
 def path_exists(path: str | os.PathLike[str]) -> bool:

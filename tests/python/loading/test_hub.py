@@ -88,7 +88,7 @@ GATED = response_error(errors.GatedRepoError)
 ERRORS = {
     "gated": (GATED, f"its terms have to be accepted first: open https://huggingface.co/{NAME}, then run `hf"),
     "not found": (response_error(errors.RepositoryNotFoundError), "no such file or directory, and no such model"),
-    "offline": (errors.LocalEntryNotFoundError("not cached"), "is not in the local cache of the Hugging Face hub"),
+    "offline": (errors.LocalEntryNotFoundError("no"), "no such file or directory, and not in the cache of the Hugging"),
     "server": (response_error(errors.HfHubHTTPError), "cannot be downloaded: 404 Client Error.\\nNot found"),
     "disk": (OSError(28, "No space left on device"), "cannot be downloaded: [Errno 28] No space left on device"),
     "name": (errors.HFValidationError("Repo id must not\nhave this"), "cannot be downloaded: Repo id must not\\nhave"),
@@ -154,7 +154,7 @@ def test_the_cache_is_enough_without_a_network(tmp_path: Path, monkeypatch: pyte
     """With huggingface_hub itself: nothing listens where it looks for the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="is not in the local cache"):
+    with pytest.raises(CheckpointError, match="no such file or directory, and not in the cache"):
         open_checkpoint(NAME)
     snapshot = cached(tmp_path, NAME, tiny4.write_target)
     refs = snapshot.parents[1] / "refs"

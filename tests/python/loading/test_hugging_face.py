@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_files as tiny
 
-from draftwerk.loading import CheckpointError, TextConfig, is_assistant, open_checkpoint
+from draftwerk.loading import CheckpointError, TextConfig, is_assistant, open_assistant, open_checkpoint
 
 Json = dict[str, Any]
 
@@ -418,6 +418,32 @@ def test_directories_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{too_long}: File name too long"):
         open_checkpoint(too_long)
     assert not is_assistant(too_long)
+
+
+@pytest.mark.parametrize("configured", [False, True])
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("adapter_config.json", "is a LoRA adapter: merge it into its model"),
+        ("model-Q8_0.gguf", "holds GGUF files and no safetensors checkpoint: give the path of one, such as {file}"),
+        ("run.json", "is the directory of a training run: its drafter is {directory}/drafter"),
+    ],
+)
+def test_a_directory_of_something_else(file: str, reason: str, configured: bool, tmp_path: Path) -> None:
+    (tmp_path / file).touch()
+    (tmp_path / "mmproj-F16.gguf").touch()  # no model
+    if configured:
+        (tmp_path / "config.json").write_text(json.dumps(tiny.hugging_face_config()))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: {reason.format(directory=tmp_path, file=tmp_path / file)}")
+
+
+def test_a_file_of_weights_is_no_model(tmp_path: Path) -> None:
+    weights = tiny.write_directory(tmp_path) / "model.safetensors"
+    for open_it in (open_checkpoint, open_assistant):
+        with pytest.raises(CheckpointError, match=rf"{weights}: is a file of weights.*: give its directory"):
+            open_it(weights)
 
 
 def test_unsupported_tensor_types_are_named(tmp_path: Path) -> None:
