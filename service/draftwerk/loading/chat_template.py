@@ -87,6 +87,10 @@ def _tool_name(response: Mapping[str, Any], calls: Sequence[Any]) -> str:
 class ChatTemplate:
     """A checkpoint's chat template, in the environment transformers gives it, sandboxed.
 
+    The sandbox keeps it from files, modules and the network. It does not keep it from taking for ever or filling the
+    memory: jinja2 limits neither, and where it lets operators be intercepted (``9**9**9``), as much can be done by
+    filters, methods of texts, ``~`` and loops in loops. With those its author is trusted, as with the weights.
+
     Args:
         source: the Jinja text.
         special_tokens: names the template may use, e.g. ``{"bos_token": "<bos>"}``.
