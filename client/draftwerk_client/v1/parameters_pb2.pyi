@@ -163,7 +163,9 @@ class ChatMessage(_message.Message):
     what a function returned.
     """
     content: _builtins.str
-    """What is said."""
+    """What is said. Where it spells a control token of the model, such as <end_of_turn>, it becomes that token: text of
+    strangers can end its turn and begin another unless such names are taken out first.
+    """
     structured_content: _builtins.str
     """In place of content, as JSON: a list of parts such as {"type": "text", "text": ...}, or what a function returned if
     the chat template is to write it as structured data.
