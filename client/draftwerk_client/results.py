@@ -41,9 +41,10 @@ class GenerationStats:
     steps: int = 0
     """Passes of the model in which this generation received tokens."""
     drafted: int = 0
+    """Drafts that the model verified; several of them may have been for one position."""
     accepted: int = 0
     drafted_by_position: tuple[int, ...] = ()
-    """[i]: steps that drafted more than i tokens."""
+    """[i]: steps that drafted more than i tokens ahead."""
     accepted_by_position: tuple[int, ...] = ()
     """[i]: steps that accepted more than i drafts."""
     preemptions: int = 0
@@ -227,9 +228,10 @@ class DrafterStats:
     name: str
     """Such as "mtp" or "lookup"."""
     drafted: int
+    """Drafts that the model verified; several of them may have been for one position."""
     accepted: int
     drafted_by_position: tuple[int, ...]
-    """[i]: rounds that drafted more than i tokens."""
+    """[i]: rounds that drafted more than i tokens ahead."""
     accepted_by_position: tuple[int, ...]
     """[i]: rounds that accepted more than i drafts."""
     recent_rounds: int
@@ -259,6 +261,7 @@ class Stats:
     prefill_rows: int
     generated_tokens: int
     drafted: int
+    """Drafts that the model verified; several of them may have been for one position."""
     accepted: int
     drafted_by_position: tuple[int, ...]
     accepted_by_position: tuple[int, ...]

@@ -124,11 +124,17 @@ class Event:
     stats: dict[str, Any] = field(default_factory=dict)
 
 
-def drafter_figures(drafted: Sequence[int] = (), accepted: Sequence[int] = (), **recent: Any) -> dict[str, Any]:
-    """What Engine.stats() says of a drafter, by position; lately the same, unless `recent` says otherwise."""
+def drafter_figures(
+    drafted: Sequence[int] = (), accepted: Sequence[int] = (), siblings: int = 0, **recent: Any
+) -> dict[str, Any]:
+    """What Engine.stats() says of a drafter, by position; lately the same, unless `recent` says otherwise.
+
+    Args:
+        siblings: drafts of trees that were for a position with another one.
+    """
     by_position = {"drafted_by_position": [*drafted], "accepted_by_position": [*accepted]}
     return {
-        "drafted": sum(drafted),
+        "drafted": sum(drafted) + siblings,
         "accepted": sum(accepted),
         **by_position,
         "recent": {"rounds": drafted[0] if drafted else 0, **by_position, **recent},

@@ -94,12 +94,14 @@ class DraftStatistics(_message.Message):
     DRAFTED_BY_POSITION_FIELD_NUMBER: _builtins.int
     ACCEPTED_BY_POSITION_FIELD_NUMBER: _builtins.int
     drafted: _builtins.int
-    """Tokens that were drafted and verified."""
+    """Tokens that were drafted and verified. Drafts may be a tree, with several for one position: then more than the sum of
+    drafted_by_position.
+    """
     accepted: _builtins.int
-    """Those that the model agreed with."""
+    """Those that the model agreed with: the sum of accepted_by_position."""
     @_builtins.property
     def drafted_by_position(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """[i]: steps that drafted more than i tokens ahead. Drafts may be a tree, with several for one position."""
+        """[i]: steps that drafted more than i tokens ahead, however many drafts they had for that position."""
 
     @_builtins.property
     def accepted_by_position(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -146,7 +148,9 @@ class DrafterStatistics(_message.Message):
 
     @_builtins.property
     def recent(self) -> Global___DraftStatistics:
-        """Over its latest rounds. A round is what it drafts for one generation in one step."""
+        """Over its latest rounds. A round is what it drafts for one generation in one step. Of a tree its depth alone is kept:
+        here drafted is the sum of drafted_by_position.
+        """
 
     def __init__(
         self,

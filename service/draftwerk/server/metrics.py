@@ -215,7 +215,12 @@ class Metrics:
         yield _counter("rows", "Rows that the passes computed: prompt tokens, last tokens, drafts.", stats["rows"])
         yield _counter("prefill_rows", "Of the rows, those of prompts.", stats["prefill_rows"])
         yield _counter("generated_tokens", "Tokens generated.", stats["generated_tokens"])
-        yield _by("drafted_tokens", "Tokens drafted and verified, by place in the draft.", stats["drafted_by_position"])
+        yield _counter("verified_drafts", "Tokens that were drafted and verified.", stats["drafted"])
+        yield _by(
+            "drafted_tokens",
+            "Positions drafted ahead, by place in the draft; a tree has several drafts for one.",
+            stats["drafted_by_position"],
+        )
         yield _by("accepted_tokens", "Drafted tokens accepted, by place in the draft.", stats["accepted_by_position"])
         yield from _of_drafters(stats["drafters"])
         phases = CounterMetricFamily("draftwerk_engine_seconds", "Time of the engine's thread.", labels=["phase"])
@@ -245,7 +250,9 @@ class Metrics:
 def _of_drafters(drafters: dict[str, Any]) -> Iterator[Metric]:
     labels = ["drafter", "position"]
     drafted = CounterMetricFamily(
-        "draftwerk_drafter_drafted_tokens", "Tokens that a drafter drafted and that were verified.", labels=labels
+        "draftwerk_drafter_drafted_tokens",
+        "Positions that a drafter drafted ahead, by place in the draft.",
+        labels=labels,
     )
     accepted = CounterMetricFamily("draftwerk_drafter_accepted_tokens", "Those that were accepted.", labels=labels)
     recent = GaugeMetricFamily(

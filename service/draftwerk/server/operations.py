@@ -74,6 +74,16 @@ def _cache(kv: dict[str, Any]) -> pb.CacheStatistics:
 
 
 def _drafts(figures: dict[str, Any]) -> DraftStatistics:
+    return DraftStatistics(
+        drafted=figures["drafted"],
+        accepted=figures["accepted"],
+        drafted_by_position=figures["drafted_by_position"],
+        accepted_by_position=figures["accepted_by_position"],
+    )
+
+
+def _recent(figures: dict[str, Any]) -> DraftStatistics:
+    """Of the last rounds the engine keeps how far they went alone: see DrafterStatistics.recent."""
     drafted, accepted = figures["drafted_by_position"], figures["accepted_by_position"]
     return DraftStatistics(
         drafted=sum(drafted), accepted=sum(accepted), drafted_by_position=drafted, accepted_by_position=accepted
@@ -84,7 +94,7 @@ def _drafter(name: str, figures: dict[str, Any]) -> DrafterStatistics:
     return DrafterStatistics(
         name=name,
         drafts=_drafts(figures),
-        recent=_drafts(figures["recent"]),
+        recent=_recent(figures["recent"]),
         recent_rounds=figures["recent"]["rounds"],
         warning="" if figures["warning"] is None else figures["warning"]["text"],
     )

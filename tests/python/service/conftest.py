@@ -145,13 +145,13 @@ def figures(scripted: fake_core.Engine, monkeypatch: pytest.MonkeyPatch) -> dict
         "rows": 900,
         "prefill_rows": 500,
         "generated_tokens": 77,
-        "drafted": 30,
+        "drafted": 42,
         "accepted": 21,
         "drafted_by_position": [20, 10],
         "accepted_by_position": [15, 6],
         "drafters": {
             "mtp": fake_core.drafter_figures(
-                [15, 8], [11, 4], rounds=10, drafted_by_position=[10, 5], accepted_by_position=[8, 1]
+                [15, 8], [11, 4], siblings=12, rounds=10, drafted_by_position=[10, 5], accepted_by_position=[8, 1]
             ),
             "lookup": fake_core.drafter_figures([5, 2], [4, 2]),
             "idle": fake_core.drafter_figures(),

@@ -114,6 +114,7 @@ ENGINE_FIGURES = {
     ("draftwerk_prefill_rows_total",): 500,
     ("draftwerk_generated_tokens_total",): 77,
     ("draftwerk_preemptions_total",): 6,
+    ("draftwerk_verified_drafts_total",): 42,
     ("draftwerk_drafted_tokens_total", "0"): 20,
     ("draftwerk_drafted_tokens_total", "1"): 10,
     ("draftwerk_accepted_tokens_total", "0"): 15,

@@ -27,12 +27,12 @@ async def test_every_figure_is_the_engines(
                  "prefill_rows", "generated_tokens", "preemptions"):  # fmt: skip
         assert getattr(stats, name) == figures[name], name
     assert stats.max_queued_tokens == 12345
-    assert (stats.drafts.drafted, stats.drafts.accepted) == (30, 21)
+    assert (stats.drafts.drafted, stats.drafts.accepted) == (42, 21)
     assert list(stats.drafts.drafted_by_position) == [20, 10]
     assert list(stats.drafts.accepted_by_position) == [15, 6]
     mtp, lookup, idle = stats.drafters
     assert [drafter.name for drafter in stats.drafters] == ["mtp", "lookup", "idle"]
-    assert (mtp.drafts.drafted, mtp.drafts.accepted) == (23, 15)
+    assert (mtp.drafts.drafted, mtp.drafts.accepted) == (35, 15)
     assert list(mtp.drafts.drafted_by_position) == [15, 8]
     assert list(mtp.drafts.accepted_by_position) == [11, 4]
     assert (mtp.recent.drafted, mtp.recent.accepted, mtp.recent_rounds) == (15, 9, 10)
