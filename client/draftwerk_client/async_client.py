@@ -158,7 +158,10 @@ class AsyncClient:
         return text
 
     async def stats(self, *, timeout: float | None = None) -> Stats:
-        """Figures of the server. One that answers them on a port of its own needs a client of its own."""
+        """Figures of the server, also of one that is shutting down or whose device has failed.
+
+        One that answers them on a port of its own needs a client of its own.
+        """
         return stats_of(await self._ask(self._operations.GetStats, operations_pb2.GetStatsRequest(), timeout))
 
     async def wait_ready(self, timeout: float) -> None:
@@ -192,8 +195,9 @@ class AsyncClient:
         self._closed = True
         for running in list(self._running.values()):
             running.cancel()
-        if "_channel" in self.__dict__:
-            await self._channel.close()
+        for name in ("_channel", "_operations_channel"):
+            if name in self.__dict__:  # was used
+                await getattr(self, name).close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -201,7 +205,7 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    # The channel belongs to the event loop that runs when it is made: not yet in the constructor.
+    # A channel belongs to the event loop that runs when it is made: not yet in the constructor.
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
@@ -216,8 +220,13 @@ class AsyncClient:
         return ModelsStub(self._channel)
 
     @cached_property
+    def _operations_channel(self) -> grpc.aio.Channel:
+        # A server that shuts down, or whose device has failed, still says how it is doing.
+        return self._endpoint.open_async(healthy=False)
+
+    @cached_property
     def _operations(self) -> Any:
-        return OperationsStub(self._channel)
+        return OperationsStub(self._operations_channel)
 
     def _context(self, timeout: float | None, request_id: str | None) -> CallContext:
         if self._closed:

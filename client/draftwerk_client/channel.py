@@ -39,9 +39,12 @@ class Endpoint:
     name: str
     """As the user wrote it, for messages."""
     options: tuple[tuple[str, Any], ...]
+    """Of every channel to them."""
     credentials: grpc.ChannelCredentials | None
     timeout: float | None
     """Seconds; of calls that have none of their own."""
+    retries: int
+    """How many times a call is tried again."""
 
     @classmethod
     def of(
@@ -66,7 +69,6 @@ class Endpoint:
         if len(names) > 1 and credentials is not None and server_name is None:
             server_name = _split(names[0])[0]
         options: list[tuple[str, Any]] = [
-            ("grpc.service_config", json.dumps(service_config(retries))),
             ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER_BYTES),
             ("grpc.max_receive_message_length", -1),
             ("grpc.keepalive_time_ms", _KEEPALIVE_TIME_MS),
@@ -76,19 +78,28 @@ class Endpoint:
         ]
         if server_name is not None:
             options.append(("grpc.ssl_target_name_override", server_name))
-        return cls(target_of(names), ", ".join(names), tuple(options), credentials, timeout)
+        return cls(target_of(names), ", ".join(names), tuple(options), credentials, timeout, retries)
 
-    def open(self) -> grpc.Channel:
-        """A channel for synchronous calls. Connects when it is first used."""
-        if self.credentials is None:
-            return grpc.insecure_channel(self.target, options=self.options)
-        return grpc.secure_channel(self.target, self.credentials, options=self.options)
+    def open(self, *, healthy: bool = True) -> grpc.Channel:
+        """A channel for synchronous calls. Connects when it is first used.
 
-    def open_async(self) -> grpc.aio.Channel:
-        """A channel for calls of the running event loop. Connects when it is first used."""
+        Args:
+            healthy: whether only servers that say that they serve get calls.
+        """
+        options = self._options(healthy)
         if self.credentials is None:
-            return grpc.aio.insecure_channel(self.target, options=self.options)
-        return grpc.aio.secure_channel(self.target, self.credentials, options=self.options)
+            return grpc.insecure_channel(self.target, options=options)
+        return grpc.secure_channel(self.target, self.credentials, options=options)
+
+    def open_async(self, *, healthy: bool = True) -> grpc.aio.Channel:
+        """A channel for calls of the running event loop. Connects when it is first used. `healthy`: as for open()."""
+        options = self._options(healthy)
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=options)
+        return grpc.aio.secure_channel(self.target, self.credentials, options=options)
+
+    def _options(self, healthy: bool) -> list[tuple[str, Any]]:
+        return [*self.options, ("grpc.service_config", json.dumps(service_config(self.retries, healthy=healthy)))]
 
     def call(self, timeout: float | None, request_id: str | None = None) -> CallContext:
         """What a call is known by: its id, made up unless given, and its timeout, the client's unless given."""
@@ -116,16 +127,15 @@ def metadata_of(context: CallContext) -> tuple[tuple[str, str], ...]:
     return (("x-request-id", context.request_id),)
 
 
-def service_config(retries: int) -> dict[str, Any]:
-    """How gRPC treats calls: all servers in turn, those that are not healthy left out, failures tried again.
+def service_config(retries: int, *, healthy: bool = True) -> dict[str, Any]:
+    """How gRPC treats calls: all servers in turn, with `healthy` only those that are, failures tried again.
 
     A server that refuses says in "grpc-retry-pushback-ms" how long to wait, which goes before the backoff given here.
     gRPC tries a call again only before its first message. Session is never tried again: its state would be lost.
     """
-    config: dict[str, Any] = {
-        "loadBalancingConfig": [{"round_robin": {}}],
-        "healthCheckConfig": {"serviceName": ""},
-    }
+    config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if healthy:
+        config["healthCheckConfig"] = {"serviceName": ""}
     if retries:
         config["methodConfig"] = [
             {

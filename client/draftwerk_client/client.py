@@ -65,7 +65,9 @@ class Client:
         self._channel = self._endpoint.open()
         self._generation = GenerationStub(self._channel)
         self._models = ModelsStub(self._channel)
-        self._operations = OperationsStub(self._channel)
+        # A server that shuts down, or whose device has failed, still says how it is doing.
+        self._operations_channel = self._endpoint.open(healthy=False)
+        self._operations = OperationsStub(self._operations_channel)
         self._running: WeakValueDictionary[str, Stream | SessionCall] = WeakValueDictionary()
         self._closed = False
 
@@ -158,7 +160,10 @@ class Client:
         return self._ask(self._models.Detokenize, request, timeout).text
 
     def stats(self, *, timeout: float | None = None) -> Stats:
-        """Figures of the server. One that answers them on a port of its own needs a client of its own."""
+        """Figures of the server, also of one that is shutting down or whose device has failed.
+
+        One that answers them on a port of its own needs a client of its own.
+        """
         return stats_of(self._ask(self._operations.GetStats, operations_pb2.GetStatsRequest(), timeout))
 
     def wait_ready(self, timeout: float) -> None:
@@ -191,6 +196,7 @@ class Client:
         """Ends what still runs, with Cancelled, and the connection. May be called more than once."""
         self._closed = True
         self._channel.close()
+        self._operations_channel.close()
 
     def __enter__(self) -> Client:
         return self

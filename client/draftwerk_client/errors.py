@@ -214,6 +214,11 @@ class _Details:
     }
 
 
+def says_not_serving(reason: str) -> bool:
+    """Whether gRPC made no call because the server that it would have gone to says that it does not serve."""
+    return "backend unhealthy" in reason
+
+
 def _without_details(code: grpc.StatusCode, reason: str, context: CallContext) -> DraftwerkError:
     # The server sends details with every error. Without them it is gRPC itself that reports, or a proxy.
     request_id = context.request_id
@@ -221,6 +226,12 @@ def _without_details(code: grpc.StatusCode, reason: str, context: CallContext) -
         return deadline_exceeded(context)
     if code is grpc.StatusCode.CANCELLED:
         return cancelled(context)
+    if code is grpc.StatusCode.UNAVAILABLE and says_not_serving(reason):
+        message = (
+            f"{context.target} is not serving: it is shutting down, or its device has failed or hangs ({reason})\n"
+            "  its log says which; try again at another server, or here when it has been started anew"
+        )
+        return Unavailable(message, code, request_id)
     if code is grpc.StatusCode.UNAVAILABLE:
         message = (
             f"no connection to {context.target}: {reason}\n"

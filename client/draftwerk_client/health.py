@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from draftwerk_client.errors import CallContext, Unavailable
+from draftwerk_client.errors import CallContext, Unavailable, says_not_serving
 
 METHOD = "/grpc.health.v1.Health/Check"
 
@@ -23,6 +23,8 @@ INTERVAL = 0.05
 
 def not_ready(context: CallContext, failure: grpc.RpcError | None) -> Unavailable:
     """The error of a wait that was in vain, with what the last try failed with; None: it was answered."""
-    reason = "it says that it is not serving" if failure is None else failure.details() or failure.code().name
+    reason = "" if failure is None else failure.details() or failure.code().name
+    if failure is None or says_not_serving(reason):
+        reason = "it says that it is not serving"
     message = f"no server was ready at {context.target} within {context.timeout:g} s: {reason}"
     return Unavailable(message, grpc.StatusCode.UNAVAILABLE)

@@ -14,7 +14,7 @@ from scripted_server import TIMEOUT, ScriptedServer, piece, refusing, status, tw
 
 from draftwerk_client import Client, QueueFull, Unavailable
 from draftwerk_client.channel import Endpoint, service_config, target_of
-from draftwerk_client.v1 import models_pb2
+from draftwerk_client.v1 import models_pb2, operations_pb2
 
 # --- addresses -------------------------------------------------------------------------------------------------------
 
@@ -204,6 +204,20 @@ def test_a_server_that_is_not_healthy_gets_no_calls(make_client: Any, server: Sc
         assert (server.calls, sick.calls) == (10, 0)
     finally:
         sick.stop()
+
+
+def test_a_server_that_is_not_healthy_still_gives_its_figures(make_client: Any, server: ScriptedServer) -> None:
+    server.unary[operations_pb2.GetStatsRequest] = lambda *_: operations_pb2.GetStatsResponse(requests=3)
+    client = make_client(server.address, retries=0)
+    assert client.generate("x").text == "Hello"
+    server.set_serving(False)
+    with pytest.raises(Unavailable, match="it is shutting down, or its device has failed") as caught:
+        while client.generate("x"):  # until the client has heard of it
+            pass
+    assert "is the server running" not in str(caught.value)
+    assert client.stats().requests == 3
+    with pytest.raises(Unavailable, match="it says that it is not serving"):
+        client.wait_ready(0.1)
 
 
 # --- readiness -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from serve_process import TIMEOUT, InProcess, RunningServer, ServerFactory
 import draftwerk
 import fake_core
 from draftwerk.server.server import Server
+from draftwerk_client import AsyncClient, Unavailable
 from draftwerk_client.v1 import generation_pb2_grpc, models_pb2_grpc, operations_pb2, operations_pb2_grpc
 from draftwerk_client.v1.generation_pb2 import GenerateRequest
 from draftwerk_client.v1.models_pb2 import GetModelRequest, TokenizeRequest
@@ -332,7 +333,12 @@ async def test_a_defect_tells_the_client_nothing_but_the_request_id(
 async def test_running_streams_finish_and_nothing_new_begins(
     engine: draftwerk.Engine, scripted: fake_core.Engine, figures: dict[str, Any], inprocess_server: InProcess
 ) -> None:
-    async with inprocess_server(engine) as server, connect(server) as channel:
+    async with (
+        inprocess_server(engine) as server,
+        connect(server) as channel,
+        AsyncClient(server.address, retries=0) as client,
+    ):
+        assert (await client.model()).name == "fake-model"
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == SERVING
         scripted.gate.clear()
@@ -347,6 +353,9 @@ async def test_running_streams_finish_and_nothing_new_begins(
         assert details(refused, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() == 1000
         stub = operations_pb2_grpc.OperationsStub(channel)
         assert (await stub.GetStats(operations_pb2.GetStatsRequest(), timeout=TIMEOUT)).steps == 40
+        with pytest.raises(Unavailable, match="shutting down"):
+            await client.generate("hello")
+        assert (await client.stats()).steps == 40
 
         assert not stopping.done()
         scripted.gate.set()
