@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -63,6 +64,9 @@ def main(
     ] = False,
 ) -> None:
     """The options of `draftwerk` itself."""
+    # gRPC writes lines of its own to stderr, such as those of TLS handshakes that fail: not between the lines of a
+    # server's log, and not beside the one line with which a command ends.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 @app.command("serve")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from importlib import import_module
@@ -107,6 +109,28 @@ async def channel(server: RunningServer) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to the server of all tests."""
     async with grpc.aio.insecure_channel(server.address) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with self-signed certificates: server.pem and client.pem, with their keys."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    directory = tmp_path_factory.mktemp("tls")
+    for name in ("server", "client"):
+        files = ["-keyout", f"{name}.key", "-out", f"{name}.pem"]
+        options = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+        subject = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        subprocess.run(
+            ["openssl", "req", *options.split(), *subject, *files], cwd=directory, check=True, capture_output=True
+        )
+    (directory / "encrypted.key").write_bytes(
+        subprocess.run(
+            "openssl ec -in server.key -aes128 -passout pass:x".split(), cwd=directory, check=True, capture_output=True
+        ).stdout
+    )
+    (directory / "not.pem").write_text("nothing")
+    return directory
 
 
 # --- servers in the test's loop --------------------------------------------------------------------------------------

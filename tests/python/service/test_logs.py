@@ -8,12 +8,13 @@ import json
 import logging
 import sys
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import structlog
-from serve_process import TIMEOUT, InProcess
+from serve_process import TIMEOUT, InProcess, ServerFactory
 
 import draftwerk
 import fake_core
@@ -306,3 +307,18 @@ def test_the_default_is_stderr(restored: None, capsys: pytest.CaptureFixture[str
     captured = capsys.readouterr()
     assert captured.out == ""
     assert json.loads(captured.err)["event"] == "hello"
+
+
+async def test_a_failed_handshake_leaves_no_line_that_is_not_json(
+    server_process: ServerFactory, certificates: Path
+) -> None:
+    pair = ("--tls-certificate", str(certificates / "server.pem"), "--tls-key", str(certificates / "server.key"))
+    running = server_process(*pair)
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await models_pb2_grpc.ModelsStub(channel).GetModel(GetModelRequest(), timeout=TIMEOUT)
+    trusted = grpc.ssl_channel_credentials((certificates / "server.pem").read_bytes())
+    async with grpc.aio.secure_channel(running.address, trusted) as channel:
+        await models_pb2_grpc.ModelsStub(channel).GetModel(GetModelRequest(), timeout=TIMEOUT)
+    running.server.wait_for("call")
+    assert all(line.startswith("{") for line in running.server.lines), running.server.lines

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,28 +105,6 @@ def test_an_engine_that_cannot_be_made(tiny_model_path: Path) -> None:
 
 
 # --- TLS -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with self-signed certificates: server.pem and client.pem, with their keys."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    directory = tmp_path_factory.mktemp("tls")
-    for name in ("server", "client"):
-        files = ["-keyout", f"{name}.key", "-out", f"{name}.pem"]
-        options = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-        subject = ["-addext", "subjectAltName=DNS:localhost"]
-        subprocess.run(
-            ["openssl", "req", *options.split(), *subject, *files], cwd=directory, check=True, capture_output=True
-        )
-    (directory / "encrypted.key").write_bytes(
-        subprocess.run(
-            "openssl ec -in server.key -aes128 -passout pass:x".split(), cwd=directory, check=True, capture_output=True
-        ).stdout
-    )
-    (directory / "not.pem").write_text("nothing")
-    return directory
 
 
 async def test_tls(
