@@ -236,7 +236,7 @@ def _without_details(code: grpc.StatusCode, reason: str, context: CallContext) -
         message = (
             f"no connection to {context.target}: {reason}\n"
             "  is the server running (draftwerk serve --listen HOST:PORT), and is this its address? "
-            "a server with TLS needs credentials="
+            "a server with TLS needs credentials= (on the command line --tls-ca)"
         )
         return Unavailable(message, code, request_id)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in reason:

@@ -19,8 +19,11 @@ from rich.text import Text
 from draftwerk.cli import options
 from draftwerk.cli.failures import file_error, reports_failures, reports_server_failures, usage_error
 from draftwerk.cli.json_file import JsonFile, check_writable, print_and_write
+from draftwerk.cli.target import TlsCa, TlsCertificate, TlsKey, credentials_for
 
 if TYPE_CHECKING:
+    import grpc
+
     from draftwerk.engine import Engine
     from draftwerk.measurement import BenchPrompt, StreamRecord, TokenStream
     from draftwerk.requests import SamplingParams
@@ -112,6 +115,9 @@ def bench(
             metavar="ADDRESS",
         ),
     ] = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure speed on a file of prompts."""
@@ -123,6 +129,7 @@ def bench(
 
     if target is not None:
         options.refuse_beside_target(context, *_ENGINE_OPTIONS)
+    credentials = credentials_for(target, tls_ca, tls_certificate, tls_key)
     if prompts is None:
         raise usage_error("--prompts FILE is missing (draftwerk bench --help)")
     try:
@@ -138,7 +145,7 @@ def bench(
     workload = _Workload(bench_prompts, params, concurrency, chat)
     if target is not None:
         with reports_server_failures():
-            run = asyncio.run(_run_at(target, workload))
+            run = asyncio.run(_run_at(target, credentials, workload))
     else:
         with options.open_engine(
             model,
@@ -256,13 +263,13 @@ async def _run_in(engine: Engine, workload: _Workload, draft_length: int | None)
     return _Run(records, seconds, peak_resident_bytes(), model, stats, drafter_figures(before, after))
 
 
-async def _run_at(target: str, workload: _Workload) -> _Run:
+async def _run_at(target: str, credentials: grpc.ChannelCredentials | None, workload: _Workload) -> _Run:
     """The workload at a server."""
     from draftwerk.measurement import drafter_figures
     from draftwerk_client import AsyncClient
 
     params: dict[str, Any] = {name: getattr(workload.params, name) for name in _PARAMETERS}
-    async with AsyncClient(target) as client:
+    async with AsyncClient(target, credentials=credentials) as client:
         info = await client.model()
         token_ids = [(await client.tokenize(workload.prompt(i))).token_ids for i in range(len(workload.prompts))]
         await client.generate(token_ids[0], **{**params, **_WARM_UP})

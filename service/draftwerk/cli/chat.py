@@ -12,6 +12,7 @@ from rich.console import Console
 
 from draftwerk.cli import options
 from draftwerk.cli.failures import CommandError, reports_failures, reports_server_failures, usage_error
+from draftwerk.cli.target import TlsCa, TlsCertificate, TlsKey, credentials_for
 
 if TYPE_CHECKING:
     from draftwerk.cli.chat_branches import Conversations
@@ -26,6 +27,8 @@ EPILOG = """
   draftwerk chat --model ./gemma-4-E2B-it --thinking
 
   draftwerk chat --target 127.0.0.1:50051 --show-drafts
+
+  draftwerk chat --target gemma.example.org:50051 --tls-ca ca.pem
 
   printf 'What is a page table?\\nAnd a TLB?\\n' | draftwerk chat -m ./gemma-3-1b-it
 """
@@ -46,6 +49,9 @@ def chat(
             show_default="a server of its own, with --model",
         ),
     ] = None,
+    tls_ca: TlsCa = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
     model: options.Model = options.DEFAULT_MODEL,
     system: Annotated[
         Optional[str], typer.Option("--system", help="What the model is told before the first message.", metavar="TEXT")
@@ -100,6 +106,7 @@ def chat(
     }
     if target is not None:
         options.refuse_beside_target(context, *_ENGINE_OPTIONS)
+    credentials = credentials_for(target, tls_ca, tls_certificate, tls_key)
     server: AbstractContextManager[str] = (
         nullcontext(target)
         if target is not None
@@ -117,7 +124,7 @@ def chat(
     with server as address, reports_server_failures():
         from draftwerk_client import Client
 
-        with Client(address) as client:
+        with Client(address, credentials=credentials) as client:
             served = client.model()
             if not served.has_tokenizer:
                 raise usage_error(f"{served.name} has no tokenizer: a chat needs text")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import socket
-import ssl
 from pathlib import Path
 
 import grpc
 
+from draftwerk.pem_files import PemFileError, authorities, certificate_and_key
 from draftwerk.server.settings import Settings, flag_of
 
 
@@ -105,34 +105,9 @@ def credentials_of(settings: Settings) -> grpc.ServerCredentials | None:
     """
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
-    certificate = _contents(settings.tls_certificate, "tls_certificate")
-    key = _contents(settings.tls_key, "tls_key")
-    authority = None if settings.tls_client_ca is None else _contents(settings.tls_client_ca, "tls_client_ca")
-    # gRPC would only say that no address could be bound.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(settings.tls_certificate, settings.tls_key, password=_no_password)
-    except ssl.SSLError as error:
-        reason = "the key does not belong to the certificate" if "MISMATCH" in str(error) else "not PEM, or damaged"
-        raise StartError(
-            f"--tls-certificate {settings.tls_certificate}, --tls-key {settings.tls_key}: {reason}"
-        ) from None
-    except ValueError:
-        raise StartError(f"--tls-key {settings.tls_key}: is encrypted; give it without a passphrase") from None
-    if authority is not None:
-        try:
-            context.load_verify_locations(settings.tls_client_ca)
-        except ssl.SSLError:
-            raise StartError(f"--tls-client-ca {settings.tls_client_ca}: no PEM certificates in it") from None
+        certificate, key = certificate_and_key(settings.tls_certificate, settings.tls_key)
+        authority = None if settings.tls_client_ca is None else authorities(settings.tls_client_ca, "--tls-client-ca")
+    except PemFileError as error:
+        raise StartError(str(error)) from None
     return grpc.ssl_server_credentials([(key, certificate)], authority, require_client_auth=authority is not None)
-
-
-def _contents(path: Path, name: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StartError(f"{flag_of(name)} {path}: {error.strerror}") from None
-
-
-def _no_password() -> str:
-    raise ValueError
