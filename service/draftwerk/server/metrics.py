@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -144,14 +142,6 @@ class Metrics:
         return min(max(seconds, _SHORTEST_DELAY), _LONGEST_DELAY)
 
     # --- Prometheus --------------------------------------------------------------------------------------------
-
-    def serve(self, host: str, port: int) -> tuple[WSGIServer, threading.Thread]:
-        """Answers HTTP requests for the figures, on threads of its own.
-
-        Raises:
-            OSError: the address cannot be listened on.
-        """
-        return start_http_server(port, host, self.registry)
 
     def describe(self) -> list[Metric]:
         """Nothing beforehand: registering must not ask the engine."""

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from draftwerk import __version__
 from draftwerk.engine import Engine
-from draftwerk.server import logs
+from draftwerk.server import http_port, logs
 from draftwerk.server.calls import METHODS, Calls
 from draftwerk.server.errors import ShuttingDown
 from draftwerk.server.generation import GenerationService
@@ -56,16 +56,17 @@ class Server:
         self.operations_address = ""
         """Where the Operations service listens."""
         self.metrics_address = ""
-        """Where metrics are served; empty if they are not."""
+        """Where metrics and health are served over HTTP; empty if they are not."""
         self._engine = engine
         self._metrics = Metrics(engine)
         self._draining = asyncio.Event()
         self._calls = Calls(self._metrics, self._draining)
         self._health = _Health()
+        self._why_not_serving = "the server is starting"
         self._telling: asyncio.Task[None] | None = None  # of the device's failure
         self._watching: asyncio.Task[None] | None = None  # for steps that do not end
         self._servers: dict[grpc.aio.Server, list[str]] = {}  # one for each port, with its services of draftwerk.v1
-        self._metrics_server: tuple[WSGIServer, threading.Thread] | None = None
+        self._http_server: tuple[WSGIServer, threading.Thread] | None = None
 
     async def start(self) -> None:
         """Listens and serves.
@@ -97,10 +98,10 @@ class Server:
         if own_port:
             self.operations_address = listen(operations, settings.operations_listen, credentials, "operations_listen")
         if settings.metrics_listen:
-            self.metrics_address = self._serve_metrics(settings.metrics_listen)
+            self.metrics_address = self._serve_http(settings.metrics_listen)
         for server in self._servers:
             await server.start()
-        await self._set_health(_SERVING)
+        await self._set_health()
         engine.when_failed(self._device_failed)
         if settings.step_timeout > 0:
             self._watching = asyncio.create_task(self._watch_steps(settings.step_timeout))
@@ -112,7 +113,7 @@ class Server:
         self._engine.when_failed(None)
         if self._watching is not None:
             self._watching.cancel()
-        await self._set_health(_NOT_SERVING)
+        await self._set_health("the server is shutting down")
         if self._calls.running:
             _log.info("waiting for running calls", running=self._calls.running, grace_period=grace)
             await _within(grace, self._calls.finished())
@@ -125,8 +126,8 @@ class Server:
         last_words = max(_LAST_WORDS, ends_at - time.monotonic())
         for server in self._servers:
             await server.stop(last_words)
-        if self._metrics_server is not None:
-            http, thread = self._metrics_server
+        if self._http_server is not None:
+            http, thread = self._http_server
             await asyncio.to_thread(http.shutdown)
             http.server_close()
             thread.join()
@@ -154,7 +155,7 @@ class Server:
     def _device_failed(self, why: str) -> None:
         """From now on whoever asks for the health of the server hears that it has to be started anew."""
         _log.critical("the device has failed: not serving any more", error=why)
-        self._telling = asyncio.get_running_loop().create_task(self._set_health(_NOT_SERVING))
+        self._telling = asyncio.get_running_loop().create_task(self._set_health(f"the device has failed: {why}"))
 
     async def _watch_steps(self, timeout: float) -> None:
         """Has health say NOT_SERVING as long as a step takes more than `timeout` seconds: the device may hang."""
@@ -169,19 +170,22 @@ class Server:
                 _log.critical("a step does not end: not serving until it does", seconds=round(seconds))
             else:
                 _log.info("the step has ended: serving again")
-            await self._set_health(_NOT_SERVING if hangs else _SERVING)
+            await self._set_health(f"a step does not end: it has taken more than {timeout:g} s" if hangs else "")
 
-    async def _set_health(self, status: int) -> None:
+    async def _set_health(self, why_not_serving: str = "") -> None:
+        """Settles what whoever asks for health hears from now on: that the server serves, unless there is a reason."""
+        self._why_not_serving = " ".join(why_not_serving.split())
+        status = _NOT_SERVING if why_not_serving else _SERVING
         for service in ("", *sorted({method.split("/")[1] for method in METHODS})):
             await self._health.set(service, status)
 
-    def _serve_metrics(self, address: str) -> str:
+    def _serve_http(self, address: str) -> str:
         host, port = host_and_port(address)
         try:
-            self._metrics_server = self._metrics.serve(host, port)
+            self._http_server = http_port.serve(host, port, self._metrics.registry, lambda: self._why_not_serving)
         except OSError as error:
             raise cannot_listen(error, address, "metrics_listen") from None
-        return f"{address.rpartition(':')[0]}:{self._metrics_server[0].server_port}"
+        return f"{address.rpartition(':')[0]}:{self._http_server[0].server_port}"
 
 
 class _Health(health.aio.HealthServicer):  # type: ignore[misc]  # no stubs

@@ -98,7 +98,7 @@ class Settings(BaseModel):
         "", "Network", "ADDRESS", "HOST:PORT or unix:PATH for the Operations service alone. Empty: as --listen."
     )
     metrics_listen: TcpAddress = _setting(
-        "127.0.0.1:9464", "Network", "ADDRESS", "HOST:PORT for Prometheus metrics over HTTP. Empty: none."
+        "127.0.0.1:9464", "Network", "ADDRESS", "HOST:PORT for Prometheus metrics and /healthz over HTTP. Empty: none."
     )
     max_message_bytes: Size = _setting(4 << 20, "Network", "SIZE", "Largest request message.", ge=1 << 10, lt=1 << 31)
     reflection: bool = _setting(True, "Network", "", "Tell clients such as grpcurl what services there are.")

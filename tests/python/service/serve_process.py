@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -134,6 +135,15 @@ def scraped(address: str) -> dict[tuple[str, ...], float]:
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT) as response:
         text = response.read().decode()
     return {_key(sample): sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+
+
+def probed(address: str) -> tuple[int, str]:
+    """The status and the text of /healthz."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/healthz", timeout=TIMEOUT) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
 
 
 def _key(sample: Sample) -> tuple[str, ...]:

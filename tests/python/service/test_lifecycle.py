@@ -14,7 +14,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from serve_process import TIMEOUT, InProcess, RunningServer, ServerFactory
+from serve_process import TIMEOUT, InProcess, RunningServer, ServerFactory, probed, scraped
 
 import draftwerk
 import fake_core
@@ -70,6 +70,17 @@ def details(error: grpc.aio.AioRpcError, kind: type) -> Any:
 async def health_of(channel: grpc.aio.Channel, service: str = "") -> int:
     stub = health_pb2_grpc.HealthStub(channel)
     return int((await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT)).status)
+
+
+async def probe_of(server: Server, status: int) -> str:
+    """What a probe over HTTP hears once it has this status."""
+    probe = 0, ""
+    for _ in range(1000):
+        probe = await asyncio.to_thread(probed, server.metrics_address)
+        if probe[0] == status:
+            return probe[1]
+        await asyncio.sleep(0.01)
+    raise AssertionError(probe)
 
 
 @pytest.fixture
@@ -173,6 +184,34 @@ async def test_an_engine_that_failed_before_is_not_served(
         while (await watch.read()).status != NOT_SERVING:
             pass
         watch.cancel()
+
+
+async def test_probes_over_http_hear_what_health_says(
+    engine: draftwerk.Engine, scripted: fake_core.Engine, figures: dict[str, Any], inprocess_server: InProcess
+) -> None:
+    async with inprocess_server(engine, metrics_listen="127.0.0.1:0", step_timeout=0.1) as server:
+        assert await probe_of(server, 200) == "serving\n"
+        scripted.step_takes = 0.2
+        assert await probe_of(server, 503) == "a step does not end: it has taken more than 0.1 s\n"
+        scripted.step_takes = 0.0
+        assert await probe_of(server, 200) == "serving\n"
+        async with connect(server) as channel:
+            scripted.gate.clear()
+            running = generate(channel, request_for("hello", 10))
+            await running.initial_metadata()
+            stopping = asyncio.create_task(server.stop(grace=TIMEOUT))
+            assert await probe_of(server, 503) == "the server is shutting down\n"
+            assert (await asyncio.to_thread(scraped, server.metrics_address))["draftwerk_sessions",] == 0
+            scripted.gate.set()
+            await asyncio.wait_for(stopping, TIMEOUT)
+
+
+async def test_a_probe_over_http_hears_why_the_device_has_failed(
+    engine: draftwerk.Engine, scripted: fake_core.Engine, figures: dict[str, Any], inprocess_server: InProcess
+) -> None:
+    scripted.device_failure = "an illegal\naddress"
+    async with inprocess_server(engine, metrics_listen="127.0.0.1:0") as server:
+        assert await probe_of(server, 503) == "the device has failed: an illegal address\n"
 
 
 async def test_reflection_can_be_off(

@@ -17,6 +17,7 @@ from session_client import SessionClient, hold_after, ids_prompt, start_and_hold
 import draftwerk
 import fake_core
 from draftwerk.results import Chunk, GenerationStats
+from draftwerk.server import http_port
 from draftwerk.server.metrics import Metrics
 from draftwerk.server.server import Server
 from draftwerk_client.v1 import generation_pb2_grpc, models_pb2_grpc
@@ -34,7 +35,7 @@ def metrics(engine: draftwerk.Engine, figures: dict[str, Any]) -> Metrics:
 @pytest.fixture
 def scrape(metrics: Metrics) -> Iterator[Any]:
     """A function that scrapes these metrics."""
-    server, thread = metrics.serve("127.0.0.1", 0)
+    server, thread = http_port.serve("127.0.0.1", 0, metrics.registry, why_not_serving=str)
     yield lambda: scraped(f"127.0.0.1:{server.server_port}")
     server.shutdown()
     server.server_close()
