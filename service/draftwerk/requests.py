@@ -279,7 +279,8 @@ def stop_bytes(stop: Sequence[str]) -> list[bytes]:
 def output_fingerprint(weights: int, prompt_ids: Sequence[int], params: SamplingParams) -> int:
     """64 bits that identify an output: of everything that determines its tokens and where its text ends.
 
-    Equal for equal requests on any engine with the same weights. What has no influence on that (`drafting`,
+    Equal for equal requests on any engine with the same weights and arithmetic, and then the output is as well, unless
+    the engines are of different builds, which this does not tell apart. What has no influence on that (`drafting`,
     `max_draft_length`, `salt`, `logprobs`, `special_tokens`) and the order of stop conditions make no difference.
 
     Args:
