@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -37,6 +39,9 @@ from draftwerk.results import Chunk, Completion
 from draftwerk.weights import Progress, fingerprint, load_model, open_model
 
 _GREEDY = SamplingParams()
+_GIB = 1 << 30
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,9 @@ class Engine:
         lookup: whether an MTP drafter has lookup beside it.
         device: where it computes: "cpu", "cuda" (the first GPU), "cuda:N", or "auto" (the first GPU if there is one).
         threads: kernel threads of the processor; 0 uses every core this process may run on.
-        kv_memory: bytes for the KV cache, or a size such as "512MiB". Default: 1 GiB, or a quarter of the free memory
-            if that is less; on a GPU what `gpu_memory_fraction` leaves.
+        kv_memory: most bytes for the KV cache, or a size such as "512MiB"; the processor's memory is taken as the cache
+            fills. Default: 1 GiB, or a quarter of the free memory if that is less; on a GPU what `gpu_memory_fraction`
+            leaves.
         gpu_memory_fraction: share of a GPU's memory that may be in use, weights, KV cache and other processes together.
         weights: "auto" keeps the checkpoint's types; "int8", "int4", "fp8", "f32", "f16", "bf16" convert float matrices
             on loading, those of an MTP drafter too.
@@ -143,6 +149,8 @@ class Engine:
         options.draft_length = -1 if draft_length is None else draft_length
         options.max_draft_length = max_draft_length
         options.kv_memory_bytes = _kv_memory_bytes(kv_memory, core_model.memory, gpu_memory_fraction)
+        if core_model.memory is None:  # on a GPU it is allocated, and that fails
+            _warn_of_kv_memory(options.kv_memory_bytes, available_memory())
         options.max_sequences = max_sequences
         options.prefill_chunk = prefill_chunk or max_step_rows
         options.max_queued_tokens = max_queued_tokens
@@ -520,3 +528,18 @@ def _kv_memory_bytes(kv_memory: int | str | None, of_gpu: tuple[int, int] | None
     if size <= 0:
         raise ValueError(f"kv_memory = {kv_memory}: must be more than 0 bytes")
     return size
+
+
+def _warn_of_kv_memory(size: int, available: int) -> None:
+    """Says that a KV cache of `size` bytes does not fit into what is available with the weights loaded.
+
+    No error: the memory is only taken as the cache fills, so who knows that it never will may promise more.
+    """
+    if size > available:
+        _log.warning(
+            "the KV cache may grow to %.1f GiB, and with the weights loaded %.1f GiB of memory are available: as it "
+            "fills, the process may be ended for lack of memory; kv_memory = %.1fGiB fits",
+            size / _GIB,
+            available / _GIB,
+            math.floor(available / _GIB * 10) / 10,
+        )

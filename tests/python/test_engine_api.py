@@ -379,6 +379,22 @@ def test_engine_options(checkpoint: FakeCheckpoint) -> None:
         assert 0 < engine.info.kv_memory_bytes <= 1 << 30
 
 
+def test_a_kv_cache_that_memory_has_no_room_for_is_said(
+    checkpoint: FakeCheckpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("draftwerk.engine.available_memory", lambda: (20 << 30) + 1)
+    for size in ("20GiB", None):
+        Engine("fake", kv_memory=size).close()
+    assert not caplog.records
+    Engine("fake", kv_memory="100GiB").close()
+    (said,) = caplog.records
+    assert (said.levelname, said.name) == ("WARNING", "draftwerk.engine")
+    assert said.getMessage() == (
+        "the KV cache may grow to 100.0 GiB, and with the weights loaded 20.0 GiB of memory are available: as it "
+        "fills, the process may be ended for lack of memory; kv_memory = 20.0GiB fits"
+    )
+
+
 @pytest.mark.parametrize(
     "options", [{"drafter": "best"}, {"draft_length": 17}, {"kv_memory": "much"}, {"kv_memory": 0}, {"weights": "int3"}]
 )
