@@ -113,11 +113,14 @@ class Calls(grpc.aio.ServerInterceptor):
 
     Args:
         metrics: counts the calls.
-        draining: set when the server takes no new calls, other than those that ask how it is doing.
+        max_calls: so many may run at the same time, sessions among them. gRPC's own limit would count the watches of
+            health too, and refuse probes.
+        draining: set when the server takes no new calls. Those that ask how it is doing are taken in any case.
     """
 
-    def __init__(self, metrics: Metrics, draining: asyncio.Event) -> None:
+    def __init__(self, metrics: Metrics, max_calls: int, draining: asyncio.Event) -> None:
         self._metrics = metrics
+        self._max_calls = max_calls
         self._draining = draining
         self._running: set[Call] = set()
         self._idle = asyncio.Event()
@@ -169,8 +172,8 @@ class Calls(grpc.aio.ServerInterceptor):
     async def _answer(self, call: Call, handler: Any, context: Any) -> None:
         answer = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         try:
-            if self._draining.is_set() and not call.method.startswith(_OPERATIONS):
-                raise errors.ShuttingDown("the server is shutting down; try again at another one, or here later")
+            if not call.method.startswith(_OPERATIONS):
+                self._refuse_what_is_too_much()
             own_context = _CallContext(call, context)
             request = own_context if handler.request_streaming else await own_context.read_only_message()
             response = await answer(request, own_context)
@@ -187,6 +190,12 @@ class Calls(grpc.aio.ServerInterceptor):
                 call.code = cancellation(time.perf_counter() - call.started_at, context.time_remaining())
                 raise asyncio.CancelledError from None
             await call.abort(failure)
+
+    def _refuse_what_is_too_much(self) -> None:
+        if self._draining.is_set():
+            raise errors.ShuttingDown("the server is shutting down; try again at another one, or here later")
+        if len(self._running) > self._max_calls:  # with the one that asks
+            raise QueueFull(f"{self._max_calls} calls are open, which is all that the server takes")
 
     def _begin(self, call: Call) -> None:
         _current.set(call)

@@ -60,7 +60,7 @@ class Server:
         self._engine = engine
         self._metrics = Metrics(engine)
         self._draining = asyncio.Event()
-        self._calls = Calls(self._metrics, self._draining)
+        self._calls = Calls(self._metrics, settings.max_calls, self._draining)
         self._health = _Health()
         self._why_not_serving = "the server is starting"
         self._telling: asyncio.Task[None] | None = None  # of the device's failure

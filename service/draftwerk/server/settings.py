@@ -139,6 +139,9 @@ class Settings(BaseModel):
         le=_INT64_MAX,
     )
     max_sequences: int = _setting(64, "Budgets", "N", "Generations that run at the same time.", ge=1, le=_INT32_MAX)
+    max_calls: int = _setting(
+        1024, "Budgets", "N", "Calls that are open at the same time, sessions among them.", ge=1, le=_INT32_MAX
+    )
     max_queued_tokens: int = _setting(
         1 << 20,
         "Budgets",

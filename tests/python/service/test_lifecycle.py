@@ -366,6 +366,33 @@ async def test_a_defect_tells_the_client_nothing_but_the_request_id(
     assert error.details() == "internal error; the server's log has the cause under request r8"
 
 
+async def test_no_more_calls_are_open_than_may_be(
+    engine: draftwerk.Engine, scripted: fake_core.Engine, figures: dict[str, Any], inprocess_server: InProcess
+) -> None:
+    async with inprocess_server(engine, max_calls=2) as server, connect(server) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT)
+        assert (await watch.read()).status == SERVING  # does not count
+        session = generation_pb2_grpc.GenerationStub(channel).Session(timeout=TIMEOUT)
+        await session.write(SessionRequest(request_number=1, open=SessionRequest.Open()))
+        await session.read()
+        scripted.gate.clear()
+        running = generate(channel)
+        await running.initial_metadata()
+        refused = await failure_of(generate(channel))
+        assert refused.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (refused.details() or "").startswith(
+            "2 calls are open, which is all that the server takes; try again in"
+        )
+        assert details(refused, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+        stub = operations_pb2_grpc.OperationsStub(channel)
+        assert (await stub.GetStats(operations_pb2.GetStatsRequest(), timeout=TIMEOUT)).sessions == 1
+        scripted.gate.set()
+        await drained(running)
+        await drained(generate(channel))
+        session.cancel()
+        watch.cancel()
+
+
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,7 @@ VALUES: dict[str, Any] = {
     "gpu_memory_fraction": 0.5,
     "max_context": 100,
     "max_sequences": 5,
+    "max_calls": 10,
     "max_queued_tokens": 6,
     "max_unread_tokens": 7,
     "max_step_rows": 8,
