@@ -113,7 +113,7 @@ def test_a_drafter_without_a_field_it_needs_is_one_line(directory: Path) -> None
 
 @pytest.mark.parametrize("drafter", ["best", "./drafter.gguf", "", "auto "])
 def test_a_name_that_is_none_is_refused(directory: Path, drafter: str) -> None:
-    with pytest.raises(ValueError, match="must be one of auto, lookup, none, random"):
+    with pytest.raises(ValueError, match="must be one of auto, lookup, none, or the path"):
         choose_drafters(drafter, open_checkpoint(directory), lookup=True)
 
 

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "gemma-3-270m"
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A Hugging Face directory, a GGUF file, or a built-in name.", metavar="M")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A Hugging Face directory, a GGUF file, a name on the hub, or a built-in name.",
+        metavar="M",
+    ),
 ]
 Drafter = Annotated[
     str,
@@ -49,7 +55,9 @@ Threads = Annotated[int, typer.Option("--threads", "-t", min=0, max=511, help="K
 KvMemory = Annotated[
     Optional[str],
     typer.Option(
-        "--kv-memory", help="Size of the KV cache, e.g. 512MiB. Default: 1GiB, or 25% of free memory.", metavar="SIZE"
+        "--kv-memory",
+        help="Most memory of the KV cache, e.g. 512MiB. Default: 1GiB, or 25% of free memory if that is less.",
+        metavar="SIZE",
     ),
 ]
 Weights = Annotated[

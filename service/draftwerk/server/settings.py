@@ -76,7 +76,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = _setting("gemma-3-270m", "Model", "M", "A Hugging Face directory, a GGUF file, or a built-in name.")
+    model: str = _setting(
+        "gemma-3-270m", "Model", "M", "A Hugging Face directory, a GGUF file, a name on the hub, or a built-in name."
+    )
     drafter: str = _setting(
         "auto", "Model", "D", "auto, lookup, none, or the path or hub name of an MTP drafter. Changes the speed alone."
     )
@@ -118,7 +120,7 @@ class Settings(BaseModel):
         None,
         "Budgets",
         "SIZE",
-        "Size of the KV cache, e.g. 512MiB. Default: 1GiB, or 25% of free memory.",
+        "Most memory of the KV cache, e.g. 512MiB. Default: 1GiB, or 25% of free memory if that is less.",
         gt=0,
         le=_INT64_MAX,
     )
@@ -169,9 +171,14 @@ class Settings(BaseModel):
         le=86_400,
     )
     draft_length: Optional[int] = _setting(
-        None, "Budgets", "N", "Drafts per step. Default: decided by measured costs.", ge=0
+        None,
+        "Budgets",
+        "N",
+        "Drafts per step, at most --max-draft-length. Default: decided by measured costs.",
+        ge=0,
+        le=64,
     )
-    max_draft_length: int = _setting(16, "Budgets", "N", "Most drafts per step and generation.", ge=0, le=64)
+    max_draft_length: int = _setting(16, "Budgets", "N", "Most drafts per step and generation, 0 to 64.", ge=0, le=64)
 
     log_format: Literal["auto", "console", "json"] = _setting(
         "auto", "Logs", "FORMAT", "console, json, or auto: console where stderr is a terminal."
