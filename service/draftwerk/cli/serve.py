@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import signal
 from pathlib import Path
 from typing import Annotated, Any, Optional, cast
@@ -13,7 +14,9 @@ from rich.markup import escape
 
 from draftwerk.cli import options
 from draftwerk.cli.failures import CommandError, reports_failures, usage_error
-from draftwerk.server.settings import Settings, SettingsError, flag_of, resolve
+from draftwerk.server.settings import Settings, SettingsError, flag_of, resolve, unread_variables
+
+_log = logging.getLogger(__name__)
 
 EPILOG = """
 Every option can also be set in a TOML file (key [bold]max_context[/]) and in the environment
@@ -49,6 +52,9 @@ def _run(settings: Settings) -> None:
     # Until the server takes over: the first process of a container would ignore it.
     signal.signal(signal.SIGTERM, server.exit_at_once)
     logs.configure(settings.log_format, settings.log_level)
+    for name, nearest in unread_variables().items():
+        hint = f"; did you mean {nearest}?" if nearest else ""
+        _log.warning("nothing reads the environment variable %s%s", name, hint)
     try:
         ports.check(settings)
         with options.loading_progress(settings.model) as progress:

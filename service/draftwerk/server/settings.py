@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,18 @@ else:
 
 ENVIRONMENT_PREFIX = "DRAFTWERK_"
 CONFIG_VARIABLE = ENVIRONMENT_PREFIX + "CONFIG"
+
+# No settings: the name of the file, and what the choice of kernels, devices.py and the tests read.
+_OTHER_VARIABLES = frozenset(
+    ENVIRONMENT_PREFIX + name
+    for name in (
+        "CONFIG",
+        *("CPU_ISA", "CUDA_LAUNCHES", "CUDA_LIBRARY"),
+        *("PROMISE_CASES", "PROMISE_EXAMPLES", "PROMISE_TOKENS"),
+    )
+)
+# What Kubernetes puts into every pod beside a Service that is called draftwerk, or draftwerk-something.
+_OF_A_SERVICE = re.compile(r"_(SERVICE_(HOST|PORT)|PORT(_\d+_[A-Z]+)?)(_\w+)?")
 
 _INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1  # what the engine counts in; it knows closer limits itself
 
@@ -250,6 +263,23 @@ def resolve(
         return Resolved(Settings.model_validate(values), origins)
     except ValidationError as error:
         raise SettingsError(_explain(error, origins)) from None
+
+
+def unread_variables(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Names in the environment that look like a setting's and that nothing reads, each with the name that is nearest.
+
+    The nearest is empty where none is near.
+    """
+    settings = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
+    unread: dict[str, str] = {}
+    for variable in environment:
+        if not variable.startswith(ENVIRONMENT_PREFIX) or _OF_A_SERVICE.search(variable):
+            continue
+        if variable not in settings and variable not in _OTHER_VARIABLES:
+            name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+            near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            unread[variable] = ENVIRONMENT_PREFIX + near[0].upper() if near else ""
+    return unread
 
 
 def flag_of(name: str) -> str:

@@ -122,6 +122,13 @@ async def test_the_log_says_what_is_served_and_where(server: RunningServer) -> N
     assert said["metrics"] not in (said["listen"], "127.0.0.1:0")
 
 
+def test_the_log_names_variables_that_nothing_reads(server_process: ServerFactory) -> None:
+    running = server_process(environment={"DRAFTWERK_MAX_SEQUENCE": "3"})
+    warnings = [line for line in running.server.lines if '"warning"' in line]
+    (said,) = warnings
+    assert "DRAFTWERK_MAX_SEQUENCE; did you mean DRAFTWERK_MAX_SEQUENCES?" in said
+
+
 async def test_reflection_lists_what_the_port_has(channel: grpc.aio.Channel) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     call = stub.ServerReflectionInfo(timeout=TIMEOUT)

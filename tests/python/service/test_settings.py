@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from draftwerk.cli.main import app
-from draftwerk.server.settings import Settings, SettingsError, resolve
+from draftwerk.server.settings import Settings, SettingsError, resolve, unread_variables
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,6 +95,24 @@ def test_every_setting_comes_from_every_source(tmp_path: Path) -> None:
     from_file = resolve({}, {}, write(tmp_path / "c.toml", from_flags.as_toml()))
     assert from_flags.settings == from_environment.settings == from_file.settings == expected
     assert set(from_file.origins.values()) == {str(tmp_path / "c.toml")}
+
+
+def test_variables_that_nothing_reads_are_found() -> None:
+    read = {
+        f"DRAFTWERK_{name.upper()}": "1" for name in (*VALUES, "config", "cpu_isa", "cuda_launches", "cuda_library")
+    }
+    of_kubernetes = {
+        f"DRAFTWERK_{name}": "1"
+        for name in (
+            *("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_GRPC", "PORT", "PORT_50051_TCP", "PORT_50051_TCP_ADDR"),
+            *("GPU_SERVICE_HOST", "GPU_PORT_50051_TCP_PROTO"),
+        )
+    }
+    assert unread_variables({**read, **of_kubernetes, "HOME": "/"}) == {}
+    assert unread_variables({"DRAFTWERK_MAX_SEQUENCE": "3", "DRAFTWERK_ZZZ": "4", "draftwerk_model": "m"}) == {
+        "DRAFTWERK_MAX_SEQUENCE": "DRAFTWERK_MAX_SEQUENCES",
+        "DRAFTWERK_ZZZ": "",
+    }
 
 
 def test_what_is_printed_is_toml_and_says_where_each_value_is_from() -> None:
