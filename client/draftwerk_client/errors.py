@@ -249,7 +249,8 @@ def _without_details(code: grpc.StatusCode, reason: str, context: CallContext) -
     if code is grpc.StatusCode.UNIMPLEMENTED:
         message = (
             f"{context.target} does not have this method: {reason}\n"
-            "  the server is older than this client, or, for stats(), answers it on another port (operations_listen)"
+            "  the server may answer stats() on a port of its own (operations_listen): make another client for it; "
+            "else it is older than this client"
         )
         return ServerError(message, code, request_id)
     return _plain(code, reason, request_id)

@@ -218,7 +218,7 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]  # no stubs
 
 
 class _UnknownMethods(grpc.GenericRpcHandler):
-    """Tells a client of a newer proto what it has met."""
+    """Tells a client what it has met: a port that has only some of the services, or a server that is older."""
 
     def __init__(self, services: list[str]) -> None:
         names = sorted(method.removeprefix("/draftwerk.v1.") for method in METHODS)
@@ -226,12 +226,17 @@ class _UnknownMethods(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: Any) -> Any:
         asked = handler_call_details.method
+        remedy = (
+            "This server answers it on another port: see its operations_listen."
+            if asked in METHODS
+            else "A newer client needs a newer server."
+        )
 
         async def refuse(_: Any, context: Any) -> None:
             await context.abort(
                 grpc.StatusCode.UNIMPLEMENTED,
-                f"draftwerk {__version__} does not know {asked} on this port. Of draftwerk.v1 it has {self._known}. "
-                "A newer client needs a newer server.",
+                f"draftwerk {__version__} does not know {asked} on this port. "
+                f"Of draftwerk.v1 it has {self._known}. {remedy}",
             )
 
         return grpc.stream_stream_rpc_method_handler(refuse)

@@ -19,7 +19,7 @@ from serve_process import TIMEOUT, InProcess, RunningServer, ServerFactory, prob
 import draftwerk
 import fake_core
 from draftwerk.server.server import Server
-from draftwerk_client import AsyncClient, Unavailable
+from draftwerk_client import AsyncClient, ServerError, Unavailable
 from draftwerk_client.v1 import generation_pb2_grpc, models_pb2_grpc, operations_pb2, operations_pb2_grpc
 from draftwerk_client.v1.generation_pb2 import GenerateRequest
 from draftwerk_client.v1.models_pb2 import GetModelRequest, TokenizeRequest
@@ -248,8 +248,13 @@ async def test_a_method_on_the_wrong_port_is_told_what_the_port_has(
         grpc.aio.insecure_channel(server.operations_address) as channel,
     ):
         error = await failure_of(channel.unary_unary("/draftwerk.v1.Models/GetModel")(b"", timeout=TIMEOUT))
+        async with AsyncClient(server.address) as client:
+            with pytest.raises(ServerError) as caught:
+                await client.stats()
     assert error.code() == grpc.StatusCode.UNIMPLEMENTED
-    assert "it has Operations/GetStats. " in (error.details() or "")
+    assert "it has Operations/GetStats. This server answers it on another port" in (error.details() or "")
+    assert "operations_listen" in str(caught.value).partition("older")[0]
+    assert "newer" not in str(caught.value)
 
 
 async def test_a_message_may_be_as_large_as_the_settings_say(
