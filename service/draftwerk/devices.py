@@ -75,7 +75,7 @@ def _gpus() -> list[_core.Gpu]:
             library = str(importlib.import_module(_PACKAGE).LIBRARY)
         except ModuleNotFoundError:
             raise _NotInstalledError(
-                "the CUDA backend is not installed: install it by pip install 'draftwerk[cuda]', or use --device cpu"
+                "the CUDA backend is not installed: pip install ./cuda, from a checkout, or use --device cpu"
             ) from None
     if not Path(library).exists():
         raise DeviceError(f"there is no CUDA backend: {library} is missing; use --device cpu")

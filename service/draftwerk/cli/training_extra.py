@@ -27,7 +27,9 @@ def reports_training_failures() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _NEEDED:
             raise
-        raise CommandError(f'{error.name} is missing, which training needs: pip install "draftwerk[train]"') from None
+        raise CommandError(
+            f'{error.name} is missing, which training needs: pip install ./client ".[train]", from a checkout'
+        ) from None
     except TrainingError as error:
         raise usage_error(str(error)) from None
 

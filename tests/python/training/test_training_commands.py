@@ -434,7 +434,10 @@ def test_without_the_extra_it_says_how_to_get_it(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 1
-    assert result.stderr == 'error: torch is missing, which training needs: pip install "draftwerk[train]"\n'
+    assert (
+        result.stderr
+        == 'error: torch is missing, which training needs: pip install ./client ".[train]", from a checkout\n'
+    )
     assert not (tmp_path / "out").exists()
 
 
