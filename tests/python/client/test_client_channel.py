@@ -239,7 +239,7 @@ def test_a_long_wait_is_a_wait(client: Any, seconds: float) -> None:
 def test_wait_ready_waits_for_a_server_that_starts_later(make_client: Any, server: ScriptedServer) -> None:
     server.stop()
     client = make_client(server.address)
-    started: list[ScriptedServer] = []
+    started: list[ScriptedServer] = []  # stays empty if something else has taken the port meanwhile
     starter = threading.Timer(0.3, lambda: started.append(ScriptedServer(server.address)))
     starter.start()
     try:
@@ -247,7 +247,8 @@ def test_wait_ready_waits_for_a_server_that_starts_later(make_client: Any, serve
         assert started and client.generate("x").text == "Hello"
     finally:
         starter.join()
-        started[0].stop()
+        for late in started:
+            late.stop()
 
 
 def test_wait_ready_waits_for_health(make_client: Any, server: ScriptedServer) -> None:

@@ -268,9 +268,9 @@ def test_a_session_may_take_as_long_as_it_likes(client: Any, server: ScriptedSer
 
 
 def test_a_generation_that_takes_too_long_is_interrupted(client: Any, server: ScriptedServer) -> None:
-    with client.session(timeout=0.3) as session:
+    with client.session(timeout=2.0) as session:
         session.append([1])
-        with pytest.raises(DeadlineExceeded, match=r"0\.3 s"):
+        with pytest.raises(DeadlineExceeded, match="of 2 s"):
             session.generate()
         assert names(actions(server, 4))[-1] == "0 interrupt"
         assert session.generate(max_tokens=1).text == "end"
