@@ -20,7 +20,14 @@ from draftwerk_client.errors import (
 )
 from draftwerk_client.parameters import Prompt, prompt_message, session_generate
 from draftwerk_client.results import Appended, Completion, Injected
-from draftwerk_client.session_state import MAX_UNREAD_MESSAGES, Mailbox, SessionState
+from draftwerk_client.session_state import (
+    MAX_UNREAD_MESSAGES,
+    BranchedCall,
+    BranchGeneration,
+    Mailbox,
+    SessionState,
+    generation_defaults,
+)
 from draftwerk_client.stream import AsyncStream
 from draftwerk_client.v1 import output_pb2, session_pb2
 
@@ -42,7 +49,7 @@ class _AsyncMailbox(Mailbox):
         """Set while somebody waits for a message."""
 
 
-class AsyncSessionCall:
+class AsyncSessionCall(BranchedCall):
     """The gRPC call of a session. One task reads it and hands each message to whoever waits for that answer.
 
     A generation whose reader is slow is held at MAX_UNREAD_MESSAGES messages: then nothing of the call is read, until
@@ -118,18 +125,9 @@ class AsyncSessionCall:
         mailbox.messages.clear()
         self._room.set()
 
-    def close_branch(self, branch: int) -> bool:
-        """Closes a branch without waiting. Whether it was the last one, so that the call ends."""
-        generation = self.state.generation_on(branch)
-        if generation is not None:
-            self.discard(generation)
-        request = session_pb2.SessionRequest(branch=branch)
-        request.close.SetInParent()
-        self.send(request)
-        last = self.state.closed(branch)
-        if last:
-            self._outgoing.put_nowait(None)
-        return last
+    def end_requests(self) -> None:
+        """No more actions will be sent. Never waits."""
+        self._outgoing.put_nowait(None)
 
     async def wait_ended(self, timeout: float) -> None:
         """Waits for the end of the call; enforces it after so many seconds."""
@@ -194,8 +192,11 @@ class AsyncSessionCall:
         return cancelled(context) if self._cancelled else session_closed(context)
 
 
-class _AsyncGeneration:
+class _AsyncGeneration(BranchGeneration):
     """One generation of a session, as its AsyncStream sees it."""
+
+    _call: AsyncSessionCall
+    _mailbox: _AsyncMailbox
 
     def __init__(self, call: AsyncSessionCall, mailbox: _AsyncMailbox, context: CallContext) -> None:
         self._call = call
@@ -215,15 +216,6 @@ class _AsyncGeneration:
         self._finished = generated.finish_reason != 0
         return generated
 
-    def cancel(self) -> None:
-        request = self._call.state.interrupt_of(self._mailbox)
-        if request is not None:
-            self._call.discard(self._call.send(request))
-
-    def leave(self) -> None:
-        self.cancel()
-        self._call.discard(self._mailbox)
-
 
 class SessionOpening:
     """What AsyncClient.session() returns: `async with client.session() as session`, or `await client.session()`."""
@@ -239,8 +231,7 @@ class SessionOpening:
         self._stub = stub
         self._context = context
         self._opening = opening
-        # A part of the options that a generation overrides is sent as a whole; the others stay with the server.
-        self._defaults = {name: value for name, value in defaults.items() if name not in ("salt", "model")}
+        self._defaults = generation_defaults(defaults)
         self._running = running
         self._session: AsyncSession | None = None
 

@@ -21,7 +21,14 @@ from draftwerk_client.errors import (
 )
 from draftwerk_client.parameters import Prompt, prompt_message, session_generate
 from draftwerk_client.results import Appended, Completion, Injected
-from draftwerk_client.session_state import MAX_UNREAD_MESSAGES, Mailbox, SessionState
+from draftwerk_client.session_state import (
+    MAX_UNREAD_MESSAGES,
+    BranchedCall,
+    BranchGeneration,
+    Mailbox,
+    SessionState,
+    generation_defaults,
+)
 from draftwerk_client.stream import Stream
 from draftwerk_client.v1 import output_pb2, session_pb2
 
@@ -34,7 +41,7 @@ if TYPE_CHECKING:
 _CLOSING_SECONDS = 5.0
 
 
-class SessionCall:
+class SessionCall(BranchedCall):
     """The gRPC call of a session. One thread reads it and hands each message to whoever waits for that answer.
 
     A generation whose reader is slow is held at MAX_UNREAD_MESSAGES messages: then nothing of the call is read, until
@@ -110,18 +117,9 @@ class SessionCall:
             mailbox.messages.clear()
             self._changed.notify_all()
 
-    def close_branch(self, branch: int) -> bool:
-        """Closes a branch without waiting. Whether it was the last one, so that the call ends."""
-        generation = self.state.generation_on(branch)
-        if generation is not None:
-            self.discard(generation)
-        request = session_pb2.SessionRequest(branch=branch)
-        request.close.SetInParent()
-        self.send(request)
-        last = self.state.closed(branch)
-        if last:
-            self._outgoing.put(None)
-        return last
+    def end_requests(self) -> None:
+        """No more actions will be sent. Never waits."""
+        self._outgoing.put(None)
 
     def wait_ended(self, timeout: float) -> None:
         """Waits for the end of the call; enforces it after so many seconds."""
@@ -169,8 +167,10 @@ class SessionCall:
         return session_closed(context) if self._failure is None else from_rpc_error(self._failure, context)
 
 
-class _Generation:
+class _Generation(BranchGeneration):
     """One generation of a session, as its Stream sees it."""
+
+    _call: SessionCall
 
     def __init__(self, call: SessionCall, mailbox: Mailbox, context: CallContext) -> None:
         self._call = call
@@ -189,15 +189,6 @@ class _Generation:
             raise
         self._finished = generated.finish_reason != 0
         return generated
-
-    def cancel(self) -> None:
-        request = self._call.state.interrupt_of(self._mailbox)
-        if request is not None:
-            self._call.discard(self._call.send(request))
-
-    def leave(self) -> None:
-        self.cancel()
-        self._call.discard(self._mailbox)
 
 
 class Session:
@@ -241,9 +232,7 @@ class Session:
         except BaseException:
             call.cancel()
             raise
-        # A part of the options that a generation overrides is sent as a whole; the others stay with the server.
-        defaults = {name: value for name, value in defaults.items() if name not in ("salt", "model")}
-        return cls(call, 0, defaults, running)
+        return cls(call, 0, generation_defaults(defaults), running)
 
     @property
     def request_id(self) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Mapping
 from itertools import count
+from typing import Any
 
 from draftwerk_client.channel import timeout_of
 from draftwerk_client.errors import CallContext, from_status
@@ -122,3 +125,60 @@ class SessionState:
         if response.HasField("error"):
             raise from_status(response.error, context)
         return response
+
+
+class BranchedCall(ABC):
+    """What the calls of sessions do alike in both clients, however they send and receive."""
+
+    state: SessionState
+
+    @abstractmethod
+    def send(self, request: session_pb2.SessionRequest) -> Mailbox:
+        """Sends an action. Never waits."""
+
+    @abstractmethod
+    def discard(self, mailbox: Mailbox) -> None:
+        """What is still to come for this mailbox is dropped."""
+
+    @abstractmethod
+    def end_requests(self) -> None:
+        """No more actions will be sent. Never waits."""
+
+    def close_branch(self, branch: int) -> bool:
+        """Closes a branch without waiting. Whether it was the last one, so that the call ends."""
+        generation = self.state.generation_on(branch)
+        if generation is not None:
+            self.discard(generation)
+        request = session_pb2.SessionRequest(branch=branch)
+        request.close.SetInParent()
+        self.send(request)
+        last = self.state.closed(branch)
+        if last:
+            self.end_requests()
+        return last
+
+
+class BranchGeneration:
+    """One generation of a session, as its stream sees it: how it ends early. How it is read, the clients add."""
+
+    _call: BranchedCall
+    _mailbox: Mailbox
+
+    def cancel(self) -> None:
+        """Interrupts it; what it has sent can still be read."""
+        request = self._call.state.interrupt_of(self._mailbox)
+        if request is not None:
+            self._call.discard(self._call.send(request))
+
+    def leave(self) -> None:
+        """Interrupts it; nobody will read it any more."""
+        self.cancel()
+        self._call.discard(self._mailbox)
+
+
+def generation_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the options of a session those that a generation may override, and then sends as a whole part of a request.
+
+    The others stay with the server.
+    """
+    return {name: value for name, value in options.items() if name not in ("salt", "model")}
