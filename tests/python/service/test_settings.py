@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def test_variables_that_nothing_reads_are_found() -> None:
         "DRAFTWERK_MAX_SEQUENCE": "DRAFTWERK_MAX_SEQUENCES",
         "DRAFTWERK_ZZZ": "",
     }
+
+
+def test_every_variable_that_the_documentation_names_is_read() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "server.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\bDRAFTWERK_[A-Z_]+", text))
+    assert {"DRAFTWERK_LISTEN", "DRAFTWERK_CPU_ISA"} <= named
+    assert unread_variables(dict.fromkeys(named, "")) == {}
 
 
 def test_what_is_printed_is_toml_and_says_where_each_value_is_from() -> None:
