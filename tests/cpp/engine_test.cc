@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "backend/cpu/cpu_backend_impl.h"
 #include "engine/evaluation.h"
 #include "gate.h"
 #include "reference_engine.h"
@@ -46,6 +47,20 @@ std::vector<Request> mixed_requests() {
   return requests;
 }
 
+/// The same prompts, sampled so that the head need not compute all logits.
+std::vector<Request> screenable_requests() {
+  std::vector<Request> requests = mixed_requests();
+  for (std::size_t i = 1; i < requests.size(); i += 2) {
+    SamplingParams sampling;
+    sampling.temperature = 1.0F;
+    sampling.top_k = 64;
+    sampling.min_p = i % 4 == 3 ? 0.02F : 0.0F;
+    sampling.seed = requests[i].sampling.seed;
+    requests[i].sampling = sampling;
+  }
+  return requests;
+}
+
 /// The specification: one request at a time, nothing drafted, nothing cached, one thread.
 std::vector<std::vector<TokenId>> expected_tokens(WeightType type, const std::vector<Request>& requests) {
   TinyModel tiny(type);
@@ -67,25 +82,42 @@ struct Variant {
   int max_sequences;
 };
 
-class Promise : public ::testing::TestWithParam<std::tuple<WeightType, Variant>> {};
+class Promise : public ::testing::TestWithParam<std::tuple<WeightType, Variant>> {
+ protected:
+  using Expected = std::map<WeightType, std::vector<std::vector<TokenId>>>;  // of the same requests
+
+  /// Runs the requests as the variant says, and once more. Returns how many steps took no more than part of the head.
+  std::int64_t check(const std::vector<Request>& requests, Expected& expected) {
+    const auto& [type, variant] = GetParam();
+    if (!expected.contains(type)) expected[type] = expected_tokens(type, requests);
+
+    TinyModel tiny(type, variant.threads);
+    tiny.model().screen_head();  // what is expected takes all logits
+    EngineOptions options;
+    options.draft_length = variant.draft_length;
+    options.prefill_chunk = variant.prefill_chunk;
+    options.kv_memory_bytes = variant.kv_bytes;
+    options.prefix_cache = variant.prefix_cache;
+    options.max_sequences = variant.max_sequences;
+    Engine engine(tiny.model(), options, tiny.drafters(variant.drafter), {});
+    EXPECT_EQ(run_all(engine, requests), expected[type]);
+    EXPECT_EQ(run_all(engine, requests), expected[type]) << "with a warm prefix cache";
+    engine.close();
+    const auto* cpu_backend = dynamic_cast<const cpu::CpuBackend*>(&tiny.backend());
+    return cpu_backend == nullptr ? 0 : cpu_backend->screened_steps();
+  }
+};
 
 TEST_P(Promise, TokensDoNotDependOnHowTheyAreComputed) {
-  const auto& [type, variant] = GetParam();
-  const std::vector<Request> requests = mixed_requests();
-  static std::map<WeightType, std::vector<std::vector<TokenId>>> expected;
-  if (!expected.contains(type)) expected[type] = expected_tokens(type, requests);
+  static Expected expected;
+  check(mixed_requests(), expected);
+}
 
-  TinyModel tiny(type, variant.threads);
-  tiny.model().screen_head();  // what is expected takes all logits
-  EngineOptions options;
-  options.draft_length = variant.draft_length;
-  options.prefill_chunk = variant.prefill_chunk;
-  options.kv_memory_bytes = variant.kv_bytes;
-  options.prefix_cache = variant.prefix_cache;
-  options.max_sequences = variant.max_sequences;
-  Engine engine(tiny.model(), options, tiny.drafters(variant.drafter), {});
-  EXPECT_EQ(run_all(engine, requests), expected[type]);
-  EXPECT_EQ(run_all(engine, requests), expected[type]) << "with a warm prefix cache";
+TEST_P(Promise, TokensDoNotDependOnScreening) {
+  if (!testing::test_backend_is_cpu()) GTEST_SKIP() << "other backends compute all logits";
+  static Expected expected;
+  const bool screens = std::get<WeightType>(GetParam()) == WeightType::q8_0;
+  EXPECT_EQ(check(screenable_requests(), expected) > 0, screens);
 }
 
 INSTANTIATE_TEST_SUITE_P(

@@ -9,7 +9,7 @@
 #include <random>
 
 #include "backend/cpu/activations.h"
-#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/cpu_backend_impl.h"
 #include "cpu_backend_fixture.h"
 #include "random_blocks.h"
 
@@ -22,7 +22,7 @@ constexpr int kVocabulary = 5000;
 // Two backends with the same head and states, of which one screens it.
 class ScreenedChoice : public testing::TestWithParam<cpu::Isa> {
  protected:
-  static constexpr int kRows = 8;  // more sequences are not screened where they are sampled
+  static constexpr int kRows = 8;
 
   ScreenedChoice() {
     scale_.resize(kColumns);
@@ -33,11 +33,12 @@ class ScreenedChoice : public testing::TestWithParam<cpu::Isa> {
 
   void upload_head() {
     for (auto* one : {&plain_, &screened_}) {
-      one->backend = make_cpu_backend(2, GetParam());
+      one->backend = std::make_unique<cpu::CpuBackend>(2, GetParam(), cpu::Screening::always);
       one->head = upload(*one->backend, WeightType::q8_0, kVocabulary, kColumns, blocks_);
       one->backend->reserve(kRows, kRows, kColumns, kVocabulary);
     }
     screened_.backend->screen_head(*screened_.head, {scale_.data(), 1e-6F});
+    screenable_steps_ = 0;
   }
 
   // States as a norm of that scale makes them, each of which shall choose a row of the head with some confidence. The
@@ -107,6 +108,8 @@ class ScreenedChoice : public testing::TestWithParam<cpu::Isa> {
         ASSERT_EQ(found[g].drafts, expected[g].drafts) << "group " << g;
       }
     }
+    const bool among_few = sampling.top_k > 0 && sampling.top_k <= cpu::kMostChosenAmong;
+    if (sampling.temperature <= 0.0F || among_few) screenable_steps_ += 3;
   }
 
   SamplingParams random_sampling() {
@@ -124,7 +127,7 @@ class ScreenedChoice : public testing::TestWithParam<cpu::Isa> {
   }
 
   struct One {
-    std::unique_ptr<Backend> backend;
+    std::unique_ptr<cpu::CpuBackend> backend;
     std::unique_ptr<Weight> head;
   };
   std::mt19937 random_{11};
@@ -132,6 +135,7 @@ class ScreenedChoice : public testing::TestWithParam<cpu::Isa> {
   std::vector<std::byte> blocks_;
   One plain_;
   One screened_;
+  std::int64_t screenable_steps_ = 0;  // since there is a head
 };
 
 TEST_P(ScreenedChoice, IsThatOfAllLogits) {
@@ -142,6 +146,8 @@ TEST_P(ScreenedChoice, IsThatOfAllLogits) {
     const std::vector<float> states = random_states(confidences[random_() % 4], lossy[random_() % 3]);
     ASSERT_NO_FATAL_FAILURE(expect_the_same(states, random_sampling(), round % 3 == 0 ? 30.0F : 0.0F)) << round;
   }
+  EXPECT_GT(screenable_steps_, 60);
+  EXPECT_EQ(screened_.backend->screened_steps(), screenable_steps_);
 }
 
 TEST_P(ScreenedChoice, TakesTheLowestOfEqualTokens) {
@@ -162,6 +168,8 @@ TEST_P(ScreenedChoice, TakesTheLowestOfEqualTokens) {
     const float softcap = round % 2 == 0 ? 0.0F : 0.05F;
     ASSERT_NO_FATAL_FAILURE(expect_the_same(random_states(3.0F), random_sampling(), softcap)) << round;
   }
+  EXPECT_GT(screenable_steps_, 45);
+  EXPECT_EQ(screened_.backend->screened_steps(), screenable_steps_);
 }
 
 TEST_P(ScreenedChoice, OfStatesThatNoBoundHoldsFor) {
@@ -179,6 +187,9 @@ TEST_P(ScreenedChoice, OfStatesThatNoBoundHoldsFor) {
       ASSERT_NO_FATAL_FAILURE(expect_the_same(states, random_sampling(), i % 2 == 0 ? 0.0F : 30.0F)) << value;
     }
   }
+  // Where no bound holds for a row, all logits are computed after all.
+  EXPECT_GT(screened_.backend->screened_steps(), 0);
+  EXPECT_LT(screened_.backend->screened_steps(), screenable_steps_);
 }
 
 TEST_P(ScreenedChoice, OfWeightsThatNoBoundHoldsFor) {
@@ -190,6 +201,8 @@ TEST_P(ScreenedChoice, OfWeightsThatNoBoundHoldsFor) {
     upload_head();
     for (int i = 0; i < 5; ++i)
       ASSERT_NO_FATAL_FAILURE(expect_the_same(random_states(1.0F), random_sampling())) << bits;
+    const bool finite = std::isfinite(cpu::half_to_float(bits));
+    EXPECT_EQ(screened_.backend->screened_steps(), finite ? screenable_steps_ : 0) << bits;
   }
 }
 
@@ -224,6 +237,7 @@ TEST_P(ScreenedChoice, LeavesWhatElseIsAskedForToAllLogits) {
     EXPECT_EQ(got[0].tokens, want[0].tokens);
     EXPECT_EQ(got[0].logprobs, want[0].logprobs);
   }
+  EXPECT_EQ(screened_.backend->screened_steps(), 0);
 }
 
 TEST_P(ScreenedChoice, LeavesEmbeddingAndLogitsAsTheyWere) {
@@ -254,7 +268,31 @@ INSTANTIATE_TEST_SUITE_P(Isas, ScreenedChoice, testing::ValuesIn(cpu::available_
 namespace cpu {
 namespace {
 
-// The bounds themselves, and how rarely all logits are needed for states such as those of a model.
+// A head of q8_0 by itself; `scale` [columns] is that of the norm before it.
+struct Head {
+  Head(const std::vector<std::byte>& blocks, int vocabulary, const std::vector<float>& scale)
+      : weight(pack(blocks, vocabulary, static_cast<std::int64_t>(scale.size()), arena)),
+        split(weight, scale.data(), arena, pool) {}
+
+  static CpuWeight pack(const std::vector<std::byte>& blocks, int vocabulary, std::int64_t columns,
+                        WeightArena& arena) {
+    PackedMatrix matrix{WeightType::q8_0, vocabulary, columns, panel_bytes(WeightType::q8_0, columns), nullptr};
+    MemorySlice memory = arena.take(static_cast<std::size_t>(panel_count(vocabulary)) * matrix.panel_bytes);
+    pack_rows(WeightType::q8_0, columns, vocabulary, WeightType::q8_0, blocks.data(), memory.data);
+    matrix.data = memory.data;
+    return {WeightType::q8_0, matrix, std::move(memory)};
+  }
+  [[nodiscard]] ScreenedHead screened(Isa isa, int outputs, Screening screening = Screening::always) {
+    return {split, isa, matmul_kernels(isa), layer_kernels(isa), pool, outputs, screening};
+  }
+
+  WorkerPool pool{2};
+  WeightArena arena;
+  CpuWeight weight;
+  SplitHead split;
+};
+
+// The bounds themselves.
 class ScreenedBounds : public testing::TestWithParam<Isa> {};
 
 TEST_P(ScreenedBounds, AreNeverBelowTheLogits) {
@@ -264,17 +302,9 @@ TEST_P(ScreenedBounds, AreNeverBelowTheLogits) {
     const int vocabulary = 300 + static_cast<int>(random() % 700);
     const int outputs = 1 + static_cast<int>(random() % 10);
     const MatmulKernels& matmul = matmul_kernels(GetParam());
-    WorkerPool pool(2);
-    WeightArena arena;
     const std::vector<std::byte> blocks = random_blocks(WeightType::q8_0, std::int64_t{vocabulary} * columns, random);
-    PackedMatrix matrix{WeightType::q8_0, vocabulary, columns, panel_bytes(WeightType::q8_0, columns), nullptr};
-    MemorySlice memory = arena.take(static_cast<std::size_t>(panel_count(vocabulary)) * matrix.panel_bytes);
-    pack_rows(WeightType::q8_0, columns, vocabulary, WeightType::q8_0, blocks.data(), memory.data);
-    matrix.data = memory.data;
-    const CpuWeight weight(WeightType::q8_0, matrix, memory);
-    const std::vector<float> scale = random_values(columns, random);
-    const SplitHead head(weight, scale.data(), arena, pool);
-    ScreenedHead screened(head, GetParam(), matmul, layer_kernels(GetParam()), pool, outputs);
+    Head head(blocks, vocabulary, random_values(columns, random));
+    ScreenedHead screened = head.screened(GetParam(), outputs);
 
     std::vector<float> states = random_values(std::int64_t{outputs} * columns, random);
     // Some are as adverse as can be: along what a row lost, so that the bound is all but reached.
@@ -291,7 +321,7 @@ TEST_P(ScreenedBounds, AreNeverBelowTheLogits) {
         }
       }
       scratch.quantize(matmul, r, columns, 0, columns, state);
-      scratch.split(head.columns(), r, columns);
+      scratch.split(head.split.columns(), r, columns);
     }
     const int chunks = (vocabulary + kLogitChunk - 1) / kLogitChunk;
     std::vector<float> bounds(static_cast<std::size_t>(outputs * vocabulary));
@@ -301,7 +331,7 @@ TEST_P(ScreenedBounds, AreNeverBelowTheLogits) {
     for (const float softcap : {0.0F, 30.0F, 0.01F}) {
       screened.bound(x, outputs, softcap, rows);
       std::vector<float> logits(bounds.size());
-      matmul.matmul(weight.matrix(), 0, panel_count(vocabulary), x, outputs, logits.data(), vocabulary);
+      matmul.matmul(head.weight.matrix(), 0, panel_count(vocabulary), x, outputs, logits.data(), vocabulary);
       for (int r = 0; r < outputs; ++r) {
         layer_kernels(GetParam()).softcap_max(&logits[static_cast<std::size_t>(r * vocabulary)], vocabulary, softcap);
         for (int n = 0; n < vocabulary; ++n) {
@@ -314,29 +344,68 @@ TEST_P(ScreenedBounds, AreNeverBelowTheLogits) {
   }
 }
 
+TEST(ScreeningPayoff, PausesWhereWorkIsTooMuchAndTriesAnew) {
+  ScreeningPayoff payoff;
+  for (int step = 0; step < 100; ++step) {
+    EXPECT_TRUE(payoff.next_step());
+    payoff.add(0.25);
+  }
+  // What takes a little too much in the long run, and what takes as much as all logits at once.
+  for (const double work : {0.35, 1.0}) {
+    int screened = 0;
+    int not_screened = 0;
+    for (int step = 0; step < 1000; ++step) {
+      if (payoff.next_step()) {
+        ++screened;
+        payoff.add(work);
+      } else {
+        ++not_screened;
+      }
+    }
+    EXPECT_GE(screened, 10) << work;
+    EXPECT_GE(not_screened, 64 * 5) << work;
+  }
+  // After the pause it costs little again.
+  int steps = 0;
+  while (!payoff.next_step()) ++steps;
+  EXPECT_LT(steps, 64);
+  for (int step = 0; step < 1000; ++step) {
+    payoff.add(0.1);
+    EXPECT_TRUE(payoff.next_step());
+  }
+}
+
+TEST(ScreenedHead, IsNotWorthItForManySampledSequences) {
+  std::mt19937 random(7);
+  Head head(random_blocks(WeightType::q8_0, 512 * kBlock, random), 512, std::vector<float>(kBlock, 1.0F));
+  SamplingParams sampling;
+  std::vector<VerifyGroup> groups(9);
+  for (VerifyGroup& group : groups) group.sampling = &sampling;
+  ScreenedHead always = head.screened(Isa::portable, 9);
+  ScreenedHead screened = head.screened(Isa::portable, 9, Screening::where_it_pays);
+  EXPECT_TRUE(screened.takes(groups, 9));
+  sampling.temperature = 1.0F;
+  sampling.top_k = 64;
+  EXPECT_FALSE(screened.takes(groups, 9));
+  EXPECT_TRUE(always.takes(groups, 9));
+  groups.pop_back();
+  EXPECT_TRUE(screened.takes(groups, 8));
+}
+
 TEST(SplitHead, KnowsThatRowsHaveNoBound) {
   std::mt19937 random(7);
   std::vector<std::byte> blocks = random_blocks(WeightType::q8_0, 64 * kBlock, random);
-  WorkerPool pool(1);
-  WeightArena arena;
-  const std::vector<float> scale(kBlock, 1.0F);
   for (const bool finite : {true, false}) {
     if (!finite) {
       const std::uint16_t infinite = 0x7C00;
       std::memcpy(blocks.data() + 33 * (2 + kBlock), &infinite, sizeof infinite);
     }
-    PackedMatrix matrix{WeightType::q8_0, 64, kBlock, panel_bytes(WeightType::q8_0, kBlock), nullptr};
-    const MemorySlice memory = arena.take(4 * matrix.panel_bytes);
-    pack_rows(WeightType::q8_0, kBlock, 64, WeightType::q8_0, blocks.data(), memory.data);
-    matrix.data = memory.data;
-    const CpuWeight weight(WeightType::q8_0, matrix, memory);
-    const SplitHead head(weight, scale.data(), arena, pool);
-    EXPECT_EQ(std::isfinite(head.longest()), finite);
-    ScreenedHead screened(head, Isa::portable, matmul_kernels(Isa::portable), layer_kernels(Isa::portable), pool, 1);
+    Head head(blocks, 64, std::vector<float>(kBlock, 1.0F));
+    EXPECT_EQ(std::isfinite(head.split.longest()), finite);
     const SamplingParams greedy;
     VerifyGroup group;
     group.sampling = &greedy;
-    EXPECT_EQ(screened.takes(std::span(&group, 1), 1), finite);
+    EXPECT_EQ(head.screened(Isa::portable, 1).takes(std::span(&group, 1), 1), finite);
   }
 }
 

@@ -225,6 +225,7 @@ class TinyModel {
   }
 
   Gemma& model() { return *model_; }
+  [[nodiscard]] const Backend& backend() const { return *backend_; }
 
   /// The model's drafter, made at the first call.
   MtpModel& mtp(int clusters = 0, int draft_vocabulary = 0) {

@@ -20,8 +20,9 @@ constexpr std::int64_t kMostRows = std::int64_t{1} << 31;
 
 }  // namespace
 
-CpuBackend::CpuBackend(int threads, Isa isa)
+CpuBackend::CpuBackend(int threads, Isa isa, Screening screening)
     : isa_(isa),
+      screening_(screening),
       matmul_(matmul_kernels(isa)),
       layer_(layer_kernels(isa)),
       pool_(threads),
@@ -104,7 +105,7 @@ void CpuBackend::reserve(int max_rows, int max_outputs, int max_columns, int voc
   sparse_ = std::make_unique<SparseLogits>(matmul_, layer_, pool_, max_outputs_, vocabulary);
   sampler_ = std::make_unique<Sampler>(isa_, vocabulary, max_outputs_, pool_.size());
   if (split_head_ != nullptr) {
-    screened_ = std::make_unique<ScreenedHead>(*split_head_, isa_, matmul_, layer_, pool_, max_outputs_);
+    screened_ = std::make_unique<ScreenedHead>(*split_head_, isa_, matmul_, layer_, pool_, max_outputs_, screening_);
   }
   head_logits_ = {};
 }
@@ -114,7 +115,7 @@ void CpuBackend::screen_head(const Weight& head, const Norm& norm) {
   require(weight.rows() == vocabulary_, "a head of the reserved vocabulary");
   if (weight.type() != WeightType::q8_0 || split_head_ != nullptr) return;
   split_head_ = std::make_unique<SplitHead>(weight, norm.scale, weights_, pool_);
-  screened_ = std::make_unique<ScreenedHead>(*split_head_, isa_, matmul_, layer_, pool_, max_outputs_);
+  screened_ = std::make_unique<ScreenedHead>(*split_head_, isa_, matmul_, layer_, pool_, max_outputs_, screening_);
 }
 
 void CpuBackend::reserve_experts(int max_rows, int chosen, const Experts& experts) {

@@ -29,7 +29,7 @@ namespace draftwerk::cpu {
 
 class CpuBackend final : public Backend {
  public:
-  CpuBackend(int threads, Isa isa);
+  CpuBackend(int threads, Isa isa, Screening screening = Screening::where_it_pays);
 
   [[nodiscard]] std::string description() const override;
   [[nodiscard]] std::optional<MemoryInfo> memory() const override { return std::nullopt; }
@@ -74,6 +74,9 @@ class CpuBackend final : public Backend {
   void move_kv(std::span<const KvLayer> layers, std::span<const KvMove> moves) override;
   void read_logits(std::span<float> out) override;
 
+  /// Steps whose tokens were chosen without all of their logits since the last reserve(), see ScreenedHead.
+  [[nodiscard]] std::int64_t screened_steps() const { return screened_ == nullptr ? 0 : screened_->steps(); }
+
  private:
   /// Angles of one rotary embedding for every row of the step: cosines, then sines, [head_dim / 2] each.
   struct RopeSlot {
@@ -112,6 +115,7 @@ class CpuBackend final : public Backend {
                   const KvLayer& kv, const float* angles);
 
   Isa isa_;
+  Screening screening_;
   const MatmulKernels& matmul_;
   const LayerKernels& layer_;
   WorkerPool pool_;

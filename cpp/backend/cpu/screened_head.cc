@@ -81,13 +81,14 @@ SplitHead::SplitHead(const CpuWeight& head, const float* scale, WeightArena& mem
 }
 
 ScreenedHead::ScreenedHead(const SplitHead& head, Isa isa, const MatmulKernels& matmul, const LayerKernels& layer,
-                           WorkerPool& pool, int max_outputs)
+                           WorkerPool& pool, int max_outputs, Screening screening)
     : head_(head),
       matmul_(matmul),
       layer_(layer),
       pool_(pool),
       reach_(static_cast<std::size_t>(max_outputs)),
       slack_(static_cast<std::size_t>(max_outputs)),
+      screening_(screening),
       panels_(static_cast<std::size_t>(pool.size()) * kApart, 0) {
   choices_.reserve(static_cast<std::size_t>(pool.size()));
   for (int i = 0; i < pool.size(); ++i) {
@@ -95,27 +96,41 @@ ScreenedHead::ScreenedHead(const SplitHead& head, Isa isa, const MatmulKernels& 
   }
 }
 
-bool ScreenedHead::takes(std::span<const VerifyGroup> groups, int outputs) {
-  if (outputs == 0) return false;
-  if (!(head_.longest() < std::numeric_limits<double>::infinity())) return false;
-  // Each sequence has rows multiplied one by one, some hundred panels of them where it is sampled; with this many, the
-  // coarse product does not save as much. (Rows behind a wrong draft do not count: nobody chooses there.)
-  const bool many = groups.size() > static_cast<std::size_t>(kRowsOfMemory);
-  const std::int64_t few = many ? 0 : std::min<std::int64_t>(kMostChosenAmong, head_.matrix().rows - 1);
-  const bool possible = std::all_of(groups.begin(), groups.end(), [few](const VerifyGroup& group) {
-    const SamplingParams& sampling = *group.sampling;
-    const bool chosen_among_few = sampling.temperature <= 0.0F || (sampling.top_k > 0 && sampling.top_k <= few);
-    const bool bans = !group.banned.empty() && group.banned_tokens > 0;
-    return chosen_among_few && !bans && !sampling.needs_history() && sampling.logit_bias.empty() &&
-           sampling.logprobs < 0;
-  });
-  if (!possible) return false;
-  count_work();
+void ScreeningPayoff::add(double work) { mean_work_ += (work - mean_work_) * kNewest; }
+
+bool ScreeningPayoff::next_step() {
   if (mean_work_ > kMostWork && pause_ == 0) pause_ = kPause;
   if (pause_ == 0) return true;
   // After a pause it is tried anew, on probation.
   if (--pause_ == 0) mean_work_ = kMostWork / 2;
   return false;
+}
+
+bool ScreenedHead::takes(std::span<const VerifyGroup> groups, int outputs) {
+  if (outputs == 0) return false;
+  if (!(head_.longest() < std::numeric_limits<double>::infinity())) return false;
+  if (!std::all_of(groups.begin(), groups.end(), [this](const VerifyGroup& group) { return can_choose(group); })) {
+    return false;
+  }
+  return screening_ == Screening::always || pays(groups);
+}
+
+bool ScreenedHead::can_choose(const VerifyGroup& group) const {
+  const SamplingParams& sampling = *group.sampling;
+  const std::int64_t few = std::min<std::int64_t>(kMostChosenAmong, head_.matrix().rows - 1);
+  const bool chosen_among_few = sampling.temperature <= 0.0F || (sampling.top_k > 0 && sampling.top_k <= few);
+  const bool bans = !group.banned.empty() && group.banned_tokens > 0;
+  return chosen_among_few && !bans && !sampling.needs_history() && sampling.logit_bias.empty() && sampling.logprobs < 0;
+}
+
+bool ScreenedHead::pays(std::span<const VerifyGroup> groups) {
+  // Each sequence has rows multiplied one by one, some hundred panels of them where it is sampled; with this many, the
+  // coarse product does not save as much. (Rows behind a wrong draft do not count: nobody chooses there.)
+  const bool sampled = std::any_of(groups.begin(), groups.end(),
+                                   [](const VerifyGroup& group) { return group.sampling->temperature > 0.0F; });
+  if (sampled && groups.size() > static_cast<std::size_t>(kRowsOfMemory)) return false;
+  count_work();
+  return payoff_.next_step();
 }
 
 /// Takes the work of the step before into the mean.
@@ -128,7 +143,7 @@ void ScreenedHead::count_work() {
   const double all =
       static_cast<double>(panel_count(head_.matrix().rows)) * std::max(1.0, outputs_ / double{kRowsOfMemory});
   const double work = panels * waiting / all + (completed_ ? 1.0 : 0.0);
-  mean_work_ += (work - mean_work_) * kNewest;
+  payoff_.add(work);
   outputs_ = 0;
 }
 
@@ -138,6 +153,7 @@ void ScreenedHead::bound(const Activations& x, int outputs, float softcap, const
   softcap_ = softcap;
   logits_ = logits;
   completed_ = false;
+  ++steps_;
   const SplitColumns& columns = head_.columns();
   const auto blocks = static_cast<int>(columns.whole.size());
   for (int row = 0; row < outputs; ++row) {
@@ -226,6 +242,7 @@ std::optional<TokenId> ScreenedHead::choose(const VerifyGroup& group, int row, N
 void ScreenedHead::complete() {
   compute_logits(pool_, matmul_, layer_, head_.matrix(), x_, outputs_, softcap_, logits_);
   completed_ = true;
+  --steps_;
 }
 
 }  // namespace draftwerk::cpu

@@ -47,14 +47,31 @@ class SplitHead {
   double longest_ = 0.0;
 };
 
+/// Which steps are screened, of those that can be: where it is likely to be faster, or, for tests, all of them.
+enum class Screening { where_it_pays, always };
+
+/// Whether screening pays, as the last sixteen steps or so tell. Work is that of multiplying rows whole, as a share of
+/// a product of all.
+class ScreeningPayoff {
+ public:
+  /// The work of a screened step.
+  void add(double work);
+  /// Whether the next step shall be screened: no for a while once work has been too much.
+  [[nodiscard]] bool next_step();
+
+ private:
+  double mean_work_ = 0.0;
+  int pause_ = 0;  ///< steps that are not to be screened
+};
+
 class ScreenedHead final : public RowScreen {
  public:
   /// Scratch for up to `max_outputs` rows. Everything but the ISA outlives the object.
   ScreenedHead(const SplitHead& head, Isa isa, const MatmulKernels& matmul, const LayerKernels& layer, WorkerPool& pool,
-               int max_outputs);
+               int max_outputs, Screening screening);
 
-  /// Whether these groups' tokens can be chosen so, as nothing but temperature, top_k, top_p and min_p matters and
-  /// there is some top_k unless the choice is greedy, and whether that is likely to be faster than from all logits.
+  /// Whether these groups' tokens are to be chosen so: whether they can be, as nothing but temperature, top_k, top_p
+  /// and min_p matters and there is some top_k unless the choice is greedy, and whether that pays.
   [[nodiscard]] bool takes(std::span<const VerifyGroup> groups, int outputs);
 
   /// Fills `logits` with upper bounds of the logits of `outputs` rows; `x` holds their states in the order of the split
@@ -64,8 +81,13 @@ class ScreenedHead final : public RowScreen {
   [[nodiscard]] std::optional<TokenId> choose(const VerifyGroup& group, int row, NoiseKey noise, int worker) override;
   void complete() override;
 
+  /// Steps that were screened to the end, without all logits.
+  [[nodiscard]] std::int64_t steps() const { return steps_; }
+
  private:
   class Row;
+  [[nodiscard]] bool can_choose(const VerifyGroup& group) const;
+  [[nodiscard]] bool pays(std::span<const VerifyGroup> groups);
   void count_work();
 
   const SplitHead& head_;
@@ -82,11 +104,11 @@ class ScreenedHead final : public RowScreen {
   float softcap_ = 0.0F;
   LogitRows logits_;
 
-  // Whether it pays: work is that of multiplying rows whole, as a share of a product of all.
-  std::vector<std::int64_t> panels_;  ///< of this step, one per worker
+  Screening screening_;
+  ScreeningPayoff payoff_;
+  std::vector<std::int64_t> panels_;  ///< that this step multiplied whole, one count per worker
   bool completed_ = false;            ///< this step
-  double mean_work_ = 0.0;            ///< of the last sixteen steps or so
-  int pause_ = 0;                     ///< steps that are not to be screened
+  std::int64_t steps_ = 0;
 };
 
 }  // namespace draftwerk::cpu
