@@ -156,6 +156,30 @@ TEST_P(LayerKernelsTest, SoftcapAndMaximum) {
   EXPECT_FLOAT_EQ(odd[0], -30);
 }
 
+// As tanh does: the quotient and the product around it cannot but do so.
+TEST_P(LayerKernelsTest, SoftcapKeepsTheOrder) {
+  constexpr std::uint32_t kRun = 1024;
+  const auto bits_of = [](float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+  };
+  std::vector<float> x(kRun);
+  const auto check = [&](std::uint32_t first) {
+    for (std::uint32_t i = 0; i < kRun; ++i) {
+      const std::uint32_t bits = first + i;
+      std::memcpy(&x[i], &bits, sizeof bits);
+    }
+    kernels_.softcap_max(x.data(), kRun, 1.0F);
+    ASSERT_TRUE(std::is_sorted(x.begin(), x.end())) << "from bits " << first;
+  };
+  // An eighth of the positive numbers to where it is 1 for good; all of them take seconds.
+  for (std::uint32_t first = bits_of(0x1p-14F); first < bits_of(10.0F); first += 8 * kRun) check(first);
+  EXPECT_EQ(x.back(), 1.0F);
+  // Around (i + 1/2) ln 2 / 2, where the exponential that it is made of goes from one power of 2 to the next.
+  for (int i = 0; i < 26; ++i) check(bits_of((static_cast<float>(i) + 0.5F) * 0.34657359F) - kRun / 2);
+}
+
 TEST_P(LayerKernelsTest, Rotate) {
   for (const int head_dim : {16, 32, 48, 64, 128, 256, 512}) {
     const std::vector<float> x = draw(head_dim);

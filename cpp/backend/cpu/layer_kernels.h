@@ -76,6 +76,7 @@ struct LayerKernels {
   /// y = gelu_tanh(gate) * up; y may be either.
   void (*gelu_multiply)(const float* gate, const float* up, int columns, float* y);
   /// x = softcap * tanh(x / softcap) unless softcap is 0; returns the largest element (NaN counts as minus infinity).
+  /// What is larger never becomes smaller than what is not.
   float (*softcap_max)(float* x, int columns, float softcap);
   /// x += errors * reach + slack; returns the largest element (NaN counts as minus infinity).
   float (*raise_max)(float* x, const float* errors, float reach, float slack, int columns);

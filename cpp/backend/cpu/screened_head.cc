@@ -11,8 +11,6 @@
 namespace draftwerk::cpu {
 namespace {
 
-// A logit and its bound may have been capped by two approximations of tanh, each off by less than 2^-20.
-constexpr float kSoftcapSlack = 0x1p-18F;
 // Logits below this cannot overflow, and neither can what they are made of.
 constexpr double kLargestLogit = 0x1p100;
 // A coarse product saves a third of the whole one while memory bounds both.
@@ -184,12 +182,8 @@ void ScreenedHead::bound(const Activations& x, int outputs, float softcap, const
   multiply_head(pool_, matmul_.matmul_coarse, head_.matrix(), x, outputs, logits,
                 [&](float* values, int row, std::int64_t first, int count) {
                   const auto at = static_cast<std::size_t>(row);
-                  float most = layer_.raise_max(values, lost + first, reach_[at], slack_[at], count);
-                  if (softcap_ != 0.0F) {
-                    layer_.softcap_max(values, count, softcap_);
-                    most = layer_.raise_max(values, lost + first, 0.0F, kSoftcapSlack * softcap_, count);
-                  }
-                  return most;
+                  const float most = layer_.raise_max(values, lost + first, reach_[at], slack_[at], count);
+                  return softcap_ == 0.0F ? most : layer_.softcap_max(values, count, softcap_);
                 });
 }
 

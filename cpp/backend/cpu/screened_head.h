@@ -5,8 +5,9 @@
 // in which states are smallest, as far as the scale of the norm before the head tells. So each logit has an upper
 // bound:
 //   l(n) <= coarse(n) + |e(n)| |x'| + slack
-// whose slack covers what float32 rounds in both products. Rows that by their bounds may be chosen (bounded_choice.h)
-// are multiplied whole, by the kernel that would have multiplied all, and whoever is chosen is chosen by such logits.
+// whose slack covers what float32 rounds in both products. A softcap keeps the order of what it is given. Rows that by
+// their bounds may be chosen (bounded_choice.h) are multiplied whole, by the kernel that would have multiplied all, and
+// whoever is chosen is chosen by such logits.
 #pragma once
 
 #include <cstdint>
