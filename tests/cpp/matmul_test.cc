@@ -206,9 +206,10 @@ TEST_P(Matmul, WritesNothingButItsOutputs) {
 
 TEST_P(Matmul, ExtremesStayExact) {
   if (!takes_quantized(type)) GTEST_SKIP() << "int8 only";
-  // All weights at their largest, all quants at 127 or -127: the sums that could saturate or overflow.
+  // All weights at their largest, all quants at 127 or -127: the sums that could saturate or overflow. Zero points make
+  // that 0xFF of most types, and of q8_0 0x7F.
   const std::int64_t columns = 256;
-  for (const int fill : {0xFF, 0x00, 0x80}) {
+  for (const int fill : {0xFF, 0x7F, 0x00, 0x80}) {
     std::vector<std::byte> blocks(16 * columns / block_columns(type) * block_bytes(type), static_cast<std::byte>(fill));
     const std::uint16_t one = float_to_half(1.0F);
     for (std::size_t at = 0; at < blocks.size(); at += block_bytes(type)) {

@@ -7,6 +7,7 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <utility>
 
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/packing.h"
@@ -17,10 +18,12 @@
 namespace draftwerk::cpu {
 namespace {
 
-// A random q8_0 matrix, packed, and the same in split columns.
+// A q8_0 matrix, packed, and the same in split columns, of random importance.
 struct SplitMatrix {
   SplitMatrix(std::int64_t rows, std::int64_t columns, std::mt19937& random)
-      : blocks(random_blocks(WeightType::q8_0, rows * columns, random)), importance(random_values(columns, random)) {
+      : SplitMatrix(rows, columns, random_blocks(WeightType::q8_0, rows * columns, random), random) {}
+  SplitMatrix(std::int64_t rows, std::int64_t columns, std::vector<std::byte> matrix, std::mt19937& random)
+      : blocks(std::move(matrix)), importance(random_values(columns, random)) {
     const std::int64_t panels = panel_count(rows);
     plain = {WeightType::q8_0, rows, columns, panel_bytes(WeightType::q8_0, columns), nullptr};
     plain_panels.resize(static_cast<std::size_t>(panels) * plain.panel_bytes);
@@ -226,6 +229,33 @@ TEST_P(SplitProduct, OfTheCoarsePartHasTheBitsOfAMatrixOfItsValues) {
   for (int round = 0; round < 40; ++round) {
     const Product product = multiply(true);
     ASSERT_EQ(product.got, product.want) << product.rows << " rows, round " << round;
+  }
+}
+
+TEST_P(SplitProduct, ExtremesStayExact) {
+  // All weights alike, all quants at 127 or -127: the sums that could saturate, exact as sums below 2^24.
+  constexpr int kColumns = 20 * kBlock;
+  for (const int value : {127, -1, 0, -128}) {
+    std::vector<std::byte> blocks(kPanel * (kColumns / kBlock) * (2 + kBlock), static_cast<std::byte>(value));
+    const std::uint16_t one = float_to_half(1.0F);
+    for (std::size_t at = 0; at < blocks.size(); at += 2 + kBlock) std::memcpy(&blocks[at], &one, sizeof one);
+    const SplitMatrix matrix(kPanel, kColumns, blocks, random);
+    int whole = 0;
+    for (const std::uint8_t groups : matrix.columns_split.whole) whole += groups * kGroupColumns;
+    const int coarse_value = ((value + 128) & 0xF0) + 8 - 128;
+    const int sum = kColumns * value;
+    const int coarse_sum = whole * value + (kColumns - whole) * coarse_value;
+    for (int rows = 1; rows <= 17; ++rows) {
+      for (const int quant : {127, -127}) {
+        const std::vector<float> values(static_cast<std::size_t>(rows * kColumns), static_cast<float>(quant));
+        const Quantised x(kernels, values, rows, kColumns, &matrix.columns_split);
+        std::vector<float> y(static_cast<std::size_t>(rows * kPanel));
+        kernels.matmul(matrix.packed, 0, 1, x.view(), rows, y.data(), kPanel);
+        for (const float got : y) ASSERT_EQ(got, static_cast<float>(sum * quant)) << value << ", " << rows << " rows";
+        kernels.matmul_coarse(matrix.packed, 0, 1, x.view(), rows, y.data(), kPanel);
+        for (const float got : y) ASSERT_EQ(got, static_cast<float>(coarse_sum * quant)) << value;
+      }
+    }
   }
 }
 
