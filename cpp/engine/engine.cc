@@ -5,6 +5,8 @@
 #include <ranges>
 #include <utility>
 
+#include "backend/floating_point.h"
+
 namespace draftwerk {
 namespace {
 
@@ -220,6 +222,7 @@ void Engine::close() {
 // --- the engine thread -------------------------------------------------------------------------------------------
 
 void Engine::run() {
+  const DefaultFloatingPoint environment;
   while (take_commands()) {
     step_began_.store(Clock::now().time_since_epoch().count());
     try {

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cfenv>
 #include <thread>
 
 #include "backend/cpu/cpu_backend_impl.h"
@@ -131,6 +133,35 @@ INSTANTIATE_TEST_SUITE_P(
                           Variant{"random", 3, 1, 2, kPlenty, true, 3}, Variant{"random", 8, 64, 2, kTight, false, 16},
                           Variant{"random", 8, 64, 1, kPlenty, true, 16},
                           Variant{"random", -1, 64, 1, kPlenty, true, 1})));
+
+// A thread rounds as the one that makes it does.
+TEST(EngineTest, ComputesInTheDefaultFloatingPointEnvironment) {
+  class Witness : public Drafter {
+   public:
+    explicit Witness(std::atomic<float>& sum) : sum_(sum) {}
+    [[nodiscard]] const char* name() const override { return "witness"; }
+    std::unique_ptr<DraftState> open() override { return std::make_unique<DraftState>(); }
+    DraftOutlook outlook(const DraftContext& /*context*/, int /*limit*/) override {
+      const volatile float one = 1.0F;
+      sum_ = one + 0x1p-30F;
+      return {};
+    }
+    int propose(std::span<DraftJob> /*jobs*/) override { return 0; }
+
+   private:
+    std::atomic<float>& sum_;
+  };
+  std::atomic<float> sum{0.0F};
+  std::vector<std::unique_ptr<Drafter>> drafters;
+  drafters.push_back(std::make_unique<Witness>(sum));
+  const std::vector<Request> requests = mixed_requests();
+  TinyModel tiny;
+  std::fesetround(FE_UPWARD);
+  Engine engine(tiny.model(), {}, std::move(drafters), {});
+  std::fesetround(FE_TONEAREST);
+  EXPECT_EQ(run_all(engine, requests), expected_tokens(WeightType::q8_0, requests));
+  EXPECT_EQ(sum, 1.0F);
+}
 
 TEST(EngineTest, SaysHowLongAStepHasTaken) {
   TinyModel tiny(WeightType::q8_0);

@@ -11,6 +11,9 @@
 #include <stdexcept>
 #include <thread>
 #include <vector>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 namespace draftwerk::cpu {
 namespace {
@@ -122,6 +125,40 @@ TEST(WorkerPool, WakesParkedWorkers) {
     });
     EXPECT_EQ(inside, 3);
   }
+}
+
+// As a thread is left that loads a library which is linked with -ffast-math.
+TEST(WorkerPool, KeepsSubnormalNumbersWhateverTheThreadsDo) {
+#if defined(__x86_64__)
+  constexpr unsigned kFlush = 0x8040;
+  const unsigned before = _mm_getcsr();
+  const auto half = [](float x) {
+    const volatile float value = x;
+    return value * 0.5F;
+  };
+  for (const bool made_by_flusher : {false, true}) {
+    _mm_setcsr(made_by_flusher ? before | kFlush : before);
+    WorkerPool pool(2);
+    for (const bool flusher_calls : {false, true}) {
+      _mm_setcsr(flusher_calls ? before | kFlush : before);
+      float products[2] = {};
+      std::atomic<int> inside{0};
+      pool.parallel_for(2, 1, [&](std::int64_t, std::int64_t, int worker) {
+        ++inside;
+        while (inside < 2) std::this_thread::yield();
+        products[worker] = half(0x1p-130F);
+      });
+      float alone = 0.0F;
+      pool.parallel_for(1, 1, [&](std::int64_t, std::int64_t, int) { alone = half(0x1p-130F); });
+      const float here = half(0x1p-130F);
+      _mm_setcsr(before);
+      for (const float product : {products[0], products[1], alone}) EXPECT_EQ(product, 0x1p-131F);
+      EXPECT_EQ(here, flusher_calls ? 0.0F : 0x1p-131F) << "what the caller does elsewhere is its own affair";
+    }
+  }
+#else
+  GTEST_SKIP() << "no portable way to flush subnormal numbers";
+#endif
 }
 
 TEST(WorkerPool, IdleWorkersUseNoProcessorTime) {

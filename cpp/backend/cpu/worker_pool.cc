@@ -14,6 +14,8 @@
 #include <immintrin.h>
 #endif
 
+#include "backend/floating_point.h"
+
 namespace draftwerk::cpu {
 namespace {
 
@@ -144,6 +146,7 @@ struct WorkerPool::State {
   }
 
   void work(int worker) {
+    const DefaultFloatingPoint environment;
     std::uint32_t seen = 0;
     while (true) {
       std::uint32_t now = await_job(seen);
@@ -202,6 +205,7 @@ int WorkerPool::size() const { return static_cast<int>(state_->workers.size()) +
 
 void WorkerPool::run(std::int64_t items, std::int64_t grain, Invoke invoke, void* context) {
   if (items <= 0) return;
+  const DefaultFloatingPoint environment;
   State& state = *state_;
   grain = std::max<std::int64_t>(grain, 1);
   if (items <= grain || state.workers.empty()) {

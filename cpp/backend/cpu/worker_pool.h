@@ -25,7 +25,8 @@ class WorkerPool {
   /// for the last one), and returns when all of it is done. Each thread has an equal share, of which it takes shrinking
   /// pieces in ascending order, so that it streams memory from one into the next; who has none left takes from the end
   /// of another's (work stealing: Blumofe and Leiserson, 1999). The body must not throw, and what it computes must not
-  /// depend on how the range is cut. With one piece (items <= grain) it runs on the caller alone.
+  /// depend on how the range is cut. With one piece (items <= grain) it runs on the caller alone. Whatever the threads'
+  /// floating-point environments are, the body has the default one.
   template <typename Body>
   void parallel_for(std::int64_t items, std::int64_t grain, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
