@@ -181,7 +181,9 @@ TEST(WorkerPool, StartsAndStops) {
 TEST(WorkerPool, RefusesNonsense) {
   EXPECT_THROW(WorkerPool(0), std::invalid_argument);
   EXPECT_THROW(WorkerPool(-3), std::invalid_argument);
+  EXPECT_THROW(WorkerPool(kMostThreads + 1), std::invalid_argument);
   EXPECT_GE(default_threads(), 1);
+  EXPECT_LE(default_threads(), kMostThreads);
   EXPECT_LE(default_threads(), static_cast<int>(std::max(1U, std::thread::hardware_concurrency())));
 }
 

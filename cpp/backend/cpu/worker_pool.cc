@@ -25,6 +25,7 @@ namespace {
 // others can do alone, and a job's fields are never written while anybody may read them.
 constexpr std::uint32_t kOpen = 1U << 9;
 constexpr std::uint32_t kInside = kOpen - 1;
+static_assert(kInside == kMostThreads);
 constexpr std::uint32_t kJob = 1U << 10;
 constexpr std::uint32_t kJobMask = ~(kJob - 1);
 
@@ -184,9 +185,9 @@ struct WorkerPool::State {
 };
 
 WorkerPool::WorkerPool(int threads) : state_(std::make_unique<State>()) {
-  if (threads < 1 || threads > static_cast<int>(kInside)) {
+  if (threads < 1 || threads > kMostThreads) {
     throw std::invalid_argument("worker pool: " + std::to_string(threads) + " threads: must be 1 to " +
-                                std::to_string(kInside));
+                                std::to_string(kMostThreads));
   }
   State* state = state_.get();
   state->shares = std::vector<Share>(static_cast<std::size_t>(threads));
@@ -280,7 +281,7 @@ int default_threads() {
   if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) processors = CPU_COUNT(&allowed);
   const int quota = cgroup_quota();
   if (quota > 0) processors = std::min(processors, quota);
-  return std::max(processors, 1);
+  return std::clamp(processors, 1, kMostThreads);
 }
 
 }  // namespace draftwerk::cpu

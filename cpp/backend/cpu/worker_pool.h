@@ -9,9 +9,12 @@
 
 namespace draftwerk::cpu {
 
+/// That a pool can have: as many as nine bits count.
+inline constexpr int kMostThreads = 511;
+
 class WorkerPool {
  public:
-  /// `threads` >= 1, the calling thread included.
+  /// `threads`, the calling one included, are 1 to kMostThreads; throws std::invalid_argument otherwise.
   explicit WorkerPool(int threads);
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
@@ -46,7 +49,8 @@ class WorkerPool {
   std::unique_ptr<State> state_;
 };
 
-/// Threads that suit this process: the processors it may run on (affinity and cgroup quota counted), at least 1.
+/// Threads that suit this process: the processors it may run on (affinity and cgroup quota counted), at least 1
+/// and no more than a pool takes.
 int default_threads();
 
 }  // namespace draftwerk::cpu
