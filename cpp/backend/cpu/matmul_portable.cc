@@ -99,7 +99,8 @@ inline void dot_groups(const std::byte* block, int first_group, int last_group, 
     unpack_group<type>(block, g, w);
     for (int r = 0; r < R; ++r) {
       const std::int8_t* q = quants + r * stride + g * 4;
-      const std::int16_t a[4] = {q[0], q[1], q[2], q[3]};
+      std::int8_t a[4];  // copied, as GCC 12 vectorises four reads to some of a row behind the last one
+      std::memcpy(a, q, sizeof a);
       for (int lane = 0; lane < kPanel; ++lane) {
         const std::int16_t* row = w + lane * 4;
         sum[r][lane] += row[0] * a[0] + row[1] * a[1] + row[2] * a[2] + row[3] * a[3];
