@@ -25,6 +25,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from draftwerk import Engine, SamplingParams
 from draftwerk.loading import open_checkpoint
@@ -91,7 +92,7 @@ ROWS = [
     Row("lookup against none, text that repeats", "lookup, repeating", "none, repeating", "tokens/s", ">= 1.5"),
     Row("lookup against none, text that does not", "lookup, plain", "none, plain", "tokens/s", ">= 0.97"),
     Row("start of the process to first token", "start", None, "s", "<= 2"),
-    Row("resident memory - KV budget, against weights", "memory less KV budget", "weights", "MiB", "<= 1.3"),
+    Row("resident memory at most, less KV in use, against weights", "memory less KV", "weights", "MiB", "<= 1.3"),
 ]
 
 
@@ -195,16 +196,26 @@ def run_commands(arguments: argparse.Namespace) -> dict[str, float]:
         rows = json.loads(report.read_text(encoding="utf-8"))["rows"]
         prompts = Path(folder) / "prompts.jsonl"
         prompts.write_text(json.dumps({"turns": [REPETITIVE[1]]}) + "\n", encoding="utf-8")
-        bench = ["bench", *common, "--prompts", str(prompts), "--max-tokens", "64", "--kv-memory", "64MiB"]
+        bench = ["bench", *common, "--prompts", str(prompts), "--max-tokens", "64"]
         run_quietly([*draftwerk, *bench, "--json", str(report)])
         figures = json.loads(report.read_text(encoding="utf-8"))
     return {
         "start": seconds,
         "pass of 1 row": rows["1"],
         "pass of 8 rows": rows["8"],
-        "memory less KV budget": figures["peak_rss_mb"] - 64,
+        "memory less KV": memory_besides_kv(figures),
         "weights": figures["settings"]["weight_bytes"] / 2**20,
     }
+
+
+def memory_besides_kv(report: dict[str, Any]) -> float:
+    """MiB that `draftwerk bench` had resident at most, without keys and values.
+
+    Of the cache's memory only what has been used is resident: the budget is address space.
+    """
+    in_use: int = report["engine"]["kv"]["peak_bytes"]
+    resident: float = report["peak_rss_mb"]
+    return resident - in_use / 2**20
 
 
 def run_quietly(command: list[str]) -> None:
