@@ -187,9 +187,7 @@ def run_commands(arguments: argparse.Namespace) -> dict[str, float]:
     """What only a process of its own can show: start-up, memory, and passes of the bare model."""
     draftwerk = [sys.executable, "-m", "draftwerk.cli.main"]
     common = ["--model", arguments.model, "--threads", str(arguments.threads)]
-    started = time.perf_counter()
-    run_quietly([*draftwerk, "generate", *common, "--prompt", "The", "--max-tokens", "1", "--json"])
-    seconds = time.perf_counter() - started
+    start = seconds_to_first_output([*draftwerk, "generate", *common, "--prompt", "The", "--max-tokens", "1"])
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         run_quietly([*draftwerk, "bench", "rows", *common, "--max-rows", "8", "--repeats", "8", "--json", str(report)])
@@ -200,12 +198,29 @@ def run_commands(arguments: argparse.Namespace) -> dict[str, float]:
         run_quietly([*draftwerk, *bench, "--json", str(report)])
         figures = json.loads(report.read_text(encoding="utf-8"))
     return {
-        "start": seconds,
+        "start": start,
         "pass of 1 row": rows["1"],
         "pass of 8 rows": rows["8"],
         "memory less KV": memory_besides_kv(figures),
         "weights": figures["settings"]["weight_bytes"] / 2**20,
     }
+
+
+def seconds_to_first_output(command: list[str]) -> float:
+    """From the start of a process to the first of what it prints; what it does after that does not count.
+
+    Raises:
+        CalledProcessError: it failed.
+    """
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        seconds = time.perf_counter() - started
+        process.stdout.read()
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return seconds
 
 
 def memory_besides_kv(report: dict[str, Any]) -> float:
