@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -71,6 +73,8 @@ PLAIN = [
     "In the garden behind the museum, the sculptor explained how",
 ]
 SAMPLED = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
+DRAFTERS = ("lookup", "auto")
+"""Lookup alone, which any model has, and what an engine drafts with that is not told: the model's own drafter too."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ ROWS = [
     Row(f"{STREAMS} streams against one, no drafting", "16 streams", "decode", "tokens/s", ">= 3"),
     Row("lookup against none, text that repeats", "lookup, repeating", "none, repeating", "tokens/s", ">= 1.5"),
     Row("lookup against none, text that does not", "lookup, plain", "none, plain", "tokens/s", ">= 0.97"),
+    Row("default drafters against none, text that repeats", "auto, repeating", "none, repeating", "tokens/s", "-"),
+    Row("default drafters against none, text that does not", "auto, plain", "none, plain", "tokens/s", "-"),
     Row("start of the process to first token", "start", None, "s", "<= 2"),
     Row("resident memory at most, less KV in use, against weights", "memory less KV", "weights", "MiB", "<= 1.3"),
 ]
@@ -100,8 +106,10 @@ def main() -> None:
     arguments = parse_arguments()
     checkpoint = open_checkpoint(arguments.model)
     measured: dict[str, list[float]] = defaultdict(list)
-    with Engine(arguments.model, threads=arguments.threads, prefix_cache=False) as engine:
-        generate(engine, [2] * 16, 16, drafting=False)  # touches the weights
+    with engines(arguments) as opened:
+        engine = opened["auto"]
+        for each in opened.values():
+            generate(each, [2] * 16, 16, drafting=False)  # touches the weights
         for number in range(arguments.rounds):
             print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
             if arguments.llama_bin is not None:
@@ -111,8 +119,9 @@ def main() -> None:
             measured["prefill"].append(prefill(engine, number))
             measured["16 streams"].append(side_by_side(engine))
             for kind, prompts, sampling in (("repeating", REPETITIVE, {}), ("plain", PLAIN, SAMPLED)):
-                for name, drafting in (("none", False), ("lookup", True)):
-                    measured[f"{name}, {kind}"].append(total_speed(engine, prompts, drafting, sampling))
+                measured[f"none, {kind}"].append(total_speed(engine, prompts, False, sampling))
+                for drafter, drafting in opened.items():
+                    measured[f"{drafter}, {kind}"].append(total_speed(drafting, prompts, True, sampling))
             for name, value in run_commands(arguments).items():
                 measured[name].append(value)
     table = render(arguments, measured)
@@ -130,6 +139,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write every figure here")
     return parser.parse_args()
+
+
+@contextmanager
+def engines(arguments: argparse.Namespace) -> Iterator[dict[str, Engine]]:
+    """An engine for each of DRAFTERS, by its name."""
+    with ExitStack() as stack:
+        yield {
+            drafter: stack.enter_context(
+                Engine(arguments.model, drafter=drafter, threads=arguments.threads, prefix_cache=False)
+            )
+            for drafter in DRAFTERS
+        }
 
 
 def generate(

@@ -3,7 +3,8 @@
     python bench/service_overhead.py --threads 2 --json overhead.json
 
 An engine in a process of its own and a server take turns on the same prompts, round by round, so that a slow spell of
-the machine falls on both, and never compute at the same time. The client of the server runs in this process, on the
+the machine falls on both, and never compute at the same time. There are two of each: one with lookup alone, one with
+the model's own drafters, which also generates without drafts. The client of the servers runs in this process, on the
 same machine. The table shows medians over the rounds; a ratio is the median of the rounds' ratios.
 """
 
@@ -42,7 +43,8 @@ from draftwerk_client.v1 import (
 )
 
 STREAMS = (1, 16, 64)
-DRAFTERS = {"none": False, "lookup": True}
+# By the name of a row: the drafter that engine and server are started with, and whether generations draft.
+ROWS = {"none": ("auto", False), "lookup": ("lookup", True), "auto": ("auto", True)}
 FIRST_TOKENS = 32
 SESSIONS = 200
 
@@ -87,13 +89,15 @@ def main() -> None:
     arguments = parse_arguments()
     measured: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
-        engine = stack.enter_context(engine_process(arguments))
-        address = stack.enter_context(server_process(arguments))
+        sides: dict[str, dict[str, Side]] = {}
+        for drafter in ("lookup", "auto"):
+            engine = stack.enter_context(engine_process(arguments, drafter))
+            address = stack.enter_context(server_process(arguments, drafter))
+            sides[drafter] = {"in process": engine, "service": stack.enter_context(through_service(address))}
         prompts = tokenized(address, texts(arguments.prompts))
-        sides = {"in process": engine, "service": stack.enter_context(through_service(address))}
         for number in range(arguments.rounds + 1):
             print(f"round {number} of {arguments.rounds}", file=sys.stderr)
-            found = speeds(sides, prompts, arguments.max_tokens, number) | first_tokens(sides, prompts, number)
+            found = speeds(sides, prompts, arguments.max_tokens, number) | first_tokens(sides["auto"], prompts, number)
             for name, value in found.items():
                 if number > 0:  # the one before touches weights and clocks
                     measured[name].append(value)
@@ -137,11 +141,13 @@ def tokenized(address: str, prompts: list[BenchPrompt]) -> Prompts:
 
 
 @contextmanager
-def engine_process(arguments: argparse.Namespace) -> Iterator[Side]:
+def engine_process(arguments: argparse.Namespace, drafter: str) -> Iterator[Side]:
     """An engine in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve_engine, args=(theirs, arguments.model, arguments.threads), daemon=True)
+    process = context.Process(
+        target=serve_engine, args=(theirs, arguments.model, arguments.threads, drafter), daemon=True
+    )
     process.start()
 
     def run(*request: Any) -> Run:
@@ -154,9 +160,9 @@ def engine_process(arguments: argparse.Namespace) -> Iterator[Side]:
     process.join()
 
 
-def serve_engine(connection: Connection, model: str, threads: int) -> None:
+def serve_engine(connection: Connection, model: str, threads: int, drafter: str) -> None:
     loop = asyncio.new_event_loop()
-    with Engine(model, threads=threads, prefix_cache=False) as engine:
+    with Engine(model, drafter=drafter, threads=threads, prefix_cache=False) as engine:
 
         def start(token_ids: Any, **params: Any) -> Any:
             return engine.submit(token_ids, SamplingParams(**params))
@@ -170,13 +176,12 @@ def serve_engine(connection: Connection, model: str, threads: int) -> None:
 
 
 @contextmanager
-def server_process(arguments: argparse.Namespace) -> Iterator[str]:
+def server_process(arguments: argparse.Namespace, drafter: str = "auto") -> Iterator[str]:
     """`draftwerk serve` on a free port; its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-m", "draftwerk.cli.main", "serve", "--model", arguments.model, "--listen", address]
-    command += ["--threads", str(arguments.threads), "--metrics-listen", "", "--no-prefix-cache"]
+    command = serve_command(arguments, drafter, address)
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
@@ -190,6 +195,12 @@ def server_process(arguments: argparse.Namespace) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait()
+
+
+def serve_command(arguments: argparse.Namespace, drafter: str, address: str) -> list[str]:
+    command = [sys.executable, "-m", "draftwerk.cli.main", "serve", "--model", arguments.model, "--listen", address]
+    command += ["--drafter", drafter, "--threads", str(arguments.threads)]
+    return [*command, "--metrics-listen", "", "--no-prefix-cache"]
 
 
 @contextmanager
@@ -217,17 +228,17 @@ async def run(start: Callable[..., Any], prompts: Prompts, concurrency: int, par
 # --- measurements ------------------------------------------------------------------------------------------------
 
 
-def speeds(sides: dict[str, Side], prompts: Prompts, max_tokens: int, number: int) -> dict[str, float]:
-    """Tokens per second of all streams together, each from its prompt to its last token."""
+def speeds(sides: dict[str, dict[str, Side]], prompts: Prompts, max_tokens: int, number: int) -> dict[str, float]:
+    """Tokens per second of all streams together, each from its prompt to its last token. `sides` are by drafter."""
     found: dict[str, float] = {}
     for streams in STREAMS:
-        for drafter, drafting in DRAFTERS.items():
+        for row, (drafter, drafting) in ROWS.items():
             chosen = prompts if streams > 1 else prompts[number % 8 :: 8]
             params = {"max_tokens": max_tokens, "ignore_eos": True, "drafting": drafting}
             outputs = set()
-            for name, side in in_turn(sides, number):
+            for name, side in in_turn(sides[drafter], number):
                 result = side(chosen, streams, params)
-                found[f"{name}, {streams}, {drafter}"] = result.tokens_per_second
+                found[f"{name}, {streams}, {row}"] = result.tokens_per_second
                 outputs.add(result.output_sha256)
             assert len(outputs) == 1, "the service gave another output than the engine"
     return found
@@ -300,10 +311,10 @@ def render(arguments: argparse.Namespace, measured: dict[str, list[float]]) -> s
         "|---|---|---|---|---|",
     ]
     for streams in STREAMS:
-        for drafter in DRAFTERS:
-            ours, theirs = (measured[f"{side}, {streams}, {drafter}"] for side in ("service", "in process"))
+        for row in ROWS:
+            ours, theirs = (measured[f"{side}, {streams}, {row}"] for side in ("service", "in process"))
             ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-            title = f"{streams} stream{'s' * (streams > 1)}, drafter {drafter}"
+            title = f"{streams} stream{'s' * (streams > 1)}, drafter {row}"
             speeds_of = f"{statistics.median(theirs):.4g} tokens/s | {statistics.median(ours):.4g} tokens/s"
             lines.append(f"| {title} | {speeds_of} | {ratio:.1%} | >= 95% |")
     ours, theirs = (measured[f"{side}, first token"] for side in ("service", "in process"))
