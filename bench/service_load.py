@@ -2,13 +2,18 @@
 
     python bench/service_load.py --threads 2 --json load.json
 
-The speed of 40 steady streams is taken four times in every round, in turn, so that a slow spell of the machine falls on
-all four:
+The speed of 40 steady streams is taken four times in every round, so that a slow spell of the machine falls on all
+four; every other round goes from the last to the first:
 
     alone           nothing else runs
-    after the 24    the 24 have stopped, and 8 of them are still open, unread: they must cost nothing
     beside 24       24 streams that behave run as well
     beside the 24   the 24 misbehave meanwhile: they must not cost more than streams that behave
+    after the 24    (always behind the one before) the 24 have stopped, and 8 of them are still open, unread: they must
+                    cost nothing
+
+The 24 are there as long as a steady stream is, those that behave and those that do not: where one ends another one
+begins. Those that behave end by themselves after as many tokens as the others are cancelled after, or have got about
+when their deadline passes.
 
 Every steady stream has the same tokens each time. The stalled streams are read on at the end of a round, to the same
 tokens as if they had never stopped. After it nothing runs, and the cache holds nothing but cached prefixes.
@@ -24,7 +29,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +50,9 @@ STEADY, STALLED, CANCELLED, LATE = 40, 8, 8, 8
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1), ("grpc.http2.bdp_probe", 0)]
 # Beyond what a stalled stream gets before it pauses: max_unread_tokens and some messages on their way.
 STALLED_TOKENS = 512
+ENDLESS = 4096
+MOST_TOKENS = 20
+"""Of a stream that is cancelled or has a deadline; the least is 1."""
 COMPARISONS = (("after the 24", "alone"), ("beside the 24", "beside 24"))
 
 
@@ -64,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma-3-270m", help="a GGUF file or a built-in name")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4, help="an even number: every other one is in reverse")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens of each steady stream")
     parser.add_argument("--prompts", type=Path, help="JSON lines as for draftwerk bench; default: a list in a script")
     parser.add_argument("--json", type=Path, help="write every figure here")
@@ -79,11 +87,13 @@ class Load:
         self._stub = generation_pb2_grpc.GenerationStub(channel)
         self._stalling = generation_pb2_grpc.GenerationStub(grpc.aio.insecure_channel(address, options=SMALL_WINDOW))
         self._operations = operations_pb2_grpc.OperationsStub(channel)
-        requests = [self._request(token_ids, max_tokens) for _, token_ids in prompts]
-        self.steady = requests[:STEADY]
-        self.others = requests[STEADY:]
+        self.steady = [self._request(token_ids, max_tokens) for _, token_ids in prompts[:STEADY]]
         self.stalled = [self._request(token_ids, STALLED_TOKENS) for _, token_ids in prompts[STEADY:][:STALLED]]
-        self.endless = [self._request(token_ids, 4096) for _, token_ids in prompts[STEADY + STALLED :]]
+        self.short = [token_ids for _, token_ids in prompts[STEADY + STALLED :]]
+        self.expected: list[list[int]] | None = None
+        """Of the steady streams, once they have run."""
+        self.pace = 0.0
+        """Tokens per second of a steady stream when they ran first."""
 
     async def stats(self) -> operations_pb2.GetStatsResponse:
         found: operations_pb2.GetStatsResponse = await self._operations.GetStats(operations_pb2.GetStatsRequest())
@@ -97,24 +107,51 @@ class Load:
                 return stats
             await asyncio.sleep(0.05)
 
-    async def run_steady(self) -> tuple[float, list[list[int]]]:
-        """Tokens per second of the steady streams, and the tokens of each."""
+    async def run_steady(self) -> float:
+        """Tokens per second of the steady streams."""
         started = time.perf_counter()
         outputs = await asyncio.gather(*(self.read(self.begin(request)) for request in self.steady))
-        return sum(map(len, outputs)) / (time.perf_counter() - started), outputs
+        speed = sum(map(len, outputs)) / (time.perf_counter() - started)
+        if self.expected is None:
+            self.expected, self.pace = outputs, speed / STEADY
+        assert outputs == self.expected, "other tokens"
+        return speed
 
-    async def behave(self) -> None:
-        await asyncio.gather(*(self.read(self.begin(request)) for request in self.others))
+    async def beside_behaving(self, number: int) -> float:
+        """The speed of the steady streams beside 24 others that behave."""
+        others = [self.read(self.begin(request)) for request in self.stalled]
+        others += self._short_streams(number, [self._finish] * (CANCELLED + LATE))
+        return await self._beside(others)
 
-    async def misbehave(self, chance: random.Random) -> list[tuple[Any, list[int]]]:
-        """Returns when the cancelled and the late streams are over; the stalled ones, and what they have read."""
+    async def beside_misbehaving(self, number: int) -> tuple[float, list[tuple[Any, list[int]]]]:
+        """The speed of the steady streams beside 24 that do not; the stalled ones of these, and what they have read."""
         stalled = [self._stalling.Generate(request) for request in self.stalled]
         begun: list[Any] = await asyncio.gather(*(call.read() for call in stalled))
-        await asyncio.gather(
-            *(self._cancel(request, chance.randrange(20)) for request in self.endless[:CANCELLED]),
-            *(self._outlive(request, chance.uniform(0.2, 2.0)) for request in self.endless[CANCELLED:]),
-        )
-        return [(call, list(first.token_ids)) for call, first in zip(stalled, begun, strict=True)]
+        others = self._short_streams(number, [self._cancel] * CANCELLED + [self._outlive] * LATE)
+        speed = await self._beside(others)
+        return speed, [(call, list(first.token_ids)) for call, first in zip(stalled, begun, strict=True)]
+
+    async def _beside(self, others: Sequence[Coroutine[Any, Any, Any]]) -> float:
+        tasks = [asyncio.ensure_future(other) for other in others]
+        speed = await self.run_steady()
+        for task in tasks:
+            task.cancel()
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(ended, Exception):
+                raise ended
+        return speed
+
+    def _short_streams(
+        self, number: int, kinds: Sequence[Callable[[Sequence[int], int], Coroutine[Any, Any, None]]]
+    ) -> list[Coroutine[Any, Any, None]]:
+        """One stream of each kind after the other. Their lengths are the same of the same round."""
+
+        async def run(index: int) -> None:
+            lengths = random.Random(f"{number} {index}")
+            while True:
+                await kinds[index](self.short[index], lengths.randint(1, MOST_TOKENS))
+
+        return [run(index) for index in range(len(kinds))]
 
     def begin(self, request: generation_pb2.GenerateRequest) -> Any:
         return self._stub.Generate(request)
@@ -126,14 +163,17 @@ class Load:
             token_ids += response.token_ids
         return token_ids
 
-    async def _cancel(self, request: generation_pb2.GenerateRequest, after: int) -> None:
-        call = self.begin(request)
-        for _ in range(after):
-            await call.read()
+    async def _finish(self, prompt: Sequence[int], tokens: int) -> None:
+        await self.read(self.begin(self._request(prompt, tokens)))
+
+    async def _cancel(self, prompt: Sequence[int], tokens: int) -> None:
+        call = self.begin(self._request(prompt, ENDLESS))
+        while tokens > 0:
+            tokens -= len((await call.read()).token_ids)
         call.cancel()
 
-    async def _outlive(self, request: generation_pb2.GenerateRequest, seconds: float) -> None:
-        call = self._stub.Generate(request, timeout=seconds)
+    async def _outlive(self, prompt: Sequence[int], tokens: int) -> None:
+        call = self._stub.Generate(self._request(prompt, ENDLESS), timeout=tokens / self.pace)
         try:
             await self.read(call)
         except grpc.aio.AioRpcError as error:
@@ -148,37 +188,37 @@ class Load:
 
 async def measure(arguments: argparse.Namespace, address: str, prompts: Prompts) -> dict[str, list[float]]:
     load = Load(address, prompts, arguments.max_tokens)
-    chance = random.Random(0)
     measured: dict[str, list[float]] = defaultdict(list)
-    (_, expected), _ = await asyncio.gather(load.run_steady(), load.behave())  # touches weights, clocks and memory
+    await load.run_steady()
+    await load.beside_behaving(-1)  # touches weights, clocks and memory
     whole = await asyncio.gather(*(load.read(load.begin(request)) for request in load.stalled))
-    for number in range(arguments.rounds):
-        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
-        before = await load.wait_for(running=0, waiting=0, paused=0)
-        found = {"alone": await load.run_steady()}
 
-        behaving = asyncio.create_task(load.behave())
-        found["beside 24"] = await load.run_steady()
-        await behaving
+    async def alone(number: int) -> dict[str, float]:
+        return {"alone": await load.run_steady()}
 
-        misbehaving = asyncio.create_task(load.misbehave(chance))
-        found["beside the 24"] = await load.run_steady()
-        stalled = await misbehaving
+    async def behaving(number: int) -> dict[str, float]:
+        return {"beside 24": await load.beside_behaving(number)}
 
+    async def misbehaving(number: int) -> dict[str, float]:
+        before = await load.stats()
+        beside, stalled = await load.beside_misbehaving(number)
         await load.wait_for(running=0, waiting=0, paused=STALLED)
-        found["after the 24"] = await load.run_steady()
-        beside = await load.wait_for(running=0, waiting=0, paused=STALLED)
-        # The cache's memory becomes resident where it is first used, and stays so.
-        pages = beside.cache.peak_bytes - before.cache.peak_bytes
-        measured["growth"].append((beside.resident_bytes - before.resident_bytes - pages) / 2**20)
-
+        after = await load.run_steady()
+        stats = await load.wait_for(running=0, waiting=0, paused=STALLED)
         rest = await asyncio.gather(*(load.read(call) for call, _ in stalled))
         assert [first + others for (_, first), others in zip(stalled, rest, strict=True)] == whole
-        after = await load.wait_for(running=0, waiting=0, paused=0)
-        assert after.cache.used_bytes == after.cache.reclaimable_bytes, "pages are lost"
-        for name, (speed, outputs) in found.items():
-            assert outputs == expected, f"other tokens {name}"
-            measured[name].append(speed)
+        # The cache's memory becomes resident where it is first used, and stays so.
+        pages = stats.cache.peak_bytes - before.cache.peak_bytes
+        growth = (stats.resident_bytes - before.resident_bytes - pages) / 2**20
+        return {"beside the 24": beside, "after the 24": after, "growth": growth}
+
+    for number in range(arguments.rounds):
+        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
+        for part in (alone, behaving, misbehaving)[:: -1 if number % 2 else 1]:
+            for name, value in (await part(number)).items():
+                measured[name].append(value)
+            stats = await load.wait_for(running=0, waiting=0, paused=0)
+            assert stats.cache.used_bytes == stats.cache.reclaimable_bytes, "pages are lost"
     return measured
 
 

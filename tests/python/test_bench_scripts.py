@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from argparse import Namespace
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import grpc
 import pytest
 
 import tiny_gemma4
@@ -27,7 +29,7 @@ def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
     return import_module(request.param)
 
 
-def of_script(name: str) -> Any:
+def of_script(name: str) -> pytest.MarkDecorator:
     """Runs a test over a script of bench/."""
     return pytest.mark.parametrize("script", [name], indirect=True, ids=[name])
 
@@ -107,3 +109,126 @@ def test_each_row_is_measured_with_its_drafter(script: ModuleType) -> None:
     of_rows = {"none": ("auto", False), "lookup": ("lookup", True), "auto": ("auto", True)}
     assert asked == [of_rows[name.rsplit(", ", 1)[1]] for name in found]
     assert {name.rsplit(", ", 1)[1] for name in found} == set(of_rows)
+
+
+# --- bench/service_load.py ------------------------------------------------------------------------------------------
+
+
+class Streams:
+    """A server of streams that all go at one pace, of a token each millisecond.
+
+    Attributes:
+        beside: how many others were open, at every read of a steady one.
+    """
+
+    def __init__(self, steady: list[Any]) -> None:
+        self._steady = [id(request) for request in steady]
+        self._open: set[Stream] = set()
+        self.beside: list[int] = []
+        self.cancelled = 0
+        self.late = 0
+
+    def Generate(self, request: Any, timeout: float | None = None) -> Stream:  # noqa: N802
+        return Stream(self, request, timeout)
+
+    def opened(self, stream: Stream) -> None:
+        self._open.add(stream)
+
+    def closed(self, stream: Stream) -> None:
+        self._open.discard(stream)
+
+    def read(self, stream: Stream) -> None:
+        if id(stream.request) in self._steady:
+            self.beside.append(sum(id(other.request) not in self._steady for other in self._open))
+
+
+class Stream:
+    """One of them."""
+
+    def __init__(self, server: Streams, request: Any, timeout: float | None) -> None:
+        self.request = request
+        self._server = server
+        self._left = request.stop.max_tokens
+        self._reads_left = None if timeout is None else round(timeout * 1e3)
+        server.opened(self)
+
+    async def read(self) -> Any:
+        self._server.read(self)
+        await asyncio.sleep(0.001)
+        if self._reads_left == 0:
+            self._server.late += 1
+            self._server.closed(self)
+            nothing = grpc.aio.Metadata()
+            raise grpc.aio.AioRpcError(grpc.StatusCode.DEADLINE_EXCEEDED, nothing, nothing)
+        if self._left == 0:
+            self._server.closed(self)
+            return grpc.aio.EOF
+        self._left -= 1
+        self._reads_left = None if self._reads_left is None else self._reads_left - 1
+        return Namespace(token_ids=[7])
+
+    def cancel(self) -> None:
+        self._server.cancelled += 1
+        self._server.closed(self)
+
+
+@of_script("service_load")
+async def test_as_many_streams_misbehave_as_behave_at_any_time(script: ModuleType) -> None:
+    load = script.Load("127.0.0.1:1", [(None, [2, number]) for number in range(64)], 64)
+
+    def server() -> Streams:
+        load._stub = load._stalling = Streams(load.steady)
+        found: Streams = load._stub
+        return found
+
+    server()
+    await load.run_steady()
+    load.pace = 1e3
+    behaving = server()
+    await load.beside_behaving(3)
+    misbehaving = server()
+    await load.beside_misbehaving(3)
+    for streams in (behaving, misbehaving):
+        assert len(streams.beside) == 40 * 65
+        assert set(streams.beside) == {24}
+    assert behaving.cancelled == behaving.late == 0
+    assert misbehaving.cancelled > 8
+    assert misbehaving.late > 8
+
+
+@of_script("service_load")
+async def test_no_part_of_a_round_is_always_the_first(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Load:
+        stalled: tuple[()] = ()
+
+        def __init__(self, *_: Any) -> None:
+            self.parts: list[str] = []
+            loads.append(self)
+
+        async def run_steady(self) -> float:
+            self.parts.append("steady")
+            return 1.0
+
+        async def beside_behaving(self, number: int) -> float:
+            self.parts.append("behaving")
+            return 1.0
+
+        async def beside_misbehaving(self, number: int) -> tuple[float, list[Any]]:
+            self.parts.append("misbehaving")
+            return 1.0, []
+
+        async def stats(self) -> Any:
+            cache = Namespace(peak_bytes=0, used_bytes=0, reclaimable_bytes=0)
+            return Namespace(resident_bytes=0, cache=cache)
+
+        async def wait_for(self, **_: int) -> Any:
+            return await self.stats()
+
+    loads: list[Load] = []
+    monkeypatch.setattr(script, "Load", Load)
+    measured = await script.measure(Namespace(max_tokens=64, rounds=2), "127.0.0.1:1", [])
+    assert {name: len(values) for name, values in measured.items()} == dict.fromkeys(
+        ("alone", "beside 24", "beside the 24", "after the 24", "growth"), 2
+    )
+    first = ["steady", "behaving", "misbehaving", "steady"]
+    assert loads[0].parts[2:] == [*first, "misbehaving", "steady", "behaving", "steady"]
