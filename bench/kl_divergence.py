@@ -14,6 +14,8 @@ Windows and positions are llama-perplexity's: the text in windows of --context t
 by <bos>, and the second half of every window counts. Tokens with a log-probability of -16 or less in the reference are
 left out of the sum, as llama-perplexity does.
 
+Positions of a window share their text, so the standard error of a mean is that of the windows' means.
+
     python bench/kl_divergence.py --llama-bin ~/llama.cpp/build/bin --json kl.json
 """
 
@@ -72,7 +74,7 @@ class Divergence:
 
     name: str
     mean_kl: float
-    standard_error: float
+    standard_error: float  # of the windows' means
     median_kl: float
     p99_kl: float
     max_kl: float
@@ -81,10 +83,11 @@ class Divergence:
 
 
 class Comparison:
-    """Gathers the divergence of one implementation from the reference."""
+    """Gathers the divergence of one implementation from the reference, over windows of as many positions each."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, windows: int) -> None:
         self.name = name
+        self._windows = windows
         self._kl: list[float] = []
         self._same_top = 0
         self._log_likelihood = 0.0
@@ -99,10 +102,11 @@ class Comparison:
 
     def result(self) -> Divergence:
         kl = np.array(self._kl)
+        means = kl.reshape(self._windows, -1).mean(axis=1)
         return Divergence(
             name=self.name,
             mean_kl=float(kl.mean()),
-            standard_error=float(kl.std(ddof=1) / np.sqrt(kl.size)),
+            standard_error=float(means.std(ddof=1) / np.sqrt(means.size)),
             median_kl=float(np.median(kl)),
             p99_kl=float(np.percentile(kl, 99)),
             max_kl=float(kl.max()),
@@ -273,11 +277,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="gemma-3-270m", help="GGUF file or built-in name")
     parser.add_argument("--text", type=Path, help="UTF-8 text; default: Python's language reference (pydoc topics)")
     parser.add_argument("--context", type=int, default=512, help="tokens per window")
-    parser.add_argument("--windows", type=int, default=8, help="windows; each counts context / 2 - 1 positions")
+    parser.add_argument(
+        "--windows", type=int, default=8, help="windows, at least 2; each counts context / 2 - 1 positions"
+    )
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--llama-bin", type=Path, help="directory with llama-perplexity and its libraries")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.windows < 2:
+        parser.error("--windows: with fewer than 2 there is no standard error")
+    return arguments
 
 
 def from_llama(saved: LlamaLogProbabilities) -> LogProbabilities:
@@ -337,7 +346,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     for name, core in cores.items():
         implementations[name] = from_draftwerk(core, windows)
 
-    comparisons = [Comparison(name) for name in implementations]
+    comparisons = [Comparison(name, arguments.windows) for name in implementations]
     reference = reference_model(path)
     torch.set_num_threads(arguments.threads or os.cpu_count() or 1)
     for window, ids in enumerate(windows):

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 import tiny_gemma4
@@ -232,3 +233,18 @@ async def test_no_part_of_a_round_is_always_the_first(script: ModuleType, monkey
     )
     first = ["steady", "behaving", "misbehaving", "steady"]
     assert loads[0].parts[2:] == [*first, "misbehaving", "steady", "behaving", "steady"]
+
+
+# --- bench/kl_divergence.py -----------------------------------------------------------------------------------------
+
+
+@of_script("kl_divergence")
+def test_a_standard_error_is_that_of_windows(script: ModuleType) -> None:
+    comparison = script.Comparison("one", 4)
+    reference = np.log(np.array([0.5, 0.5]))
+    for of_window in (0.1, 0.2, 0.3, 0.4):
+        for _ in range(100):  # as neighbours that say the same a hundred times
+            comparison.add(reference, reference - of_window, 0)
+    result = comparison.result()
+    assert result.mean_kl == pytest.approx(0.25)
+    assert result.standard_error == pytest.approx(np.std([0.1, 0.2, 0.3, 0.4], ddof=1) / 2)
