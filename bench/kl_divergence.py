@@ -31,7 +31,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,13 @@ def default_text() -> str:
 
 
 def reference_model(path: Path) -> transformers.Gemma3ForCausalLM:
-    """transformers in float32, built from the GGUF file alone (independent of draftwerk's readers)."""
+    """transformers in float32, built from the GGUF file alone (independent of draftwerk's readers).
+
+    Raises:
+        ValueError: the file's model is one that this does not build right.
+    """
     reader = gguf.GGUFReader(path)
+    refuse_others(path, {k: field.contents() for k, field in reader.fields.items() if not k.startswith("tokenizer.")})
 
     def value(key: str, default: Any = None) -> Any:
         stored = reader.get_field(f"gemma3.{key}")
@@ -170,6 +175,25 @@ def reference_model(path: Path) -> transformers.Gemma3ForCausalLM:
     model.model.rotary_emb = rebuilt.model.rotary_emb
     model.model.embed_tokens.embed_scale = torch.tensor(config.hidden_size**0.5)
     return model.float().eval()
+
+
+def refuse_others(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Raises ValueError for what reference_model() leaves out."""
+    of = {key.removeprefix("gemma3."): value for key, value in metadata.items()}
+    key_length = of.get("attention.key_length")
+    left_out = {
+        "an architecture other than gemma3": of.get("general.architecture") != "gemma3",
+        "RoPE scaling": of.get("rope.scaling.type", "none") != "none" or of.get("rope.scaling.factor", 1.0) != 1.0,
+        "a RoPE base of sliding layers other than 10,000": of.get("rope.freq_base_swa", 10_000.0) != 10_000.0,
+        "values of another length than keys": of.get("attention.value_length", key_length) != key_length,
+        "full layers other than every sixth": of.get("attention.sliding_window_pattern", 6) != 6,
+        "soft-capped logits": bool(of.get("final_logit_softcapping")),
+        # GGUF does not say how attention is scaled; that of the 27B, which has 62 layers, is not by the length of keys.
+        "the 27B's scale of attention": of.get("block_count") == 62,
+    }
+    for what, is_left_out in left_out.items():
+        if is_left_out:
+            raise ValueError(f"{path}: has {what}, which the reference does not compute")
 
 
 def shrunk(config: transformers.Gemma3TextConfig) -> transformers.Gemma3TextConfig:

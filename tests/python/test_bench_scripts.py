@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import tiny_files
 
 import tiny_gemma4
 
@@ -248,3 +249,31 @@ def test_a_standard_error_is_that_of_windows(script: ModuleType) -> None:
     result = comparison.result()
     assert result.mean_kl == pytest.approx(0.25)
     assert result.standard_error == pytest.approx(np.std([0.1, 0.2, 0.3, 0.4], ddof=1) / 2)
+
+
+SUPPORTED = {"general.architecture": "gemma3", "gemma3.block_count": 18, "gemma3.attention.key_length": 256}
+
+
+@of_script("kl_divergence")
+def test_the_reference_refuses_what_it_does_not_compute(script: ModuleType) -> None:
+    script.refuse_others(Path("a.gguf"), SUPPORTED | {"gemma3.rope.scaling.type": "none"})
+    for changes, said in (
+        ({"general.architecture": "gemma4"}, "an architecture other than gemma3"),
+        ({"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}, "RoPE scaling"),
+        ({"gemma3.rope.freq_base_swa": 20_000.0}, "RoPE base"),
+        ({"gemma3.attention.value_length": 128}, "values of another length"),
+        ({"gemma3.attention.sliding_window_pattern": 5}, "every sixth"),
+        ({"gemma3.final_logit_softcapping": 30.0}, "soft-capped"),
+        ({"gemma3.block_count": 62}, "scale of attention"),
+    ):
+        with pytest.raises(ValueError, match=rf"a\.gguf: has .*{said}.*"):
+            script.refuse_others(Path("a.gguf"), SUPPORTED | changes)
+
+
+@of_script("kl_divergence")
+def test_a_model_with_rope_scaling_has_no_reference(script: ModuleType, tmp_path: Path) -> None:
+    scaled = tiny_files.TinyGguf(
+        gemma3__rope__scaling__type=(tiny_files.STRING, "linear"), gemma3__rope__scaling__factor=(tiny_files.F32, 8.0)
+    )
+    with pytest.raises(ValueError, match="RoPE scaling"):
+        script.reference_model(scaled.write(tmp_path / "scaled.gguf"))
