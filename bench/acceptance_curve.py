@@ -4,9 +4,10 @@
     python bench/acceptance_curve.py --model DIR/E2B --drafter DIR/E2B-assistant --weights int8 --tokens 64
 
 The drafts come from a recorded plain run, so what is measured is the engine and nothing else; with --drafter, that MTP
-drafter is run for the time it takes. For every acceptance the fixed lengths, 0 among them, and the draft budget take
-turns, round by round; the figures are medians over the rounds. "budget" is what the budget reaches of the best fixed
-length.
+drafter is run for the time it takes. For every acceptance the fixed lengths, 0 among them always, and the draft budget
+take turns, round by round; speeds are medians over the rounds, and relative to 0 drafts. "budget" is what the budget
+reaches of the fixed length with the best median: the median of the rounds' ratios. (The best of each round would be the
+one that noise has favoured.)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,15 @@ class Runs:
         return sum(len(ids) for ids in self.expected) / seconds
 
 
+def budget_of_best(measured: Mapping[int | str, Sequence[float]]) -> float:
+    """What the budget reaches of the fixed length that is best; tokens per second of every round, by length."""
+    best = max(
+        (length for length in measured if length != BUDGET), key=lambda length: statistics.median(measured[length])
+    )
+    ratios = [budget / other for budget, other in zip(measured[BUDGET], measured[best], strict=True)]
+    return statistics.median(ratios)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma-3-270m")
@@ -80,12 +91,13 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1, help="generations before the one that counts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--acceptances", type=float, nargs="+", default=ACCEPTANCES)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="0 is measured in any case")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     runs = Runs(arguments)
-    lengths: list[int | str] = [*arguments.lengths, BUDGET]
-    print("acceptance  " + "".join(f"{length:>8}" for length in arguments.lengths) + "    auto  budget")
+    fixed = [0, *(length for length in arguments.lengths if length != 0)]
+    lengths: list[int | str] = [*fixed, BUDGET]
+    print("acceptance  " + "".join(f"{length:>8}" for length in fixed) + "    auto  budget")
     curve = {}
     for acceptance in arguments.acceptances:
         measured: dict[int | str, list[float]] = defaultdict(list)
@@ -93,13 +105,8 @@ def main() -> None:
             for length in lengths:
                 measured[length].append(runs.speed(acceptance, length))
         speed = {length: statistics.median(values) for length, values in measured.items()}
-        # Of each round's own best: the machine may have been slower in one than in another.
-        shares = [
-            measured[BUDGET][i] / max(measured[length][i] for length in arguments.lengths)
-            for i in range(arguments.rounds)
-        ]
-        share = statistics.median(shares)
-        plain = speed[arguments.lengths[0]]
+        share = budget_of_best(measured)
+        plain = speed[0]
         columns = "".join(f"{speed[length] / plain:8.2f}" for length in lengths)
         print(f"{acceptance:10.2f}  {columns}  {share:6.1%}", flush=True)
         curve[acceptance] = {"tokens_per_second": speed, "budget_of_best": share}

@@ -277,3 +277,25 @@ def test_a_model_with_rope_scaling_has_no_reference(script: ModuleType, tmp_path
     )
     with pytest.raises(ValueError, match="RoPE scaling"):
         script.reference_model(scaled.write(tmp_path / "scaled.gguf"))
+
+
+# --- bench/acceptance_curve.py --------------------------------------------------------------------------------------
+
+
+@of_script("acceptance_curve")
+def test_the_budget_is_held_against_the_length_that_is_best_over_all_rounds(script: ModuleType) -> None:
+    measured = {0: [100.0, 100.0, 180.0], 2: [150.0, 150.0, 150.0], script.BUDGET: [147.0, 150.0, 153.0]}
+    assert script.budget_of_best(measured) == 1.0
+
+
+@of_script("acceptance_curve")
+def test_speed_up_is_relative_to_no_drafts(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speeds = {0: 100.0, 2: 150.0, 4: 200.0, script.BUDGET: 210.0}
+    monkeypatch.setattr(script, "Runs", lambda _: Namespace(speed=lambda _, length: speeds[length]))
+    monkeypatch.setattr(sys, "argv", "acceptance_curve.py --acceptances 0.5 --lengths 4 2".split())
+    script.main()
+    titles, figures = capsys.readouterr().out.splitlines()
+    assert titles.split() == ["acceptance", "0", "4", "2", "auto", "budget"]
+    assert figures.split() == ["0.50", "1.00", "2.00", "1.50", "2.10", "105.0%"]
