@@ -46,6 +46,8 @@ STREAMS = (1, 16)
 DECODED = 192
 # For keys and values: 16 streams of 31B at 1,216 tokens take 16 GB, 14 of them in sliding layers.
 KV_MEMORY = 24 << 30
+# Of a value of a layer's matrix, scales of blocks included. The head is int8 beside int4 and fp8, too.
+LAYER_BITS = {"auto": 16.0, "bf16": 16.0, "f16": 16.0, "int8": 8.5, "int4": 4.5, "fp8": 8.0}
 _NUMBERS = 1 << 24  # random values that all matrices are cut from
 
 
@@ -150,16 +152,11 @@ def multiplications(target: dict[str, Any]) -> int:
     return total
 
 
-def share_read(target: dict[str, Any]) -> float:
-    """Of the weights, what a pass of one row reads: of its experts those that are chosen."""
-    read = total = 0.0
-    for name, shape in target_tensors(target):
-        if len(shape) == 1 or name == "model.embed_tokens_per_layer.weight":
-            continue
-        values = math.prod(shape)
-        total += values
-        read += values * (target["top_k_experts"] / shape[0] if len(shape) == 3 else 1)
-    return read / total
+def bytes_read(target: dict[str, Any], weights: str, weight_bytes: int) -> float:
+    """Of the bytes of all weights, what a pass of one row reads: of its experts those that are chosen."""
+    experts = [math.prod(shape) for _, shape in target_tensors(target) if len(shape) == 3]
+    unread = sum(experts) * (1 - target["top_k_experts"] / target["num_experts"]) if experts else 0.0
+    return weight_bytes - unread * LAYER_BITS[weights] / 8
 
 
 def load(size: str, weights: str, gpu: _core.Gpu | None) -> tuple[_core.Model, _core.MtpModel]:
@@ -186,7 +183,7 @@ def measure(size: str, weights: str, gpu: _core.Gpu | None, context: int, rounds
     config = dataclasses.asdict(config_from_hugging_face(size, values))
     yield {
         "weight_bytes": target.weight_bytes,
-        "bytes_read": target.weight_bytes * share_read(values),
+        "bytes_read": bytes_read(values, weights, target.weight_bytes),
         "drafter_bytes": drafter.weight_bytes,
         "loading_seconds": time.perf_counter() - started,
         "gpu_memory": target.memory,
@@ -276,7 +273,7 @@ def write(path: Path, report: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="+", choices=sorted(TARGETS))
-    parser.add_argument("--weights", nargs="+", default=["auto"])
+    parser.add_argument("--weights", nargs="+", choices=sorted(LAYER_BITS), default=["auto"])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--same-text-as", type=Path)

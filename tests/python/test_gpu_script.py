@@ -387,6 +387,22 @@ def test_everything_is_measured(passes: Any, size: str) -> None:
     assert "2 streams" in line
 
 
+@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+def test_experts_that_are_not_chosen_are_not_among_the_bytes_read(
+    passes: Any, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = "of 26B-A4B's kind"
+    few = passes.load(size, weights, None)[0].weight_bytes
+    values = passes.target_config(size)
+    monkeypatch.setitem(SMALL_MODELS[size], "num_experts", 16)  # of which as many are chosen
+    many = passes.load(size, weights, None)[0].weight_bytes
+    more = passes.target_config(size)
+    scales = 4 * 8 * 4  # of 8 experts more in 4 layers; routers have 16 rows in any case
+    assert passes.bytes_read(more, weights, many) - passes.bytes_read(values, weights, few) == pytest.approx(scales)
+    dense = "of E2B's kind"
+    assert passes.bytes_read(passes.target_config(dense), weights, 1000) == 1000
+
+
 def test_too_little_memory_for_all_streams_is_no_measurement(passes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passes, "KV_MEMORY", 1400 << 10)
     with pytest.raises(RuntimeError, match="gave way to another: too little memory"):
