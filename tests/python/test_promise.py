@@ -234,15 +234,16 @@ def test_real_model(real: Subject, real_cases: list[Case], name: str) -> None:
 
 SCREENED_SETUPS = {
     "no drafts": Setup(),
-    "seven drafts, one thread": Setup("lookup", 7, threads=1),
-    "four wrong drafts": Setup("random", 4),
-    "as it comes, three at once": Setup("auto", None, batch=3),
+    "five drafts, three at once": Setup("auto", 5, batch=3),  # those of lookup, right and wrong ones of the drafter
 }
 
 
 @pytest.mark.parametrize("name", SCREENED_SETUPS)
 def test_logits_that_are_left_out(real: Subject, real_cases: list[Case], name: str) -> None:
-    """Requests none of which needs all logits: whoever is chosen, and how, is the same as with them."""
+    """Requests none of which needs all logits: whoever is chosen, and how, is the same as with them.
+
+    Attention has no part in it, so the prompts are the short ones.
+    """
     ways = (
         GREEDY,
         FILTERED,
@@ -250,13 +251,15 @@ def test_logits_that_are_left_out(real: Subject, real_cases: list[Case], name: s
         SamplingParams(temperature=2.0, top_k=256, top_p=0.5),
         SamplingParams(temperature=1.3, top_k=3),
     )
-    prompts = dict.fromkeys(case.prompt for case in real_cases)
+    prompts = dict.fromkeys(case.prompt for case in real_cases if len(case.prompt) < 100)
     cases = [
-        Case(prompt, replace(way, seed=seed, max_tokens=32, ignore_eos=True))
+        Case(prompt, replace(way, seed=seed, max_tokens=16, ignore_eos=True))
         for seed, prompt in enumerate(prompts)
         for way in ways
     ]
-    check(real, cases, SCREENED_SETUPS[name])
+    stats = check(real, cases, SCREENED_SETUPS[name])
+    for drafter in stats["drafters"].values():
+        assert 0 < drafter["accepted"] < drafter["drafted"]
 
 
 def test_greedy_check_value(real: Subject) -> None:
