@@ -152,20 +152,6 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not_been(
         assert log(tmp_path / "run", kind) == log(directory, kind)
 
 
-def test_hours_are_kept(target: Checkpoint, tmp_path: Path) -> None:
-    notes = Notes()
-    hours = 6.0 / 3600.0
-    assert run(target, tmp_path / "run", notes=notes, tokens=None, hours=hours)
-    plan = RunDirectory(tmp_path / "run").read()["plan"]
-    assert plan["steps"] == notes.steps[-1].plan.steps
-    assert 1 <= len(notes.steps) <= plan["steps"]
-    # It stops with the first step that ends after its time.
-    assert all(progress.seconds <= 6.0 for progress in notes.steps[:-1])
-    again = Notes()
-    assert run(target, tmp_path / "run", notes=again)  # the time is up, or the steps are done
-    assert not again.steps
-
-
 class Clock:
     """Of a machine on which a text takes a second, and a batch, too."""
 
@@ -186,6 +172,20 @@ class Clock:
         monkeypatch.setattr(Trainer, "_accumulate", train_slowly)
         monkeypatch.setattr("draftwerk.training.run.time", SimpleNamespace(monotonic=lambda: self.now))
         monkeypatch.setattr("draftwerk.training.trainer.time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+def test_hours_are_kept(target: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)
+    notes = Notes()
+    assert run(target, tmp_path / "run", notes=notes, tokens=None, hours=40.0 / 3600.0)
+    plan = RunDirectory(tmp_path / "run").read()["plan"]
+    assert plan["steps"] == notes.steps[-1].plan.steps
+    assert 1 < len(notes.steps) <= plan["steps"]
+    # It stops with the first step that ends after its time.
+    assert all(progress.seconds <= 40.0 for progress in notes.steps[:-1])
+    again = Notes()
+    assert run(target, tmp_path / "run", notes=again)  # the time is up, or the steps are done
+    assert not again.steps
 
 
 @pytest.mark.parametrize("sizes", [{}, {"accumulate": 12}, {"tokens_per_batch": 4096}])

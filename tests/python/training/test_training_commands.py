@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import math
 import os
@@ -177,6 +178,13 @@ def test_a_signal_ends_it_behind_a_step_and_the_run_can_be_gone_on_with(
 ) -> None:
     out = tmp_path / "out"
     monkeypatch.setattr("draftwerk.cli.training_display._SECONDS_BETWEEN_LINES", 0.0)
+    # By default one file of text alone has 256 texts, of which every token is looked at.
+    small_text = functools.partial(TextOptions, max_tokens=40, texts_per_shard=48)
+    monkeypatch.setattr("draftwerk.training.text.TextOptions", small_text)
+    monkeypatch.setattr(
+        "draftwerk.training.evaluation.EvaluationOptions",
+        functools.partial(EvaluationOptions, max_tokens=32, timed_prompts=2),
+    )
     step = TrainingDisplay.step
 
     def step_and_signal(display: TrainingDisplay, progress: Any) -> None:
@@ -186,20 +194,23 @@ def test_a_signal_ends_it_behind_a_step_and_the_run_can_be_gone_on_with(
     with monkeypatch.context() as patched:
         patched.setattr(TrainingDisplay, "step", step_and_signal)
         stopped = run_command(
-            *f"train-drafter -m tiny --out {out} --tokens 4000 --layers 1 --draft-vocabulary 64 --clusters 0".split(),
-            *"--device cpu -t 2".split(),
+            *f"train-drafter -m tiny --out {out} --tokens 1500 --layers 1 --draft-vocabulary 64 --clusters 0".split(),
+            *"--length 256 --device cpu -t 1".split(),
         )
     assert stopped.exit_code == 130, stopped.stderr
-    assert "step 1 of 3: loss " in stopped.stderr
+    planned = RunDirectory(out).read()["plan"]["steps"]
+    assert planned > 1
+    assert f"step 1 of {planned}: loss " in stopped.stderr
     assert "acceptance by position " in stopped.stderr
     assert "stopping as soon as what was done can be gone on with" in stopped.stderr
-    way = f"draftwerk train-drafter --out {out} --resume --device cpu --threads 2"
+    way = f"draftwerk train-drafter --out {out} --resume --device cpu --threads 1"
     assert f"error: stopped; go on with: {way}\n" in stopped.stderr
     done = run_command(*way.split()[1:])
     assert done.exit_code == 0, done.stderr
-    assert "step 3 of 3: loss " in done.stderr
+    assert f"step {planned} of {planned}: loss " in done.stderr
     assert f"what it is worth is in {out / 'report.html'}" in done.stderr
-    assert [entry["step"] for entry in RunDirectory(out).entries() if entry["kind"] == "step"] == [1, 2, 3]
+    steps = [entry["step"] for entry in RunDirectory(out).entries() if entry["kind"] == "step"]
+    assert steps == list(range(1, planned + 1))
 
 
 def test_the_second_ctrl_c_ends_it_at_once(trains: Any, tmp_path: Path) -> None:
