@@ -143,9 +143,9 @@ def test_centroids_learn_to_find_the_clusters(target: FrozenTarget, tmp_path: Pa
     figures = run(Trainer(target, drafter, options, tmp_path), batches)
     recall = [step.cluster_recall or 0.0 for step in figures]
     assert np.mean(recall[-25:]) > np.mean(recall[:5]) + 0.06
-    plain = run(Trainer(target, tiny_training.tiny_drafter(target), options, tmp_path / "plain"), batches)
+    plain = run(Trainer(target, tiny_training.tiny_drafter(target), options, tmp_path / "plain"), batches, 10)
     # Centroids adapt to the drafter, and not the other way round.
-    assert [step.loss for step in figures] == [step.loss for step in plain]
+    assert [step.loss for step in figures[:10]] == [step.loss for step in plain]
 
 
 def test_frequent_tokens_are_compared_with_those_of_the_text(target: FrozenTarget, tmp_path: Path) -> None:
