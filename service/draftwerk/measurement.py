@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import statistics
@@ -13,6 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Union
+
+from draftwerk.in_flight import keep_in_flight
 
 if TYPE_CHECKING:
     import draftwerk_client
@@ -129,21 +130,14 @@ async def run_prompts(
         A record for each prompt, in the order of the prompts, and the seconds that it took.
     """
     records: dict[int, StreamRecord] = {}
-    waiting = iter(enumerate(prompts))
 
-    async def work() -> None:
-        for index, (prompt, token_ids) in waiting:
-            records[index] = await _record(prompt, start, token_ids)
-            on_done()
+    async def record(index: int) -> None:
+        prompt, token_ids = prompts[index]
+        records[index] = await _record(prompt, start, token_ids)
+        on_done()
 
     started_at = time.perf_counter()
-    workers = [asyncio.ensure_future(work()) for _ in range(min(concurrency, len(prompts)))]
-    try:
-        await asyncio.gather(*workers)
-    finally:  # after a failure or Ctrl-C: end the others at once instead of waiting for them
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+    await keep_in_flight(min(concurrency, len(prompts)), range(len(prompts)), record)
     seconds = time.perf_counter() - started_at
     return [records[i] for i in range(len(prompts))], seconds
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from draftwerk.in_flight import keep_in_flight
 from draftwerk.requests import SamplingParams
 from draftwerk.training.atomic_file import atomic_file, remove_leftovers
 from draftwerk.training.errors import TrainingError
@@ -239,22 +240,14 @@ class TextWriter:
         texts: dict[int, Text] = {}
         # Those first that will take longest: a long text that is left over at the end has the machine to itself.
         order = sorted(range(len(plans)), key=lambda i: (-plans[i].params.max_tokens, -plans[i].kind))
-        waiting = iter(order)
         tokens: Counter[int] = Counter()
 
-        async def work() -> None:
-            for index in waiting:
-                texts[index] = await _generate(self._engine, plans[index])
-                tokens[index] = len(texts[index].token_ids) - texts[index].prompt_length
-                on_progress(TextProgress(len(texts), len(plans), tokens.total()))
+        async def write(index: int) -> None:
+            texts[index] = await _generate(self._engine, plans[index])
+            tokens[index] = len(texts[index].token_ids) - texts[index].prompt_length
+            on_progress(TextProgress(len(texts), len(plans), tokens.total()))
 
-        workers = [asyncio.ensure_future(work()) for _ in range(min(self._options.streams, len(plans)))]
-        try:
-            await asyncio.gather(*workers)
-        finally:  # after a failure or Ctrl-C: end the others at once instead of waiting for them
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await keep_in_flight(min(self._options.streams, len(plans)), order, write)
         return [texts[index] for index in range(len(plans))]
 
     def _settle_manifest(self, prompts: PromptsFile | None) -> str:
