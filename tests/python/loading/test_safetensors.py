@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from draftwerk.loading import CheckpointError
-from draftwerk.loading.safetensors import SafetensorsFile
+from draftwerk.loading.safetensors import DTYPES, SafetensorsFile
 
 
 def reference_accepts(path: Path) -> bool:
@@ -124,22 +124,108 @@ def test_damaged_files_never_raise_anything_else(
     assert all(tensor.offset + tensor.size <= file.file.size for tensor in file.tensors.values())
 
 
+HEADER_END = 8 + int.from_bytes(WHOLE[:8], "little")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    header=st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-        lambda inner: (
-            st.lists(inner, max_size=4)
-            | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner, max_size=4)
+    edits=st.lists(
+        st.tuples(
+            st.sampled_from([at for at in range(8, HEADER_END) if chr(WHOLE[at]).isalnum()]),
+            st.sampled_from(b"0123456789-.eF]"),
         ),
-        max_leaves=12,
+        min_size=1,
+        max_size=2,
     )
 )
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_json_as_header(header: Any, tmp_path: Path) -> None:
-    path = tmp_path / "odd.safetensors"
-    path.write_bytes(tiny.framed(json.dumps({"t": header}).encode(), b"12345678"))
+def test_a_header_with_other_values_is_read_as_by_the_reference(edits: list[tuple[int, int]], tmp_path: Path) -> None:
+    data = bytearray(WHOLE)
+    for at, character in edits:
+        data[at] = character
+    assert_read_as_by_the_reference(bytes(data), tmp_path)
+
+
+def assert_read_as_by_the_reference(data: bytes, directory: Path) -> bool:
+    """Whether a file is accepted, which the reference package has to agree with."""
+    path = directory / "odd.safetensors"
+    path.write_bytes(data)
     try:
-        SafetensorsFile(path)
-    except CheckpointError:
-        return
-    assert isinstance(header, dict)
+        file = SafetensorsFile(path)
+    except CheckpointError as error:
+        assert len(str(error).splitlines()) == 1
+        assert not reference_accepts(path), error
+        return False
+    assert reference_accepts(path)
+    assert all(tensor.offset + tensor.size <= file.file.size for tensor in file.tensors.values())
+    return True
+
+
+@st.composite
+def whole_headers(draw: st.DrawFn) -> tuple[dict[str, dict[str, Any]], int]:
+    """The header of some tensors, one behind the other, and how many bytes they have."""
+    header: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name in draw(st.lists(st.sampled_from("abcd"), min_size=1, max_size=3, unique=True)):
+        dtype = draw(st.sampled_from(["F32", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3"]))
+        shape = draw(st.lists(st.integers(0, 4), max_size=3))
+        size = int(np.prod(shape)) * DTYPES[dtype][1] // 8
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    return header, end
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 99) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def changed(draw: st.DrawFn, value: Any) -> Any:
+    """Something else in the place of a field: near to it, or anything."""
+    if isinstance(value, list) and value and draw(st.booleans()):
+        index = draw(st.integers(0, len(value) - 1))
+        near = [value[index] + 1, value[index] - 1, float(value[index]), str(value[index]), 1 << 64, True]
+        return [*value[:index], draw(st.sampled_from(near)), *value[index + 1 :]]
+    if isinstance(value, list):
+        near = [value[:-1], [*value, 1], [*value, 0], value[::-1], [value]]
+        return draw(st.sampled_from(near) | ANYTHING)
+    return draw(st.sampled_from(sorted(DTYPES)) | st.sampled_from([value.lower(), [value]]) | ANYTHING)
+
+
+@st.composite
+def bent_headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
+    """The same, with one field of one tensor changed or missing, or another number of bytes behind it."""
+    whole, size = draw(whole_headers())
+    header: dict[str, Any] = json.loads(json.dumps(whole))
+    name = draw(st.sampled_from(sorted(header)))
+    name_of_field = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+    how = draw(st.integers(0, 9))
+    if how == 0:
+        del header[name][name_of_field]
+    elif how == 1:
+        header[name] = draw(ANYTHING)
+    elif how == 2:
+        shift = draw(st.sampled_from([-4, -1, 1, 4]))
+        header[name]["data_offsets"] = [offset + shift for offset in header[name]["data_offsets"]]
+    elif how == 3:
+        size = max(size + draw(st.sampled_from([-1, 1])), 0)
+    else:
+        header[name][name_of_field] = changed(draw, header[name][name_of_field])
+    return header, size
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(header=whole_headers())
+def test_any_whole_header_is_accepted(header: tuple[dict[str, Any], int], tmp_path: Path) -> None:
+    tensors, size = header
+    assert assert_read_as_by_the_reference(tiny.framed(json.dumps(tensors).encode(), bytes(size)), tmp_path)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(header=bent_headers())
+def test_a_header_with_one_field_changed_is_read_as_by_the_reference(
+    header: tuple[dict[str, Any], int], tmp_path: Path
+) -> None:
+    tensors, size = header
+    assert_read_as_by_the_reference(tiny.framed(json.dumps(tensors).encode(), bytes(size)), tmp_path)
