@@ -229,7 +229,7 @@ class SentencePieceTokenizer(Tokenizer):
             model = proto.write_model(_matching_special_tokens(vocabulary))
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, OSError) as error:
-            raise CheckpointError(path, f"unusable vocabulary: {error}") from None
+            raise CheckpointError(path, f"unusable vocabulary: {str(error).removeprefix('INTERNAL: ')}") from None
         super().__init__(path, texts, bos_token)
 
     def _encode_segment(self, text: str) -> list[int]:

@@ -354,7 +354,11 @@ BAD_FILES: dict[str, tuple[Change, str | None, str]] = {
         None,
         "unknown type 9",
     ),
-    "no byte tokens": (entry("types", tiny.array("tokenizer.ggml.token_type", tiny.I32, [1] * tiny.VOCAB)), None, ""),
+    "no byte tokens": (
+        entry("types", tiny.array("tokenizer.ggml.token_type", tiny.I32, [1] * tiny.VOCAB)),
+        None,
+        "unusable vocabulary: there are not 256 byte pieces",
+    ),
     "equal tokens": (
         entry("tokens", tiny.array("tokenizer.ggml.tokens", tiny.STRING, ["x"] * tiny.VOCAB)),
         None,
