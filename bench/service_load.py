@@ -227,7 +227,7 @@ def render(arguments: argparse.Namespace, measured: dict[str, list[float]]) -> s
         f"{machine()}, {arguments.model}, {arguments.threads} threads, medians of {arguments.rounds} rounds. "
         f"Command: `{command_line()}`",
         "",
-        f"| {STEADY} steady streams | | compared with | ratio | target |",
+        f"| {STEADY} steady streams | | compared with | ratio | goal |",
         "|---|---|---|---|---|",
     ]
     for name, baseline in COMPARISONS:

@@ -307,7 +307,7 @@ def render(arguments: argparse.Namespace, measured: dict[str, list[float]]) -> s
         f"{machine()}, {arguments.model}, {arguments.threads} threads, medians of {arguments.rounds} rounds. "
         f"Command: `{command_line()}`",
         "",
-        "| | in process | through the service | | target |",
+        "| | in process | through the service | | goal |",
         "|---|---|---|---|---|",
     ]
     for streams in STREAMS:

@@ -39,8 +39,8 @@ LLAMA_SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": 0.0},
 }
-TARGETS = {"greedy": (3.0, 3.5), "sampled": (2.0, 2.3)}
-"""Tokens per step, and speed against llama.cpp, that are asked for."""
+GOALS = {"greedy": (3.0, 3.5), "sampled": (2.0, 2.3)}
+"""Tokens per step, and speed against llama.cpp, that are aimed at."""
 LOADING_TIMEOUT = 120.0
 """Seconds."""
 
@@ -216,7 +216,7 @@ def render(arguments: argparse.Namespace, prompts: int, paces: dict[str, dict[st
         f"{machine()}, {datetime.date.today().isoformat()}, {arguments.model}, {arguments.threads} threads, {prompts} "
         f"prompts, {arguments.max_tokens} tokens each. Command: `{command_line()}`",
         "",
-        "| | tokens/step | asked for | tokens/s | of no drafts | of llama.cpp | asked for |",
+        "| | tokens/step | goal | tokens/s | of no drafts | of llama.cpp | goal |",
         "|---|---|---|---|---|---|---|",
     ]
     for sampling, measured in paces.items():
@@ -224,15 +224,15 @@ def render(arguments: argparse.Namespace, prompts: int, paces: dict[str, dict[st
         for name, pace in measured.items():
             if not pace.tokens:
                 continue
-            asked = TARGETS[sampling] if name == "draftwerk" else None
+            goals = GOALS[sampling] if name == "draftwerk" else None
             cells = [
                 f"{sampling}, {name}",
                 f"{pace.tokens_per_step:.2f}" if pace.steps else "1",
-                f"{asked[0]}" if asked else "",
+                f"{goals[0]}" if goals else "",
                 f"{pace.tokens_per_second:.1f}",
                 f"{pace.tokens_per_second / plain.tokens_per_second:.2f}",
                 f"{pace.tokens_per_second / theirs.tokens_per_second:.2f}" if theirs.tokens else "-",
-                f"{asked[1]}" if asked else "",
+                f"{goals[1]}" if goals else "",
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
