@@ -207,6 +207,7 @@ TEST_P(LayerKernelsTest, KeysAndValuesLieWhereTheyShould) {
       std::vector<float> x = draw(head_dim);
       x[1] = 1e6F;  // saturates in f16
       x[2] = -1e6F;
+      x[3] = std::numeric_limits<float>::quiet_NaN();
       std::vector<std::byte> keys(size * 16 * x.size(), std::byte{0x55});
       std::vector<std::byte> values = keys;
       const int slot = pick(0, 15);
@@ -223,6 +224,11 @@ TEST_P(LayerKernelsTest, KeysAndValuesLieWhereTheyShould) {
         return half_to_float(h);
       };
       for (std::size_t d = 0; d < x.size(); ++d) {
+        if (d == 3) {
+          EXPECT_TRUE(std::isnan(read(keys, d * 16 + static_cast<std::size_t>(slot))));
+          EXPECT_TRUE(std::isnan(read(values, static_cast<std::size_t>(slot) * x.size() + d)));
+          continue;
+        }
         const float want =
             type == KvType::f32 ? x[d] : half_to_float(float_to_half(std::clamp(x[d], -65504.0F, 65504.0F)));
         ASSERT_EQ(read(keys, d * 16 + static_cast<std::size_t>(slot)), want);
@@ -353,6 +359,53 @@ TEST_P(LayerKernelsTest, AnotherRowsInfinityStaysThere) {
   tile.last[1] = 40;
   const auto outputs = attend(kernels_, tile, cache, 0.1F);
   for (const float v : outputs[0]) EXPECT_TRUE(std::isfinite(v));
+}
+
+// As in the reference: a row that sees a key of NaN is NaN all over, and one that sees a value of NaN in its
+// components.
+TEST_P(LayerKernelsTest, AttentionToNanIsNan) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const KvType type : {KvType::f16, KvType::f32}) {
+    if (type == KvType::f16 && GetParam() == Isa::portable) continue;  // it does not tell NaN from a large number
+    for (const int position : {3, 140, 299}) {                         // chunks before and behind it
+      for (const bool is_key : {true, false}) {
+        Cache cache(kernels_, random_, 300, 64, type);
+        std::vector<float> x = draw(64);
+        x[5] = nan;
+        std::byte* page =
+            cache.arena.data() + std::size_t{cache.pages[static_cast<std::size_t>(position / kPageSize)]} * kPageUnit;
+        std::vector<double>& plain = (is_key ? cache.keys : cache.values)[static_cast<std::size_t>(position)];
+        plain.assign(x.begin(), x.end());
+        if (is_key) {
+          kernels_.store_key(x.data(), 64, type, position % kPageSize, page);
+        } else {
+          kernels_.store_value(x.data(), 64, type, position % kPageSize, page + cache.view.value_offset);
+        }
+        const std::vector<float> q = draw(64);
+        QueryTile tile;
+        tile.count = 2;  // of which one does not see it
+        tile.query[0] = tile.query[1] = q.data();
+        tile.last[0] = position - 1;
+        tile.last[1] = 299;
+        const auto got = attend(kernels_, tile, cache, 0.1F);
+        const std::vector<double> wide(q.begin(), q.end());
+        const std::vector<double> want = reference::attention(wide, cache.keys, cache.values, 0.1);
+        for (std::size_t d = 0; d < 64; ++d) {
+          EXPECT_FALSE(std::isnan(got[0][d]));
+          EXPECT_EQ(std::isnan(got[1][d]), std::isnan(want[d])) << position << " " << is_key << " " << d;
+        }
+      }
+    }
+  }
+  Cache cache(kernels_, random_, 300, 64, KvType::f32);
+  std::vector<float> q = draw(64);
+  q[7] = nan;
+  QueryTile tile;
+  tile.count = 1;
+  tile.query[0] = q.data();
+  tile.last[0] = 299;
+  const auto got = attend(kernels_, tile, cache, 0.1F);
+  for (const float v : got[0]) EXPECT_TRUE(std::isnan(v));
 }
 
 TEST_P(LayerKernelsTest, LargeScoresDoNotOverflow) {

@@ -65,6 +65,11 @@ TEST(Simd, Tanh) {
   EXPECT_EQ(tanh(splat(-100.0F))[0], -1.0F);
 }
 
+TEST(Simd, NanComesThrough) {
+  const f32x16 nan = splat(std::numeric_limits<float>::quiet_NaN());
+  for (const f32x16 y : {exp(nan), tanh(nan), tanh(-nan), gelu_tanh(nan)}) EXPECT_TRUE(std::isnan(y[0]));
+}
+
 TEST(Simd, Gelu) {
   std::mt19937 random(4);
   std::uniform_real_distribution<float> draw(-12, 12);
@@ -132,6 +137,7 @@ TEST(Simd, EveryHalfWidensExactlyAndComesBack) {
       const float want = half_to_float(bits[i]);
       if (std::isnan(want)) {
         EXPECT_TRUE(std::isnan(wide[i]));
+        EXPECT_TRUE(std::isnan(half_to_float(back[i])));
         continue;
       }
       EXPECT_EQ(wide[i], want) << bits[i];

@@ -1,5 +1,6 @@
 // The kernels of a layer that are not matrix products: norms, activation, rotary embedding, key/value storage and
-// attention. One table per instruction set; all of them are row-invariant.
+// attention. One table per instruction set; all of them are row-invariant. NaN stays NaN, but for that of keys and
+// values in f16 which the portable kernels read.
 #pragma once
 
 #include <cstddef>

@@ -120,8 +120,7 @@ float softcap_max(float* x, int columns, float softcap) {
       float* p = x + i + r * kRegisterLanes;
       Register v = register_load(p);
       if (softcap != 0.0F) {
-        const Register capped = softcap * register_tanh(v / softcap);
-        v = v == v ? capped : v;  // tanh makes a number of NaN
+        v = softcap * register_tanh(v / softcap);
         register_store(p, v);
       }
       most[r] = v > most[r] ? v : most[r];  // NaN is none
@@ -132,8 +131,7 @@ float softcap_max(float* x, int columns, float softcap) {
     const int rest = columns - i;
     f32x16 v = load_partial(x + i, rest);
     if (softcap != 0.0F) {
-      const f32x16 capped = softcap * tanh(v / softcap);
-      v = v == v ? capped : v;
+      v = softcap * tanh(v / softcap);
       store_partial(x + i, v, rest);
     }
     float lanes[kLanes];

@@ -73,6 +73,7 @@ inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 #endif
 }
 
+/// The second where one of them is NaN.
 inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 inline f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
 
@@ -150,14 +151,14 @@ f32x16 by_register(f32x16 x, Function function) {
   return load(lane);
 }
 
-/// e^x to about 1 ulp of float32; 0 below -87.3, clamped above 88. Range reduction by ln 2 in two parts, then a
-/// degree-6 polynomial (Cephes expf).
+/// e^x to about 1 ulp of float32; 0 below -87.3, clamped above 88, NaN of NaN. Range reduction by ln 2 in two parts,
+/// then a degree-6 polynomial (Cephes expf).
 inline Register register_exp(Register x) {
   const Register low = register_splat(-87.3F);
   const Register high = register_splat(88.0F);
   const Register magic = register_splat(12582912.0F);  // 1.5 * 2^23: adding it rounds to an integer
-  const Register raised = x > low ? x : low;
-  const Register bounded = raised < high ? raised : high;
+  const Register raised = low > x ? low : x;
+  const Register bounded = high < raised ? high : raised;
   const Register n = (bounded * 1.44269504088896341F + magic) - magic;
   Register r = register_fma(n, register_splat(-0.693359375F), bounded);
   r = register_fma(n, register_splat(2.12194440e-4F), r);
@@ -250,9 +251,10 @@ inline f32x16 load_half(const std::uint16_t* p) {
 #endif
 }
 
-/// Rounds sixteen values to half precision, to nearest even, saturating at the largest finite half (65504).
+/// Rounds sixteen values to half precision, to nearest even, saturating at the largest finite half (65504). NaN stays
+/// NaN.
 inline void store_half(std::uint16_t* p, f32x16 v) {
-  v = min(max(v, splat(-65504.0F)), splat(65504.0F));
+  v = min(splat(65504.0F), max(splat(-65504.0F), v));
 #if defined(__AVX512F__)
   const __m256i h = _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(p, &h, sizeof h);
@@ -274,7 +276,9 @@ inline void store_half(std::uint16_t* p, f32x16 v) {
   const f32x16 shifted = reinterpret_cast<f32x16>(magnitude) + 0.5F;
   const u32x16 subnormal = reinterpret_cast<u32x16>(shifted) - 0x3F000000U;
   const i32x16 is_small = magnitude < (u32x16{} + (113U << 23));
-  const u32x16 half = (is_small ? subnormal : normal) | sign;
+  const i32x16 is_nan = magnitude > (u32x16{} + 0x7F800000U);
+  const u32x16 number = is_small ? subnormal : normal;
+  const u32x16 half = (is_nan ? u32x16{} + 0x7E00U : number) | sign;
   using u16x16 = std::uint16_t __attribute__((vector_size(32)));
   const u16x16 narrow = __builtin_convertvector(half, u16x16);
   std::memcpy(p, &narrow, sizeof narrow);
@@ -321,7 +325,8 @@ inline Register register_load(const std::uint16_t* p) {
   Narrow h;
   std::memcpy(&h, p, sizeof h);
   const Wide w = __builtin_convertvector(h, Wide);
-  // As in load_half, less infinity and NaN, which store_half does not write.
+  // As in load_half, less infinity, which store_half does not write, and NaN, which becomes 98304 or more: to keep it,
+  // attention would take a sixth longer.
   const Register scaled = reinterpret_cast<Register>((w & 0x7FFFU) << 13) * 5.192296858534828e33F;
   return reinterpret_cast<Register>(reinterpret_cast<Wide>(scaled) | ((w & 0x8000U) << 16));
 #endif
