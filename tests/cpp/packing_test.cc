@@ -272,13 +272,24 @@ TEST(PackingConversion, FloatsBecomeInt8WithinHalfAStep) {
   }
 }
 
-TEST(PackingConversion, NonFiniteFloatsDoNotBreakInt8) {
-  std::vector<float> values(kBlock, 1.0F);
-  values[3] = std::numeric_limits<float>::infinity();
-  values[4] = std::numeric_limits<float>::quiet_NaN();
-  std::vector<std::byte> panels(panel_bytes(WeightType::q8_0, kBlock));
-  pack_rows(WeightType::q8_0, kBlock, 1, WeightType::f32, reinterpret_cast<const std::byte*>(values.data()),
-            panels.data());
+// No scale is finite, and what has no int8 is -127 of it, all else 0.
+TEST(PackingConversion, ABlockThatIsNotFiniteStaysSoInInt8) {
+  for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    std::vector<float> values(kBlock, 1.0F);
+    values[3] = bad;
+    values[4] = -bad;
+    const std::size_t bytes = panel_bytes(WeightType::q8_0, kBlock);
+    std::vector<std::byte> panels(bytes);
+    pack_rows(WeightType::q8_0, kBlock, 1, WeightType::f32, reinterpret_cast<const std::byte*>(values.data()),
+              panels.data());
+    std::vector<float> row(kBlock);
+    unpack_row({WeightType::q8_0, 1, kBlock, bytes, panels.data()}, 0, 1.0F, row.data());
+    for (int c = 0; c < kBlock; ++c) {
+      EXPECT_FALSE(std::isfinite(row[c])) << c;
+      const std::byte quant = panels[layout::kHalves + c / 4 * layout::kGroupBytes + c % 4];
+      EXPECT_EQ(std::to_integer<int>(quant) - 128, c == 3 || c == 4 ? -127 : 0) << c;
+    }
+  }
 }
 
 TEST(PackingFloat8, RowsBecomeBfloat16) {
