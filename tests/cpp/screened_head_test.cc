@@ -260,6 +260,39 @@ TEST_P(ScreenedChoice, LeavesEmbeddingAndLogitsAsTheyWere) {
   EXPECT_EQ(plain_.head->bytes(), screened_.head->bytes());
 }
 
+// Activations of other products are not in the order of its columns.
+TEST(SplitHead, IsForNoOtherProduct) {
+  constexpr int kSize = 64;
+  cpu::CpuBackend backend(1, cpu::Isa::portable);
+  std::mt19937 random(5);
+  const auto blocks = cpu::random_blocks(WeightType::q8_0, kSize * kSize, random);
+  const auto split = upload(backend, WeightType::q8_0, kSize, kSize, blocks);
+  const auto plain = upload(backend, WeightType::q8_0, kSize, kSize, blocks);
+  backend.reserve(1, 1, kSize, kSize);
+  const std::vector<float> ones(kSize, 1.0F);
+  const Norm norm{ones.data(), 1e-6F};
+  backend.screen_head(*split, norm);
+  PlainStep step(1, kSize);
+  backend.begin(step.rows(), {});
+  std::vector<float> values(kSize, 1.0F);
+  std::vector<float> other(kSize, 1.0F);
+  const Tensor x{values.data(), kSize};
+  const Tensor y{other.data(), kSize};
+  const Projection projection{split.get(), y};
+  EXPECT_THROW(backend.project(x, nullptr, std::span(&projection, 1)), std::logic_error);
+  EXPECT_THROW(backend.project_geglu(x, norm, *split, *plain, y), std::logic_error);
+  EXPECT_THROW(backend.project_geglu(x, norm, *plain, *split, y), std::logic_error);
+  EXPECT_THROW(backend.project_gelu(x, *split, x, y), std::logic_error);
+  EXPECT_THROW(backend.project_add(x, *split, norm, y, 1.0F), std::logic_error);
+  SparseHead sparse;
+  sparse.weight = split.get();
+  EXPECT_THROW(backend.head(x, sparse), std::logic_error);
+  sparse.weight = plain.get();
+  sparse.centroids = split.get();
+  sparse.chosen = 1;
+  EXPECT_THROW(backend.head(x, sparse), std::logic_error);
+}
+
 INSTANTIATE_TEST_SUITE_P(Isas, ScreenedChoice, testing::ValuesIn(cpu::available_isas()),
                          [](const auto& info) { return std::string(cpu::isa_name(info.param)); });
 

@@ -15,7 +15,7 @@ LogitRows CpuBackend::logit_rows() const {
 }
 
 void CpuBackend::head(Tensor states, const Weight& weight, float softcap) {
-  const PackedMatrix& matrix = packed(weight);
+  const PackedMatrix& matrix = packed_or_split(weight);
   require(matrix.columns == states.columns && matrix.rows == vocabulary_, "a head of the reserved vocabulary");
   if (matrix.split != nullptr) {
     require(split_head_ != nullptr && &split_head_->weight() == &weight, "the head that was split");

@@ -54,7 +54,6 @@ void CpuBackend::project(Tensor input, const Norm* norm, std::span<const Project
   for (const Projection& projection : outputs) {
     const PackedMatrix& matrix = packed(*projection.weight);
     require(matrix.columns == input.columns && projection.output.columns == matrix.rows, "matching projection shapes");
-    require(matrix.split == nullptr, "a projection that is no split head");
     (takes_quantized(matrix.type) ? quantized : floats) = true;
     panels += panel_count(matrix.rows);
   }

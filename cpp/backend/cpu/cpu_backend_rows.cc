@@ -16,7 +16,7 @@ void require_tokens(std::span<const TokenId> tokens, std::int64_t rows) {
 }  // namespace
 
 void CpuBackend::embed(const Weight& table, float scale, Tensor out) {
-  const PackedMatrix& matrix = packed(table);
+  const PackedMatrix& matrix = packed_or_split(table);
   require(out.columns == matrix.columns, "embedding rows as wide as the output");
   require_tokens(step_.tokens, matrix.rows);
   for_each_row(step_rows(), out.columns, [&](std::int64_t r, int) {

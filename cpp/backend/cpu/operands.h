@@ -85,11 +85,19 @@ class CpuRowTable final : public RowTable {
   std::shared_ptr<const void> owner_;
 };
 
-inline const PackedMatrix& packed(const Weight& weight) { return static_cast<const CpuWeight&>(weight).matrix(); }
+/// For what knows of split columns.
+inline const PackedMatrix& packed_or_split(const Weight& weight) {
+  return static_cast<const CpuWeight&>(weight).matrix();
+}
+
+inline const PackedMatrix& packed(const Weight& weight) {
+  const PackedMatrix& matrix = packed_or_split(weight);
+  require(matrix.split == nullptr, "a weight that is no split head");
+  return matrix;
+}
 
 /// Rows [first, first + rows) of a matrix, both multiples of 16, as a matrix.
 inline PackedMatrix panels_of(const PackedMatrix& matrix, std::int64_t first, std::int64_t rows) {
-  require(matrix.split == nullptr, "a matrix whose panels are in one piece");
   PackedMatrix part = matrix;
   part.rows = rows;
   part.data += static_cast<std::size_t>(first / kPanel) * matrix.panel_bytes;
