@@ -73,6 +73,14 @@ const MatmulKernels& matmul_kernels(Isa isa);
 
 // What follows is for the kernel files.
 
+/// What the unsigned bytes of a panel are too large by.
+template <WeightType type>
+inline constexpr int kZeroPoint = type == WeightType::q8_0   ? 128
+                                  : type == WeightType::q6_k ? 32
+                                  : type == WeightType::q5_0 ? 16
+                                  : type == WeightType::q4_0 ? 8
+                                                             : 0;
+
 /// How a matrix lies: as packing.h has it, or in split columns, of which all is read or the coarse part.
 enum class Form { packed, split, coarse };
 

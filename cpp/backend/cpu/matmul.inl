@@ -11,7 +11,7 @@
 //   splat_lanes<Lanes>, load_lanes<type, Lanes> (of a float type), store_lanes, multiply, multiply_add (fused if the
 //   machine can)       for Float and Part
 //   part_from_u8, part_from_i8, to_lanes   Parts of bytes and of Integers
-//   zero_point<type>() what dot_block's unsigned weights are too large by; 0 where it takes care of that itself
+//   kZeroPoint<type>   what dot_block's unsigned weights are too large by; 0 where it takes care of that itself
 //   dot_block<type, first>(block, quants, stride, starts, start_stride, dot)
 //                      dot[p][r] = starts[r * start_stride] + sum over the block's 32 columns of unsigned weight *
 //                      quants[r * stride + column], exact, for the rows of part first + p of the tile's panels, which
@@ -48,15 +48,15 @@ void fill_starts(const Activations& x, std::int64_t first, std::int64_t end, std
     for (std::int64_t b = 0; b < blocks; ++b) {
       const auto [low, high] = halves_of_sum(sums[b]);
       if constexpr (type == WeightType::q6_k) {
-        (starts++)->whole = -zero_point<type>() * low;
-        (starts++)->whole = -zero_point<type>() * high;
+        (starts++)->whole = -kZeroPoint<type> * low;
+        (starts++)->whole = -kZeroPoint<type> * high;
       } else if constexpr (type == WeightType::q4_k) {
         (starts++)->scaled = scales[b] * static_cast<float>(low + high);
       } else if constexpr (form == Form::coarse) {
-        constexpr int zero = zero_point<type>();
+        constexpr int zero = kZeroPoint<type>;
         (starts++)->whole = -zero * low - (zero - zero / 16) * high;
       } else {
-        (starts++)->whole = -zero_point<type>() * (low + high);
+        (starts++)->whole = -kZeroPoint<type> * (low + high);
       }
     }
   }

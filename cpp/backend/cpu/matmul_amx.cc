@@ -53,7 +53,7 @@ struct alignas(64) Segment {
 template <WeightType type, int g = 0>
 [[gnu::always_inline]] inline void unpack_groups(const std::byte* block,
                                                  std::int8_t (&values)[layout::kGroups][layout::kGroupBytes]) {
-  const __m512i zero = _mm512_set1_epi8(static_cast<char>(zero_point<type>()));
+  const __m512i zero = _mm512_set1_epi8(static_cast<char>(kZeroPoint<type>));
   _mm512_store_si512(values[g], _mm512_sub_epi8(weight_group<type, g>(block), zero));
   if constexpr (g + 1 < layout::kGroups) unpack_groups<type, g + 1>(block, values);
 }
@@ -97,7 +97,7 @@ class Unpacker {
 
   void unpack_split(int block, Segment& segment) {
     constexpr bool coarse = form == Form::coarse;
-    constexpr int zero = zero_point<WeightType::q8_0>();
+    constexpr int zero = kZeroPoint<WeightType::q8_0>;
     const int whole = *whole_++;
     _mm512_store_ps(segment.scales[block], load_lanes<WeightType::f16, Float>(panel_));
     panel_ += layout::kHalves;

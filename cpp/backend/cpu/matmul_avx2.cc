@@ -135,22 +135,6 @@ template <WeightType type, int g>
   }
 }
 
-template <WeightType type>
-constexpr int zero_point() {
-  switch (type) {
-    case WeightType::q8_0:
-      return 128;
-    case WeightType::q6_k:
-      return 32;
-    case WeightType::q5_0:
-      return 16;
-    case WeightType::q4_0:
-      return 8;
-    default:
-      return 0;
-  }
-}
-
 // Groups whose int16 sums fit: 2 * groups * largest * 127 <= 32767.
 template <WeightType type>
 constexpr int summed_groups() {
@@ -176,7 +160,7 @@ template <WeightType type, int P, int R>
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     const __m256i start =
-        zero_point<type>() == 0 ? _mm256_setzero_si256() : _mm256_set1_epi32(starts[r * start_stride].whole);
+        kZeroPoint<type> == 0 ? _mm256_setzero_si256() : _mm256_set1_epi32(starts[r * start_stride].whole);
 #pragma GCC unroll 2
     for (int p = 0; p < P; ++p) dot[p][r] = start;
   }

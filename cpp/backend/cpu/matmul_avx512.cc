@@ -65,7 +65,7 @@ template <WeightType type, int P, int R>
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     const __m512i start =
-        zero_point<type>() == 0 ? _mm512_setzero_si512() : _mm512_set1_epi32(starts[r * start_stride].whole);
+        kZeroPoint<type> == 0 ? _mm512_setzero_si512() : _mm512_set1_epi32(starts[r * start_stride].whole);
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) dot[p][r] = start;
   }

@@ -112,9 +112,7 @@ inline void dot_groups(const std::byte* block, int first_group, int last_group, 
 
 // dot_groups decodes weights with their sign.
 template <WeightType type>
-constexpr int zero_point() {
-  return 0;
-}
+constexpr int kZeroPoint = 0;
 
 template <WeightType type, int first, int R>
 inline void dot_block(Place block, const std::int8_t* quants, std::int64_t stride, const Start* /*starts*/,

@@ -60,22 +60,6 @@ template <WeightType type, int g>
   }
 }
 
-template <WeightType type>
-constexpr int zero_point() {
-  switch (type) {
-    case WeightType::q8_0:
-      return 128;
-    case WeightType::q6_k:
-      return 32;
-    case WeightType::q5_0:
-      return 16;
-    case WeightType::q4_0:
-      return 8;
-    default:
-      return 0;
-  }
-}
-
 // The bits of `a` where `mask` has ones, those of `b` elsewhere.
 [[gnu::always_inline]] inline __m512i select(__m512i mask, __m512i a, __m512i b) {
   return _mm512_ternarylogic_epi32(a, b, mask, 0xE4);
