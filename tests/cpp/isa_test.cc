@@ -7,6 +7,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "backend/cpu/int4.h"
+#include "backend/cpu/layer_kernels.h"
+#include "backend/cpu/sampler_kernels.h"
 #include "gtest/gtest.h"
 
 namespace draftwerk::cpu {
@@ -51,6 +54,14 @@ std::string error_for(const char* value) {
 TEST(Isa, PortableIsAlwaysThereAndFirst) {
   ASSERT_FALSE(available_isas().empty());
   EXPECT_EQ(available_isas().front(), Isa::portable);
+}
+
+TEST(Isa, AmxIsAvx512ButForItsTiles) {
+  EXPECT_EQ(vector_isa(Isa::amx), Isa::avx512);
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) EXPECT_EQ(vector_isa(isa), isa);
+  EXPECT_EQ(&sampler_kernels(Isa::amx), &sampler_kernels(Isa::avx512));
+  EXPECT_EQ(&layer_kernels(Isa::amx), &layer_kernels(Isa::avx512));
+  EXPECT_EQ(int4_quantizer(Isa::amx), int4_quantizer(Isa::avx512));
 }
 
 TEST(Isa, BestIsTheDefault) {

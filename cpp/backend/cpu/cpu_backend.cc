@@ -31,8 +31,8 @@ CpuBackend::CpuBackend(int threads, Isa isa, Screening screening)
 std::string CpuBackend::description() const {
   const int threads = pool_.size();
   // The backend and, up to a comma, what rounding depends on: with tiles it is that of avx512.
-  return std::string("cpu ") + (isa_ == Isa::amx ? "avx512, amx" : isa_name(isa_)) + ", " + std::to_string(threads) +
-         (threads == 1 ? " thread" : " threads");
+  return std::string("cpu ") + isa_name(vector_isa(isa_)) + (isa_ == Isa::amx ? ", amx" : "") + ", " +
+         std::to_string(threads) + (threads == 1 ? " thread" : " threads");
 }
 
 std::unique_ptr<Buffer> CpuBackend::allocate(std::size_t bytes) { return std::make_unique<MappedMemory>(bytes); }

@@ -13,7 +13,7 @@ extern const QuantizeInt4 kQuantizeInt4;
 
 QuantizeInt4 int4_quantizer(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512 || isa == Isa::amx) return avx512::kQuantizeInt4;
+  if (vector_isa(isa) == Isa::avx512) return avx512::kQuantizeInt4;
   if (isa == Isa::avx2) return avx2::kQuantizeInt4;
 #else
   static_cast<void>(isa);

@@ -82,6 +82,8 @@ const char* isa_name(Isa isa) {
   return "unknown";
 }
 
+Isa vector_isa(Isa isa) { return isa == Isa::amx ? Isa::avx512 : isa; }
+
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas;
   for (const Isa isa : kIsas) {

@@ -17,6 +17,8 @@ std::vector<Isa> available_isas();
 /// exist or that the machine lacks.
 Isa choose_isa();
 const char* isa_name(Isa isa);
+/// That of everything but products of many rows: avx512 for amx.
+Isa vector_isa(Isa isa);
 
 /// Whether a kernel gains by asking for what lies a kilobyte ahead in the second cache, so that the first one has it in
 /// time: an Intel with AMX takes 5% longer for a pass without, an AMD with AVX2 2 to 8% longer by asking

@@ -16,7 +16,7 @@ extern const LayerKernels kLayerKernels;
 
 const LayerKernels& layer_kernels(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512 || isa == Isa::amx) return avx512::kLayerKernels;
+  if (vector_isa(isa) == Isa::avx512) return avx512::kLayerKernels;
   if (isa == Isa::avx2) return avx2::kLayerKernels;
 #else
   static_cast<void>(isa);

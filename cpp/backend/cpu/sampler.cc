@@ -12,15 +12,8 @@
 namespace draftwerk::cpu {
 
 const SamplerKernels& sampler_kernels(Isa isa) {
-  switch (isa) {
-    case Isa::amx:
-    case Isa::avx512:
-      return avx512::kSamplerKernels;
-    case Isa::avx2:
-      return avx2::kSamplerKernels;
-    case Isa::portable:
-      break;
-  }
+  if (vector_isa(isa) == Isa::avx512) return avx512::kSamplerKernels;
+  if (isa == Isa::avx2) return avx2::kSamplerKernels;
   return portable::kSamplerKernels;
 }
 
