@@ -61,6 +61,13 @@ def opened(model: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
 
 
 @pytest.fixture
+def little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands write little: by default one file of text alone has 256 texts, of which every token is looked at."""
+    little = functools.partial(TextOptions, max_tokens=40, texts_per_shard=48)
+    monkeypatch.setattr("draftwerk.training.text.TextOptions", little)
+
+
+@pytest.fixture
 def trains(opened: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Lets runs and conclusions do something else; what they were called with."""
 
@@ -172,15 +179,13 @@ def test_a_run_is_held_from_its_beginning(opened: Checkpoint, tmp_path: Path, mo
     assert moments == ["begin", "read_options", "train", "read_options", "train"]
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize("asked_by", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_behind_a_step_and_the_run_can_be_gone_on_with(
     opened: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked_by: signal.Signals
 ) -> None:
     out = tmp_path / "out"
     monkeypatch.setattr("draftwerk.cli.training_display._SECONDS_BETWEEN_LINES", 0.0)
-    # By default one file of text alone has 256 texts, of which every token is looked at.
-    small_text = functools.partial(TextOptions, max_tokens=40, texts_per_shard=48)
-    monkeypatch.setattr("draftwerk.training.text.TextOptions", small_text)
     monkeypatch.setattr(
         "draftwerk.training.evaluation.EvaluationOptions",
         functools.partial(EvaluationOptions, max_tokens=32, timed_prompts=2),
@@ -325,6 +330,7 @@ def test_a_prompt_that_cannot_be_used_is_named_by_the_file_that_was_given(opened
     assert f"error: {prompts}:2: a prompt of 10001 tokens: must be at most " in result.stderr
 
 
+@pytest.mark.usefixtures("little_text")
 def test_the_way_out_of_a_gradient_that_is_not_finite_works(
     opened: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +342,7 @@ def test_the_way_out_of_a_gradient_that_is_not_finite_works(
         return clip(*arguments) + (norms.pop(0) if norms else 0.0)
 
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clip_and_then_not_finite)
-    base = f"train-drafter -m tiny --tokens 4000 --device cpu -t 2 --out {tmp_path}".split()
+    base = f"train-drafter -m tiny --tokens 4000 --length 256 --device cpu -t 1 --out {tmp_path}".split()
     base[-1] += "/an out"
     failed = run_command(*base, *"--layers 1 --draft-vocabulary 64 --learning-rate 0.002".split())
     assert failed.exit_code == 2
