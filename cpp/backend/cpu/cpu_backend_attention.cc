@@ -5,6 +5,7 @@
 
 #include "backend/cpu/cpu_backend_impl.h"
 #include "backend/cpu/operands.h"
+#include "backend/cpu/pieces.h"
 
 namespace draftwerk::cpu {
 namespace {
@@ -12,9 +13,6 @@ namespace {
 void require_head_dim(int head_dim) {
   require(head_dim > 0 && head_dim % 16 == 0 && head_dim <= kMaxHeadDim, "head_dim a multiple of 16 up to 512");
 }
-
-// Queries are handed out in pieces of about a microsecond.
-constexpr std::int64_t kElementsPerPiece = 2048;
 
 void move_layer(const KvLayer& kv, std::span<const KvMove> moves, KvArena arena) {
   const std::size_t element = kv.type == KvType::f16 ? 2 : 4;
@@ -117,7 +115,7 @@ void CpuBackend::append_kv(Tensor query, Tensor key, Tensor value, int query_hea
   // are handed out behind them, few at a time.
   const std::int64_t rows = step_rows();
   const std::int64_t key_pieces = (rows + kPageSize / 2 - 1) / (kPageSize / 2);
-  const std::int64_t query_grain = std::max<std::int64_t>(kElementsPerPiece / query.columns, 1);
+  const std::int64_t query_grain = grain_of_rows(query.columns);
   const std::int64_t query_pieces = (rows + query_grain - 1) / query_grain;
   const std::int64_t grain = rows == 1 ? 2 : 1;  // one row is not worth a fork
   pool_.parallel_for(key_pieces + query_pieces, grain, [&](std::int64_t begin, std::int64_t end, int) {

@@ -19,6 +19,7 @@
 #include "backend/cpu/layer_kernels.h"
 #include "backend/cpu/matmul.h"
 #include "backend/cpu/memory.h"
+#include "backend/cpu/pieces.h"
 #include "backend/cpu/sampler.h"
 #include "backend/cpu/screened_head.h"
 #include "backend/cpu/sparse_head.h"
@@ -97,10 +98,7 @@ class CpuBackend final : public Backend {
   /// Runs body(row) for `rows` rows of a cheap operation on `columns` elements each.
   template <typename Body>
   void for_each_row(std::int64_t rows, std::int64_t columns, Body&& body) {
-    // Forking and joining takes about a microsecond, and so does a row operation on this many elements.
-    constexpr std::int64_t kElementsPerPiece = 2048;
-    const std::int64_t grain = kElementsPerPiece / columns;
-    pool_.parallel_for(rows, grain > 1 ? grain : 1, [&](std::int64_t begin, std::int64_t end, int worker) {
+    pool_.parallel_for(rows, grain_of_rows(columns), [&](std::int64_t begin, std::int64_t end, int worker) {
       for (std::int64_t row = begin; row < end; ++row) body(row, worker);
     });
   }

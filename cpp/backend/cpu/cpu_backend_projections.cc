@@ -3,13 +3,11 @@
 
 #include "backend/cpu/cpu_backend_impl.h"
 #include "backend/cpu/operands.h"
+#include "backend/cpu/pieces.h"
 
 namespace draftwerk::cpu {
 namespace {
 
-// Pieces of work. Handing one out costs some tens of nanoseconds, forking and joining about a microsecond; a thread
-// streams about 12 bytes per nanosecond from memory.
-constexpr std::int64_t kPanelBytesPerPiece = 16 * 1024;
 // Rows of a prompt come in hundreds; then a piece is this many panels, so that activations are read once for several.
 constexpr int kManyRows = 64;
 constexpr std::int64_t kPiecesPerThread = 12;
@@ -42,8 +40,7 @@ Activations CpuBackend::prepare(Tensor input, const Norm* norm, int rows, bool q
 std::int64_t CpuBackend::panel_grain(const PackedMatrix& matrix, std::int64_t panels, int rows) const {
   const std::int64_t balanced = std::max<std::int64_t>(panels / (kPiecesPerThread * pool_.size()), 1);
   if (rows >= kManyRows) return balanced;
-  const auto bytes = static_cast<std::int64_t>(matrix.panel_bytes);
-  return std::max<std::int64_t>(kPanelBytesPerPiece / bytes, 1);
+  return grain_of_bytes(static_cast<std::int64_t>(matrix.panel_bytes));
 }
 
 void CpuBackend::project(Tensor input, const Norm* norm, std::span<const Projection> outputs) {

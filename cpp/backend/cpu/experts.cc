@@ -4,13 +4,12 @@
 #include <cmath>
 
 #include "backend/cpu/operands.h"
+#include "backend/cpu/pieces.h"
 #include "backend/cpu/top_k.h"
 
 namespace draftwerk::cpu {
 namespace {
 
-// As for the other products: a piece of work is worth handing out from about this many bytes of weights on.
-constexpr std::int64_t kBytesPerPiece = 16 * 1024;
 // Outputs of gate and up that are computed together: a whole block of what `down` reads quantised.
 constexpr int kUnit = kBlock;
 
@@ -146,7 +145,7 @@ void ExpertMixture::run(Tensor input, int rows, const Router& router, const Norm
   const bool gated_quantized = takes_quantized(down.type);
   const Activations x = inputs_.view(hidden, input_quantized, !input_quantized);
   const std::int64_t unit_bytes = 2 * static_cast<std::int64_t>(gate_up.panel_bytes) * (kUnit / kPanel);
-  for_each_group((mlp + kUnit - 1) / kUnit, std::max<std::int64_t>(kBytesPerPiece / unit_bytes, 1),
+  for_each_group((mlp + kUnit - 1) / kUnit, grain_of_bytes(unit_bytes),
                  [&](const Group& group, std::int64_t begin, std::int64_t end) {
                    const std::int64_t first_row = std::int64_t{group.expert} * 2 * mlp;
                    const PackedMatrix gate = panels_of(gate_up, first_row, mlp);
@@ -167,8 +166,7 @@ void ExpertMixture::run(Tensor input, int rows, const Router& router, const Norm
                  });
 
   const Activations h = gated_.view(mlp, gated_quantized, !gated_quantized);
-  for_each_group(hidden / kPanel,
-                 std::max<std::int64_t>(kBytesPerPiece / static_cast<std::int64_t>(down.panel_bytes), 1),
+  for_each_group(hidden / kPanel, grain_of_bytes(static_cast<std::int64_t>(down.panel_bytes)),
                  [&](const Group& group, std::int64_t begin, std::int64_t end) {
                    const PackedMatrix matrix = panels_of(down, std::int64_t{group.expert} * hidden, hidden);
                    matmul_.matmul(matrix, begin, end, h.from(group.first), group.count,

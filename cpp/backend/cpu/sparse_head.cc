@@ -4,15 +4,11 @@
 #include <tuple>
 
 #include "backend/cpu/operands.h"
+#include "backend/cpu/pieces.h"
 #include "backend/cpu/top_k.h"
 
 namespace draftwerk::cpu {
 namespace {
-
-constexpr std::int64_t kBytesPerPiece = 16 * 1024;
-
-/// Panels or clusters per piece of work.
-std::int64_t grain_of(std::int64_t bytes_each) { return std::max<std::int64_t>(kBytesPerPiece / bytes_each, 1); }
 
 /// One vector more than needed: rows a power of two apart would share cache sets.
 std::int64_t stride_of(std::int64_t count) { return round_up(count, kPanel) + kPanel; }
@@ -45,7 +41,7 @@ SparseLogitRows SparseLogits::compute(const SparseHead& head, const Activations&
 SparseLogitRows SparseLogits::compute_all(const SparseHead& head, const Activations& x, int outputs) {
   const PackedMatrix& matrix = packed(*head.weight);
   const std::int64_t stride = stride_of(matrix.rows);
-  pool_.parallel_for(panel_count(matrix.rows), grain_of(static_cast<std::int64_t>(matrix.panel_bytes)),
+  pool_.parallel_for(panel_count(matrix.rows), grain_of_bytes(static_cast<std::int64_t>(matrix.panel_bytes)),
                      [&](std::int64_t begin, std::int64_t end, int) {
                        matmul_.matmul(matrix, begin, end, x, outputs, values_.data(), stride);
                        if (head.softcap == 0.0F) return;
@@ -65,7 +61,7 @@ SparseLogitRows SparseLogits::compute_all(const SparseHead& head, const Activati
 
 void SparseLogits::choose_clusters(const PackedMatrix& centroids, const Activations& x, int outputs, int chosen) {
   const auto clusters = static_cast<int>(centroids.rows);
-  pool_.parallel_for(panel_count(clusters), grain_of(static_cast<std::int64_t>(centroids.panel_bytes)),
+  pool_.parallel_for(panel_count(clusters), grain_of_bytes(static_cast<std::int64_t>(centroids.panel_bytes)),
                      [&](std::int64_t begin, std::int64_t end, int) {
                        matmul_.matmul(centroids, begin, end, x, outputs, scores_.data(), clusters);
                      });
@@ -94,7 +90,7 @@ SparseLogitRows SparseLogits::compute_chosen(const SparseHead& head, const Activ
               [](const Pair& a, const Pair& b) { return std::tie(a.cluster, a.row) < std::tie(b.cluster, b.row); });
   }
   const auto cluster_bytes = std::max<std::int64_t>(static_cast<std::int64_t>(matrix.panel_bytes) * size / kPanel, 1);
-  pool_.parallel_for(pairs, grain_of(cluster_bytes), [&](std::int64_t begin, std::int64_t end, int worker) {
+  pool_.parallel_for(pairs, grain_of_bytes(cluster_bytes), [&](std::int64_t begin, std::int64_t end, int worker) {
     float* panels = panels_.data() + worker * panels_stride_;
     for (std::int64_t i = begin; i < end; ++i) {
       const Pair& pair = pairs_[i];
