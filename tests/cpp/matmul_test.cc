@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 
+#include "backend/cpu/reference.h"
 #include "gtest/gtest.h"
 #include "kernel_sets.h"
 #include "random_blocks.h"
@@ -120,7 +121,7 @@ class Matmul : public testing::TestWithParam<std::tuple<KernelSet, WeightType>> 
   }
 };
 
-TEST_P(Matmul, AgreesWithTheNaiveProduct) {
+TEST_P(Matmul, AgreesWithTheReference) {
   for (int round = 0; round < 16; ++round) {
     const std::int64_t columns = random_columns(6);
     const std::int64_t outputs = 1 + random() % 70;
@@ -128,11 +129,11 @@ TEST_P(Matmul, AgreesWithTheNaiveProduct) {
     const Matrix matrix(type, outputs, columns, random);
     const Rows x(kernels, rows, static_cast<int>(columns), random);
     const auto effective = x.effective(takes_quantized(type), rows, static_cast<int>(columns));
-    std::vector<float> expected(rows * outputs);
-    naive_matmul(matrix.values.data(), outputs, columns, effective.data(), rows, expected.data());
     std::vector<float> y(rows * outputs);
     kernels.matmul(matrix.packed, 0, panel_count(outputs), x.view(), rows, y.data(), outputs);
     for (int r = 0; r < rows; ++r) {
+      const auto row = effective.begin() + r * columns;
+      const std::vector<double> expected = reference::multiply(matrix.values, std::vector<double>(row, row + columns));
       for (std::int64_t n = 0; n < outputs; ++n) {
         double size = 0;
         for (std::int64_t k = 0; k < columns; ++k) {
@@ -141,7 +142,7 @@ TEST_P(Matmul, AgreesWithTheNaiveProduct) {
         // Each f32 addition, and each product of scales, is off by at most 2^-24 of what it made: fewer than
         // columns + 8 of them act on any term. q4_k subtracts products larger than the weights themselves, hence 8.
         const double bound = 8 * size * static_cast<double>(columns + 8) * 0x1p-24;
-        ASSERT_NEAR(y[r * outputs + n], expected[r * outputs + n], bound)
+        ASSERT_NEAR(y[r * outputs + n], expected[n], bound)
             << "row " << r << " of " << rows << ", output " << n << " of " << outputs << ", columns " << columns;
       }
     }
@@ -278,9 +279,7 @@ TEST_P(Matmul, ExtremesStayExact) {
     dequantize(type, blocks.data(), 16 * columns, values.data());
     std::vector<std::byte> panels(panel_bytes(type, columns));
     pack_rows(type, columns, 16, type, blocks.data(), panels.data());
-    const std::vector<float> largest(columns, 127.0F);
-    std::vector<float> expected(16);
-    naive_matmul(values.data(), 16, columns, largest.data(), 1, expected.data());
+    const std::vector<double> expected = reference::multiply(values, std::vector<double>(columns, 127.0));
     for (const int rows : {1, 2, 4, 6, 16}) {  // tiles of few rows and of many
       for (const float sign : {1.0F, -1.0F}) {
         std::vector<float> x(rows * columns, sign * 127);
@@ -293,7 +292,7 @@ TEST_P(Matmul, ExtremesStayExact) {
         kernels.matmul({type, 16, columns, panels.size(), panels.data()}, 0, 1, view, rows, y.data(), 16);
         // Whole numbers below 2^24 times 63 (q4_k, q6_k scales up to 8 bits): exact but for the last additions.
         for (int i = 0; i < rows * 16; ++i) {
-          const float want = sign * expected[i % 16];
+          const double want = sign * expected[i % 16];
           EXPECT_NEAR(y[i], want, std::fabs(want) * 0x1p-21) << i << " of " << rows << " rows";
         }
       }

@@ -190,16 +190,4 @@ void dequantize(WeightType type, const std::byte* source, std::int64_t elements,
   }
 }
 
-void naive_matmul(const float* w, std::int64_t rows_w, std::int64_t columns, const float* x, int rows, float* y) {
-  for (int r = 0; r < rows; ++r) {
-    for (std::int64_t n = 0; n < rows_w; ++n) {
-      double sum = 0;
-      for (std::int64_t k = 0; k < columns; ++k) {
-        sum += static_cast<double>(w[n * columns + k]) * static_cast<double>(x[r * columns + k]);
-      }
-      y[r * rows_w + n] = static_cast<float>(sum);
-    }
-  }
-}
-
 }  // namespace draftwerk::cpu

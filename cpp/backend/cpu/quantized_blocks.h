@@ -25,7 +25,4 @@ namespace draftwerk::cpu {
 /// them (ggml-quants.c, dequantize_row_*), in float32; of f8_e4m3 one row of so many. `source` may be unaligned.
 void dequantize(WeightType type, const std::byte* source, std::int64_t elements, float* out);
 
-/// The naive product: y[r * rows_w + n] = sum over k of w[n * columns + k] * x[r * columns + k], in double.
-void naive_matmul(const float* w, std::int64_t rows_w, std::int64_t columns, const float* x, int rows, float* y);
-
 }  // namespace draftwerk::cpu
