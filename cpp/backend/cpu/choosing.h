@@ -147,7 +147,8 @@ struct ShortList {
 /// so if the winner of all tokens lies inside, it is the winner of the nucleus, and it lies inside if the mass before
 /// it is small enough. Otherwise it and everything behind it are out, and the rest competes again: rarely more than
 /// once, as the first winner is outside with probability 1 - top_p at most.
-/// No token wins (INT_MAX) if none has a z above minus infinity.
+/// No token wins (INT_MAX) if `cut` keeps none. kKeepAll keeps minus infinity too: where there is nothing above it, the
+/// lowest such token wins.
 template <typename Contenders>
 Winner choose_among(const Contenders& contenders, Cut cut, const SamplingParams& sampling, float top, NoiseKey noise) {
   const bool nucleus = sampling.top_p < 1.0F;

@@ -23,7 +23,7 @@ namespace draftwerk::cpu {
 struct Activations {
   const float* values = nullptr;        ///< [rows, columns]
   std::int64_t stride = 0;              ///< elements from row to row of `values`
-  const std::int8_t* quants = nullptr;  ///< [rows, columns], -127 .. 127
+  const std::int8_t* quants = nullptr;  ///< [rows, columns], -127 .. 127; any where a scale is NaN
   const float* scales = nullptr;        ///< [rows, columns / 32]
   const std::int32_t* sums = nullptr;   ///< [rows, columns / 32], see quantize_row
   std::int64_t quant_stride = 0;        ///< elements from row to row of `quants`

@@ -1,7 +1,7 @@
 // AVX2: a register holds eight of a panel's sixteen rows, a half. Both halves at once share what is loaded of
 // activations and what a block takes besides, which pays as long as their sums fit in registers. There is no four-way
 // int8 dot product: vpmaddubsw makes int16 sums of two products, and vpmaddwd widens them. The int16 sums never
-// saturate: they are widened before 2 * groups * (largest weight) * 127 could pass 32767. Bytes of q8_0 are multiplied
+// saturate: they are widened before 2 * groups * (largest weight) * 128 could pass 32767. Bytes of q8_0 are multiplied
 // as two nibbles, whose products may be summed over a whole block.
 #if defined(__x86_64__)
 
@@ -135,7 +135,7 @@ template <WeightType type, int g>
   }
 }
 
-// Groups whose int16 sums fit: 2 * groups * largest * 127 <= 32767.
+// Groups whose int16 sums fit: 2 * groups * largest * 128 <= 32767.
 template <WeightType type>
 constexpr int summed_groups() {
   if (type == WeightType::q6_k) return 2;  // weight <= 63

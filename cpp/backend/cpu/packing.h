@@ -77,9 +77,9 @@ struct PackedMatrix {
 
 /// Packs `count` rows of `columns` values, contiguous at `source`, into the ceil(count / 16) panels at `panels`; the
 /// rows that the last panel lacks become zero. source_type == type, or one of f32, f16, bf16 for a q8_0, q4_0, f8_e4m3,
-/// f32, f16 or bf16 matrix: floats are rounded to nearest even, q8_0 has scale max|x| / 127 in f16, as ggml makes it,
-/// q4_0 is chosen by int4.h, and f8_e4m3 by Float8Row. `isa` says what that may use; the bits do not depend on it.
-/// Throws std::invalid_argument for any other combination.
+/// f32, f16 or bf16 matrix: floats are rounded to nearest even; q8_0 is as ggml makes it, with scale max|x| / 127 in
+/// f16 and ties away from zero, q4_0 is chosen by int4.h, and f8_e4m3 by Float8Row. `isa` says what that may use; the
+/// bits do not depend on it. Throws std::invalid_argument for any other combination.
 void pack_rows(WeightType type, std::int64_t columns, std::int64_t count, WeightType source_type,
                const std::byte* source, std::byte* panels, Isa isa = Isa::portable);
 

@@ -2,7 +2,7 @@
 // extensions, so one source serves every instruction set: AVX-512 takes one register, AVX2 two, portable code four.
 // Included only by the kernel files; each defines DRAFTWERK_ISA (portable, avx2 or avx512) first, and everything
 // lies in a namespace of that name, so that no function compiled for one instruction set is linked into another's.
-// Kernel files must not instantiate std:: templates for the same reason.
+// For the same reason kernel files must leave no function of std:: behind: what they use of it has to be inlined.
 #pragma once
 
 #ifndef DRAFTWERK_ISA
