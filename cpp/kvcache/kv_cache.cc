@@ -73,7 +73,6 @@ SequenceKv KvCache::open(std::string_view salt, std::span<const TokenId> tokens,
 
 void KvCache::count_lookup(const SequenceKv& sequence, std::int64_t limit) {
   if (prefixes_ == nullptr) return;
-  ++prefix_lookups_;
   prefix_lookup_tokens_ += limit;
   prefix_hit_tokens_ += sequence.prefix_positions_;
 }
@@ -260,7 +259,6 @@ KvUse KvCache::use() const {
     use.evicted_pages = prefixes_->evicted_pages();
   }
   use.sequences = sequences_;
-  use.prefix_lookups = prefix_lookups_;
   use.prefix_lookup_tokens = prefix_lookup_tokens_;
   use.prefix_hit_tokens = prefix_hit_tokens_;
   return use;

@@ -42,9 +42,9 @@ struct KvUse {
   std::int64_t cached_pages[kPageTables] = {0, 0};  ///< of those, held by the prefix cache alone
   std::int64_t cached_blocks = 0;                   ///< blocks that the prefix cache knows
   std::int64_t sequences = 0;                       ///< open now
-  std::int64_t prefix_lookups = 0;                  ///< since the start, as all that follow
-  std::int64_t prefix_lookup_tokens = 0;            ///< positions that lookups could at most have found
-  std::int64_t prefix_hit_tokens = 0;               ///< positions found
+  /// Positions that lookups could at most have found; since the start, as all that follow.
+  std::int64_t prefix_lookup_tokens = 0;
+  std::int64_t prefix_hit_tokens = 0;  ///< positions found
   std::int64_t evicted_pages = 0;
 };
 
@@ -153,7 +153,6 @@ class KvCache {
   std::int64_t holders_ = 0;        // open sequences that have pages
   bool scattered_ = false;          // a sequence alone found too little room although it fits()
   bool skip_registration_ = false;  // for the next sequence to open: it must not leave pages behind
-  std::int64_t prefix_lookups_ = 0;
   std::int64_t prefix_lookup_tokens_ = 0;
   std::int64_t prefix_hit_tokens_ = 0;
 };

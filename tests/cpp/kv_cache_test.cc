@@ -90,11 +90,10 @@ TEST(KvCache, StartsFromTheLongestPrefix) {
   EXPECT_EQ(third.positions(), 80);
   SequenceKv other = cache.open("u", tokens, 99);
   EXPECT_EQ(other.positions(), 0);
-  EXPECT_EQ(cache.use().prefix_lookups, 0);
+  EXPECT_EQ(cache.use().prefix_lookup_tokens, 0);
   for (const SequenceKv* s : {&first, &second, &other}) cache.count_lookup(*s, 99);
   cache.count_lookup(third, 95);
   const KvUse use = cache.use();
-  EXPECT_EQ(use.prefix_lookups, 4);
   EXPECT_EQ(use.prefix_lookup_tokens, 99 + 99 + 95 + 99);
   EXPECT_EQ(use.prefix_hit_tokens, 96 + 80);
   EXPECT_EQ(use.sequences, 4);
