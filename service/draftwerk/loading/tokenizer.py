@@ -49,6 +49,10 @@ _CONTROL_TOKENS = (
     *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
     *("<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>", "<|video|>"),
 )
+_CONTROL_TOKEN_PIECES = re.compile(
+    b"%b(%b)(?=%b|\\Z)"
+    % (byte_spans.SEPARATOR, b"|".join(re.escape(name.encode()) for name in _CONTROL_TOKENS), byte_spans.SEPARATOR)
+)
 _MAX_TOKENS = 1 << 22
 
 
@@ -89,15 +93,14 @@ class TokenTexts(NamedTuple):
 def _with_control_tokens(path: str, joined: bytes, kinds: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The types of the pieces, CONTROL for those that Gemma has as control tokens."""
     kinds = kinds.copy()
-    ended = joined + byte_spans.SEPARATOR
-    mistyped = []
-    for name in _CONTROL_TOKENS:
-        at = ended.find(byte_spans.SEPARATOR + name.encode() + byte_spans.SEPARATOR)
-        token = ended.count(byte_spans.SEPARATOR, 0, max(at, 0))
-        if at >= 0 and kinds[token] != proto.CONTROL:
+    markers = []
+    for found in _CONTROL_TOKEN_PIECES.finditer(joined):
+        token = joined.count(byte_spans.SEPARATOR, 0, found.start())
+        if kinds[token] != proto.CONTROL:
             kinds[token] = proto.CONTROL
-            mistyped.append(name)
-    markers = [name for name in mistyped if name in _TURN_MARKERS]
+            name = found[1].decode()
+            if name in _TURN_MARKERS:
+                markers.append(name)
     if markers:
         _logger.info("%s has %s as text: taken as control tokens, which they are", path, " and ".join(markers))
     return kinds
