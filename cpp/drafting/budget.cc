@@ -30,6 +30,9 @@ constexpr std::int64_t kTrialSpacing = 8;
 /// much drafting gains: the less it is known and the more it matters, the sooner.
 constexpr double kBaselineSpacing = 16.0;
 constexpr double kMostGain = 4.0;
+/// Share of all time that such measurements may lose besides: often where drafting gains little, which may be an error.
+constexpr double kBaselineShare = 0.002;
+constexpr double kLeastBaselineSpacing = 8.0;
 
 // --- comparisons and probes -------------------------------------------------------------------------------------
 
@@ -110,6 +113,7 @@ void DraftBudget::plan(std::span<DraftCandidate> candidates, int prefill_rows, i
   } else if (step_costs_.measured(sequences)) {
     const int best = best_known(sequences);
     best_rate_ = rate(sequences, best);
+    if (baseline_is_due(sequences, best)) return note_rounds(candidates);
     const int drafts = trial(sequences, best);
     grant(drafts);
     if (drafts == best) {
@@ -335,6 +339,14 @@ int DraftBudget::best_beside_prefill(int sequences, int prefill_rows) const {
 int DraftBudget::most_tried(int sequences) const {
   const int known = step_costs_.largest() - sequences;
   return std::max({2 * known, sequences, known > 0 ? 4 : 1});
+}
+
+/// Whether a step without drafts is to be measured, by time that is set aside for nothing else: what all plans are
+/// compared with must not be what a slow spell made of it.
+bool DraftBudget::baseline_is_due(int sequences, int best) const {
+  if (best == 0) return false;
+  const double lost = 1.0 - rate(sequences, 0) / best_rate_;  // of a step
+  return static_cast<double>(step_costs_.age(sequences)) >= std::max(lost / kBaselineShare, kLeastBaselineSpacing);
 }
 
 /// Another number of drafts than `best`, if there is one that should be tried now; else `best`.

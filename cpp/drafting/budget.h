@@ -18,7 +18,8 @@
 //      and decides when it knows how sure it is.
 //   3. What is not known is found out at a bounded price:
 //      - A trial is a step of another number of rows than the best: one that was not measured yet and may pay, or the
-//        sequences' own alone, to measure that anew. A few thousandths of all time are set aside for trials.
+//        sequences' own alone, to measure that anew. A few thousandths of all time are set aside for trials, and
+//        two more for steps without drafts where drafting seems to pay: the less it does, the more often.
 //      - A comparison shows how good a drafter is without being verified: a sequence that does not use it has it
 //        propose one draft, and the token that comes out of the step tells whether it would have been accepted. It
 //        costs the drafting alone.
@@ -147,6 +148,7 @@ class DraftBudget {
   [[nodiscard]] int best_known(int sequences) const;
   [[nodiscard]] int best_beside_prefill(int sequences, int prefill_rows) const;
   [[nodiscard]] int most_tried(int sequences) const;
+  [[nodiscard]] bool baseline_is_due(int sequences, int best) const;
   [[nodiscard]] int trial(int sequences, int best) const;
   void explore(std::span<DraftCandidate> candidates, int max_rows);
   void free_trees(std::span<DraftCandidate> candidates, int max_rows);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <utility>
 
 namespace draftwerk {
 namespace {
@@ -25,6 +26,11 @@ constexpr double kSlowestPace = 1.5;
 /// How a sample's distance from the estimate moves the average distance, and the most that it counts for.
 constexpr double kScatterPace = 0.05;
 constexpr double kLargestScatter = 0.25;
+/// A measurement is old after so many steps. A sample that is so far from it, as a share, contradicts it, and a step
+/// that is no further than the latter from what was expected says that the machine's pace is what it was.
+constexpr std::int64_t kOldSteps = 8;
+constexpr double kContradiction = 0.12;
+constexpr double kAsExpected = 0.06;
 /// Standard error of a median of n samples of a normal distribution whose mean absolute deviation is 1, times sqrt(n).
 constexpr double kMedianError = 1.57;
 
@@ -82,7 +88,9 @@ void StepCostTable::observe(int rows, double seconds) {
   const int at = node_of(rows);
   Node& node = nodes_[at];
   if (step_ - node.last_step > kStaleSteps) node.samples.clear();
-  if (node.samples.count() > 2) follow(seconds / cost(rows));
+  const double ratio = seconds / cost(rows);
+  settle_contradiction(at, ratio);
+  if (node.samples.count() > 2) follow(ratio);
   const double sample = seconds / pace_ * assumed_cost(rows_of(at)) / assumed_cost(rows);
   if (node.samples.count() == 0 && !node.doubted && largest_ > 0 && sample > kDoubtful * estimate_[at]) {
     node.doubted = true;
@@ -93,10 +101,27 @@ void StepCostTable::observe(int rows, double seconds) {
     const double off = std::min(std::abs(sample / node.typical - 1.0), kLargestScatter);
     scatter_ += (off - scatter_) * kScatterPace;
   }
+  if (node.samples.count() > 1 && step_ - node.last_step > kOldSteps &&
+      std::abs(sample / node.typical - 1.0) > kContradiction) {
+    contradiction_ = {at, node.typical, sample};
+  }
   node.samples.add(sample);
   node.typical = node.samples.value();
   node.last_step = step_;
   rebuild();
+}
+
+/// A sample that contradicted an old measurement may have shown the machine's pace, which is that of all counts. If the
+/// next step, of another count, takes as long as expected, it has not: then it is the old measurement that is wrong, of
+/// which a spell made what it is, and the lesser of both is believed, as what disturbs makes times longer.
+void StepCostTable::settle_contradiction(int at, double ratio) {
+  const Contradiction last = std::exchange(contradiction_, {});
+  if (last.node < 0 || last.node == at || std::abs(ratio - 1.0) > kAsExpected) return;
+  Node& node = nodes_[last.node];
+  node.samples.clear();
+  node.samples.add(last.old);
+  node.samples.add(last.sample);
+  node.typical = node.samples.value();
 }
 
 /// A count that is well known took so many times as long as expected. What counts is the middle one of the last three

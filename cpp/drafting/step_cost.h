@@ -60,6 +60,13 @@ class StepCostTable {
     bool doubted = false;  ///< the last sample did not count
   };
 
+  struct Contradiction {
+    int node = -1;
+    double old = 0.0;  ///< its typical sample before
+    double sample = 0.0;
+  };
+
+  void settle_contradiction(int at, double ratio);
   void follow(double ratio);
   [[nodiscard]] bool known(const Node& node) const;
   static int node_of(int rows);
@@ -72,6 +79,7 @@ class StepCostTable {
   double pace_ = 1.0;  ///< what follows is free of it
   std::array<double, kNodes> estimate_{};
   std::array<float, kNodes> support_{};  ///< samples that the estimate rests on
+  Contradiction contradiction_;          ///< of the last step
   double scatter_ = 0.02;                ///< of samples around the estimate, relative, on average
   double tail_slope_ = 1.0;              ///< per unit of the assumed curve beyond the last node
   std::int64_t step_ = 0;

@@ -85,6 +85,8 @@ class BudgetSimulation {
   DraftBudget budget;
   double noise = 0.03;         ///< relative standard deviation of what times are measured to be
   double outlier_share = 0.0;  ///< of steps that seem to take 50 times as long
+  /// How slow the machine is in a step: a factor of all times.
+  std::function<double(int step)> pace = [](int) { return 1.0; };
   int step = 0;
 
   Stretch run(int steps) {
@@ -117,10 +119,10 @@ class BudgetSimulation {
     Goodput result;
     int rows = 0;
     for (const DraftCandidate& candidate : candidates_) rows += 1 + candidate.granted;
-    result.seconds = step_seconds_(rows) + draft();
+    result.seconds = pace(step) * step_seconds_(rows) + draft();
     for (std::size_t i = 0; i < candidates_.size(); ++i) result.tokens += verify(candidates_[i], offers_[i]);
     const bool outlier = uniform_(random_) < outlier_share;
-    budget.observe_step(rows, step_seconds_(rows) * (outlier ? 50.0 : disturbance()));
+    budget.observe_step(rows, pace(step) * step_seconds_(rows) * (outlier ? 50.0 : disturbance()));
     return result;
   }
 
@@ -136,8 +138,8 @@ class BudgetSimulation {
         passes = std::max({passes, granted, compared});
         drafts += granted + compared;
       }
-      const double round = drafters_[static_cast<std::size_t>(d)].pass_seconds * passes +
-                           drafters_[static_cast<std::size_t>(d)].row_seconds * drafts;
+      const double round = pace(step) * (drafters_[static_cast<std::size_t>(d)].pass_seconds * passes +
+                                         drafters_[static_cast<std::size_t>(d)].row_seconds * drafts);
       if (drafts > 0) budget.observe_drafting(d, passes, drafts, round * disturbance());
       seconds += round;
     }
@@ -179,8 +181,8 @@ class BudgetSimulation {
           passes = std::max(passes, here);
           drafted += here;
         }
-        goodput.seconds +=
-            step_seconds_(rows) + drafters_[d].pass_seconds * passes + drafters_[d].row_seconds * drafted;
+        goodput.seconds += pace(step) * (step_seconds_(rows) + drafters_[d].pass_seconds * passes +
+                                         drafters_[d].row_seconds * drafted);
       }
     }
   }

@@ -127,7 +127,7 @@ class TrainedBudget : public testing::Test {
  protected:
   void train(const std::function<double(int)>& seconds) {
     for (int i = 0; i < 100; ++i) {
-      for (int rows = 1; rows <= 64; ++rows) budget_.observe_step(rows, seconds(rows));
+      for (int rows = 64; rows > 0; --rows) budget_.observe_step(rows, seconds(rows));
       budget_.observe_acceptance(sequence_, 4, 8, first_drafts(8));
     }
   }
@@ -160,6 +160,28 @@ TEST_F(TrainedBudget, TakesTheDrafterThatPaysBest) {
   for (int i = 0; i < 30; ++i) budget_.observe_drafting(1, 0, 1, 0.01);
   EXPECT_EQ(plan({0, 0}, {8, kModelConfidence}).granted, 0);
   EXPECT_EQ(plan({8, 4}, {8, kModelConfidence}).granted, 8);
+}
+
+// What all plans are compared with is measured the oftener, the less drafts seem to gain.
+TEST_F(TrainedBudget, MeasuresStepsWithoutDrafts) {
+  const auto steps_without = [&](double slope) {
+    budget_ = {};
+    train(sloped(slope));
+    int without = 0;
+    for (int step = 0; step < 1000; ++step) {
+      const int granted = plan({8, 4}, {}).granted;
+      without += granted == 0 ? 1 : 0;
+      budget_.observe_step(1 + granted, sloped(slope)(1 + granted));
+    }
+    return without;
+  };
+  // Nine tokens in steps of 1.16 and of 8.2 times the time of one row.
+  const int of_much = steps_without(0.02);
+  EXPECT_GE(of_much, 2);
+  EXPECT_LE(of_much, 6);
+  const int of_little = steps_without(0.9);
+  EXPECT_GE(of_little, 15);
+  EXPECT_LE(of_little, 60);
 }
 
 TEST_F(TrainedBudget, ComparesADrafterThatIsNotUsed) {

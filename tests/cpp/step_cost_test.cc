@@ -112,6 +112,30 @@ TEST(StepCostTable, ASlowSpellIsOneOfAllCounts) {
   EXPECT_NEAR(table.cost(1), 0.011, 1e-3) << "and it is over";
 }
 
+// What was measured in a slow spell and not since, while the machine got faster and other counts were met for the first
+// time: one step puts it right once the next one shows that the pace is the same.
+TEST(StepCostTable, AnOldMeasurementGivesWayToWhatContradictsIt) {
+  StepCostTable table;
+  for (int i = 0; i < 6; ++i) table.observe(16, 0.058);
+  for (int i = 0; i < 20; ++i) table.observe(20, 0.054);
+  EXPECT_GT(table.cost(16), 0.05);
+  table.observe(16, 0.044);
+  table.observe(20, table.cost(20));
+  EXPECT_NEAR(table.cost(16), 0.044, 0.002);
+  EXPECT_GT(table.cost(20), 0.05);
+}
+
+TEST(StepCostTable, AnOldMeasurementDoesNotGiveWayToADisturbance) {
+  StepCostTable table;
+  for (int i = 0; i < 6; ++i) {
+    for (const int rows : {16, 20}) table.observe(rows, 0.0026 * rows);
+  }
+  for (int i = 0; i < 20; ++i) table.observe(20, 0.052);
+  table.observe(16, 0.08);
+  table.observe(20, 0.052);
+  EXPECT_NEAR(table.cost(16), 0.0416, 0.001);
+}
+
 TEST(StepCostTable, ForgetsWhatIsLongPast) {
   // The machine was busy when it measured eight rows; that shall not keep it from trying them for ever.
   StepCostTable table;
