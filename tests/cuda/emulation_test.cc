@@ -4,6 +4,7 @@
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "backend/cuda/device.cuh"
@@ -102,6 +103,18 @@ __global__ void add_one_too_early(const AddOne a) {
 }
 __global__ void add_one_never_awaiting(const AddOne a) { *a.to = *a.from + 1; }
 
+/// What a thread finds in shared memory between asking for a copy and waiting for it.
+__global__ void look_before_waiting(const AddOne a) {
+  follow_previous();
+  auto* const shared = reinterpret_cast<float*>(dynamic_shared());
+  shared[0] = -1;
+  cp_async_16(shared, a.from);
+  cp_async_commit();
+  a.to[0] = shared[0];
+  cp_async_wait<0>();
+  a.to[1] = shared[0];
+}
+
 class Emulation : public ::testing::Test {
  protected:
   ~Emulation() override { emulation::reset(); }
@@ -120,6 +133,20 @@ TEST_F(Emulation, SumsRowsInEveryOrderOfThreads) {
     EXPECT_EQ(sums[0], 0.0F) << "ran before anybody waited";
     stream.wait();
     EXPECT_EQ(sums, (std::vector<float>{5050, 15050, 25050}));
+  }
+}
+
+TEST_F(Emulation, CopiesLateOrAtOnceByTheOrder) {
+  const std::vector<float> from(4, 7.0F);
+  for (const auto& [order, before] :
+       {std::pair(emulation::Order::forward, -1.0F), {emulation::Order::backward, 7.0F}}) {
+    emulation::set_order(order);
+    std::vector<float> found(2);
+    LaunchList list;
+    list.add(look_before_waiting, {dim3(1), dim3(1), 16}, {from.data(), found.data()});
+    list.run(nullptr);
+    check(cudaDeviceSynchronize(), "waiting");
+    EXPECT_EQ(found, (std::vector<float>{before, 7.0F}));
   }
 }
 

@@ -160,7 +160,10 @@ class Grid {
     give_way(thread);
   }
 
-  void copy_later(const Copy& copy) { threads_[running_]->open_copies.push_back(copy); }
+  void copy_later(const Copy& copy) {
+    if (order_ == Order::backward) return carry_out(copy);
+    threads_[running_]->open_copies.push_back(copy);
+  }
   void close_copies() {
     Thread& thread = *threads_[running_];
     thread.closed_copies.push_back(std::move(thread.open_copies));
@@ -169,19 +172,20 @@ class Grid {
   void finish_copies(std::size_t pending) {
     std::deque<Copies>& closed = threads_[running_]->closed_copies;
     for (; closed.size() > pending; closed.pop_front()) {
-      for (const Copy& copy : closed.front()) {
-        if (copy.from == nullptr) {
-          std::memset(copy.to, 0, copy.bytes);
-        } else {
-          std::memcpy(copy.to, copy.from, copy.bytes);
-        }
-      }
+      for (const Copy& copy : closed.front()) carry_out(copy);
     }
   }
 
   [[nodiscard]] unsigned lane() const { return running_ % kWarpSize; }
 
  private:
+  static void carry_out(const Copy& copy) {
+    if (copy.from == nullptr) {
+      std::memset(copy.to, 0, copy.bytes);
+    } else {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+  }
   /// Makes a block what its threads see.
   void enter(unsigned block) const {
     const dim3& grid = launch_->grid;

@@ -51,7 +51,8 @@ std::byte* dynamic_shared();
 int sync_block(bool predicate = false);
 /// Waits until the launch ahead of this one has ended. Each thread has to.
 void await_previous();
-/// Adds a copy to this thread's open group of copies; zeros where `from` is null.
+/// Adds a copy to this thread's open group of copies; zeros where `from` is null. Where threads run backward it happens
+/// at once, as early as a device may do it; elsewhere as late, when it is waited for.
 void copy_later(void* to, const void* from, std::size_t bytes);
 /// Closes that group.
 void close_copies();

@@ -161,7 +161,7 @@ inline uint4 load_16(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
-/// Asynchronous copies happen when their group is waited for, and not before.
+/// Asynchronous copies happen when their group is waited for, or at once (block.h).
 inline void cp_async_16(void* shared, const void* global, bool there = true) {
   if (reinterpret_cast<std::uintptr_t>(shared) % 16 != 0 || reinterpret_cast<std::uintptr_t>(global) % 16 != 0) {
     fail("cp.async: an address that is not aligned to 16 bytes");
