@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Bytes of stack that registers are known to be spilled to, by architecture and part of a kernel's name: of products of
-# one tile of int4 and attention with heads of 512 over float16, on an architecture that they are not tuned for.
-ALLOWED = {("sm_80", "multiply_fewILNS0_12WeightFormatE2ELi1EE"): 8, ("sm_80", "attend_spansILi512ELi1EtEE"): 156}
+# Bytes of stack that registers are known to be spilled to, by architecture and part of a kernel's name: of attention
+# with heads of 512 over float16, on an architecture that it is not tuned for.
+ALLOWED = {("sm_80", "attend_spansILi512ELi1EtEE"): 156}
 
 # Of the GPU's tests; what they say of C++ is the same on all.
 TESTS_ARCHITECTURE = "90a-real"
@@ -64,10 +64,14 @@ def compile_all(directory: Path, architectures: list[str], nvcc: str) -> int:
     build: list[str | Path] = [binaries / "python", "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
     build += ["-w", wheels, "-C", f"build-dir={directory}"]
     build += ["-C", f"cmake.define.CMAKE_CUDA_ARCHITECTURES={';'.join(architectures)}", ROOT / "cuda"]
-    kernels, slow = read_report(output_of(build, environment))
+    report = output_of(build, environment)
+    kernels, slow = read_report(report)
     print(f"nvcc: {kernels} kernels, {len(slow)} of them use local memory")
     for kernel, architecture, local in slow:
         print(f"  {architecture} {local} bytes: {kernel}")
+    waiting = remarks_on_warpgroups(report)
+    for remark in waiting:
+        print(f"  {remark}")
     if kernels == 0:
         print("ptxas told of no kernel: what became of -Xptxas -v?")
         return 1
@@ -79,7 +83,7 @@ def compile_all(directory: Path, architectures: list[str], nvcc: str) -> int:
     if files == 0:
         print("there are no tests for a GPU: what became of their targets?")
         return 1
-    return 0 if all(map(is_allowed, slow)) else 1
+    return 0 if all(map(is_allowed, slow)) and not waiting else 1
 
 
 def output_of(command: Sequence[str | Path], environment: dict[str, str]) -> str:
@@ -147,6 +151,11 @@ def read_report(output: str) -> tuple[int, list[tuple[str, str, int]]]:
             if local > 0:
                 slow.append((name, architecture, local))
     return kernels, slow
+
+
+def remarks_on_warpgroups(output: str) -> list[str]:
+    """What ptxas says where it made matrix instructions of a warpgroup wait for each other: C7510 to C7519."""
+    return sorted({line for line in output.splitlines() if re.search(r"\(C751\d\)", line)})
 
 
 if __name__ == "__main__":

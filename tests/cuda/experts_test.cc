@@ -121,7 +121,7 @@ class ExpertsOfRows : public ::testing::Test {
 
   std::mt19937 random{21};
   Uploader uploader;
-  ExpertMixture mixture{{std::size_t{227} << 10, 132}};
+  ExpertMixture mixture{{std::size_t{227} << 10, 132, false}};
 };
 
 TEST_F(ExpertsOfRows, AgreeWithThePlainForm) {

@@ -20,10 +20,10 @@ inline std::vector<float> operand_values(const std::byte* operands, int rows, in
   std::vector<float> values;
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < padded; ++c) {
-      // As B of mma.m16n8k16: column r of the operand, in lanes 4r .. 4r + 3; two steps of 16 to 512 bytes.
-      const int lane = r % 8 * 4 + c % 8 / 2;
+      // The swizzle of 64 bytes: bits 7 and 8 of where a value would lie are added to bits 4 and 5.
+      const int plain = r % 8 * 64 + c % 32 * 2;
       const std::size_t offset = static_cast<std::size_t>(r / 8) * tile_bytes + static_cast<std::size_t>(c / 32) * 512 +
-                                 static_cast<std::size_t>(lane * 16 + c % 32 / 16 * 8 + c % 16 / 8 * 4 + c % 2 * 2);
+                                 static_cast<std::size_t>(plain ^ (plain >> 7 & 3) << 4);
       std::uint16_t bits = 0;
       std::memcpy(&bits, operands + offset, sizeof bits);
       if (c < columns) {

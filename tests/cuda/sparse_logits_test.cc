@@ -42,7 +42,7 @@ TEST(ClustersOfAHead, HaveTheLogitsOfThePlainProduct) {
       std::shuffle(ids.begin(), ids.end(), random);
       const SparseHead sparse{&head.weight, ids.data(), nullptr, &centroids.weight, kChosen, 5.0F};
       Rows states(kRows, kColumns, 2, random);
-      Projections projections{{std::size_t{227} << 10, 132}};
+      Projections projections{{std::size_t{227} << 10, 132, false}};
       projections.reserve(kRows, kRows, kColumns, tokens);
       const auto score = [&](int first, int rows) {
         SparseLogits logits;

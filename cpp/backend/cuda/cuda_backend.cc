@@ -43,6 +43,10 @@ class DeviceBuffer final : public Buffer {
   std::size_t bytes_;
 };
 
+ProductDevice product_device(const DeviceInfo& device) {
+  return {device.shared_bytes, device.multiprocessors, device.warpgroups};
+}
+
 }  // namespace
 
 CudaBackend::CudaBackend(DeviceInfo device)
@@ -50,8 +54,8 @@ CudaBackend::CudaBackend(DeviceInfo device)
       stream_(Stream::create()),
       piece_(kFirstPiece),
       graphs_(kGraphs, launch_mode()),
-      projections_({device_.shared_bytes, device_.multiprocessors}),
-      experts_({device_.shared_bytes, device_.multiprocessors}),
+      projections_(product_device(device_)),
+      experts_(product_device(device_)),
       attention_(device_.multiprocessors, static_cast<std::size_t>(device_.multiprocessors) * kAttentionScratch) {}
 
 CudaBackend::~CudaBackend() {

@@ -13,6 +13,12 @@ namespace {
 
 constexpr int kLeastMajor = 8;  // bf16 tensor cores, asynchronous copies
 
+#if defined(DRAFTWERK_CUDA_SM90A)
+constexpr bool kHasSm90a = true;
+#else
+constexpr bool kHasSm90a = false;
+#endif
+
 /// Why the backend does not run on a GPU; empty: it does.
 std::string refusal_of(const cudaDeviceProp& properties, int number) {
   const std::string gpu = "GPU " + std::to_string(number) + " (" + properties.name + ")";
@@ -63,7 +69,8 @@ DeviceInfo use_device(int number) {
           properties.major,
           properties.minor,
           properties.multiProcessorCount,
-          properties.sharedMemPerBlockOptin};
+          properties.sharedMemPerBlockOptin,
+          kHasSm90a && properties.major == 9 && properties.minor == 0};
 }
 
 }  // namespace cuda

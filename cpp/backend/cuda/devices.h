@@ -14,6 +14,7 @@ struct DeviceInfo {
   int minor = 0;
   int multiprocessors = 0;
   std::size_t shared_bytes = 0;  ///< that a block may ask for
+  bool warpgroups = false;       ///< whether kernels have matrix instructions of warpgroups there (warpgroup.cuh)
 };
 
 /// How many there are. Throws std::runtime_error, with the reason and what would work, where it is none.

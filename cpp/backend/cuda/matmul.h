@@ -4,7 +4,9 @@
 // the shape and format of the weight alone. A slice adds up its chunks in ascending order, in float32: of bf16 and fp8
 // by the tensor cores, of int8 and int4 each block of 32 columns by the tensor cores and then times its scale to the
 // slice's sum (fused). Every kSliceWarps slices are added in ascending order, starting from zero, and those sums again;
-// of fp8 the last sum is multiplied by the scale of the row. Whatever kernel computes a product does that.
+// of fp8 the last sum is multiplied by the scale of the row. Whatever kernel computes a product does that. On
+// Hopper, instructions of a warp and of a warpgroup add 16 products and a sum to the same bits
+// (docs/decisions/2026-12-01-warpgroups.md).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -83,12 +85,14 @@ struct Products {
 struct ProductDevice {
   std::size_t shared_bytes;  ///< that a block may ask for (cudaDeviceProp::sharedMemPerBlockOptin), at least 99 KiB
   int multiprocessors;
+  bool warpgroups;  ///< whether it has their instructions, and the build has them (DeviceInfo::warpgroups)
 };
 
 /// Rows that a block takes at once in a product of so many, if multiprocessors do not matter.
 [[nodiscard]] int tile_rows(int rows, const ProductDevice& device);
-/// The same where each tile of many rows has so many blocks: fewer rows where the device has room for all of them.
-[[nodiscard]] int tile_rows(int rows, int blocks_of_tile, const ProductDevice& device);
+/// The same without experts, where each tile of many rows has so many blocks: fewer rows where the device has room for
+/// all of them, more where it has warpgroups for the format.
+[[nodiscard]] int tile_rows(int rows, int blocks_of_tile, WeightFormat format, const ProductDevice& device);
 /// What `partials` and `counters` need for any launch, in elements.
 [[nodiscard]] std::size_t partial_floats();
 [[nodiscard]] std::size_t counter_count();

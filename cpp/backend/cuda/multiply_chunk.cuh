@@ -5,13 +5,33 @@
 #include <cstdint>
 
 #include "backend/cuda/device.cuh"
+#include "backend/cuda/operands.cuh"
 #include "backend/cuda/weight_fragments.cuh"
 
 namespace draftwerk::cuda {
 
+enum class Memory : std::uint8_t { shared, global };
+
+/// A warp's B operands of the two steps of a block of 8 rows and 32 columns.
+template <Memory kMemory>
+__device__ __forceinline__ void load_operands(const std::byte* block, std::uint32_t (&x)[4]) {
+  if constexpr (kMemory == Memory::shared) {
+    // Row lane % 8 and operand_piece(row, lane / 8), of one number: kernels of many rows have no register to spare.
+    const int rows = lane() * kOperandRowBytes;
+    ldmatrix_x4(x, block + (rows & 7 * kOperandRowBytes) + ((rows >> 5 ^ rows >> 3) & 3 * kOperandPieceBytes));
+  } else {
+    const int row = lane() / 4;
+    const std::byte* own = block + row * kOperandRowBytes + lane() % 4 * 4;
+#pragma unroll
+    for (int piece = 0; piece < 4; ++piece) {
+      x[piece] = *reinterpret_cast<const std::uint32_t*>(own + operand_piece(row, piece));
+    }
+  }
+}
+
 /// Adds a warp's products of a chunk, without the scales of whole rows: of kPanels panels, each chunk behind the other,
-/// with kTiles * 8 rows of operands, wherever they lie.
-template <WeightFormat kFormat, int kPanels, int kTiles>
+/// with kTiles * 8 rows of operands in kMemory.
+template <Memory kMemory, WeightFormat kFormat, int kPanels, int kTiles>
 __device__ __forceinline__ void multiply_chunk(const std::byte* panels, const std::byte* operands,
                                                float (&sums)[kPanels][kTiles][4]) {
   using C = Chunk<kFormat>;
@@ -21,12 +41,12 @@ __device__ __forceinline__ void multiply_chunk(const std::byte* panels, const st
     std::uint32_t x[kTiles][2][2];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const auto words =
-          *reinterpret_cast<const uint4*>(operands + (t * kBlocks + block) * kFragmentBytes + lane() * 16);
-      x[t][0][0] = words.x;
-      x[t][0][1] = words.y;
-      x[t][1][0] = words.z;
-      x[t][1][1] = words.w;
+      std::uint32_t pieces[4];
+      load_operands<kMemory>(operands + (t * kBlocks + block) * kFragmentBytes, pieces);
+      x[t][0][0] = pieces[0];
+      x[t][0][1] = pieces[1];
+      x[t][1][0] = pieces[2];
+      x[t][1][1] = pieces[3];
     }
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {

@@ -12,10 +12,12 @@
 namespace draftwerk::cuda {
 
 inline constexpr int kOperandRows = 8;       ///< of a B operand
-inline constexpr int kOperandRowBytes = 64;  ///< of a row in a block of 32 columns: the registers of its four lanes
+inline constexpr int kOperandRowBytes = 64;  ///< of a row in a block of 32 columns: four pieces of 8 columns
+inline constexpr int kOperandPieceBytes = 16;
 
-/// Rows rounded to bfloat16 in the order of the B operand of mma.m16n8k16: [tile of 8 rows][block of 32 columns][lane]
-/// of 16 bytes, which are the registers of two steps of 16 columns. Absent columns are zero, absent rows anything.
+/// Rows rounded to bfloat16: [tile of 8 rows][block of 32 columns][row][piece of 8 columns], 512 bytes a block. Piece p
+/// of row r lies where p ^ (r / 2 % 4) would: the eight rows of a piece are in different banks of shared memory, and
+/// wgmma knows the order as its swizzle of 64 bytes. Absent columns are zero, absent rows anything.
 struct OperandView {
   const std::byte* data;
   std::int64_t tile_bytes;  ///< of 8 rows

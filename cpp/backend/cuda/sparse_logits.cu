@@ -49,8 +49,9 @@ __global__ void __launch_bounds__(kWarps* kWarp) multiply_clusters(const Cluster
   const std::byte* operands = a.operands.data + row / 8 * a.operands.tile_bytes;
   float sums[1][1][4] = {};
   for (int chunk = 0; chunk < a.chunks; ++chunk) {
-    multiply_chunk<kFormat>(weight + static_cast<std::int64_t>(chunk) * Chunk<kFormat>::kBytes,
-                            operands + static_cast<std::int64_t>(chunk) * kBlocks * kFragmentBytes, sums);
+    multiply_chunk<Memory::global, kFormat>(weight + static_cast<std::int64_t>(chunk) * Chunk<kFormat>::kBytes,
+                                            operands + static_cast<std::int64_t>(chunk) * kBlocks * kFragmentBytes,
+                                            sums);
   }
   if (lane() % 4 != row % 8 / 2) return;
   for (int half = 0; half < 2; ++half) {

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -14,6 +16,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -39,6 +42,8 @@ using Together = void (*)(Brought, std::uint32_t);
 
 struct Thread {
   Fiber fiber;
+  std::vector<std::function<void()>> open_products;
+  std::vector<std::function<void()>> closed_products;
   Copies open_copies;
   std::deque<Copies> closed_copies;
   uint3 index{};
@@ -176,6 +181,21 @@ class Grid {
     }
   }
 
+  void multiply_later(std::function<void()> product) {
+    if (order_ == Order::backward) return product();
+    threads_[running_]->open_products.push_back(std::move(product));
+  }
+  void close_products() {
+    Thread& thread = *threads_[running_];
+    std::ranges::move(thread.open_products, std::back_inserter(thread.closed_products));
+    thread.open_products.clear();
+  }
+  void finish_products() {
+    // Other threads run in between, as lanes meet for a product.
+    const std::vector<std::function<void()>> products = std::exchange(threads_[running_]->closed_products, {});
+    for (const std::function<void()>& product : products) product();
+  }
+
   [[nodiscard]] unsigned lane() const { return running_ % kWarpSize; }
 
  private:
@@ -202,6 +222,8 @@ class Grid {
       thread.index = {t % block_size.x, t / block_size.x % block_size.y, t / block_size.x / block_size.y};
       thread.state = State::running;
       thread.awaited = false;
+      thread.open_products.clear();
+      thread.closed_products.clear();
       thread.open_copies.clear();
       thread.closed_copies.clear();
       thread.fiber.start(run_thread, this);
@@ -394,6 +416,9 @@ void meet(std::uint32_t mask, void* brought, Together together) { device().now()
 void copy_later(void* to, const void* from, std::size_t bytes) { device().now().copy_later({to, from, bytes}); }
 void close_copies() { device().now().close_copies(); }
 void finish_copies(int pending) { device().now().finish_copies(static_cast<std::size_t>(pending)); }
+void multiply_later(std::function<void()> product) { device().now().multiply_later(std::move(product)); }
+void close_products() { device().now().close_products(); }
+void finish_products() { device().now().finish_products(); }
 unsigned lane() { return device().now().lane(); }
 
 }  // namespace emulation

@@ -58,6 +58,12 @@ void copy_later(void* to, const void* from, std::size_t bytes);
 void close_copies();
 /// Carries groups out, the oldest first, until `pending` closed ones are left.
 void finish_copies(int pending);
+/// The same, as late or at once, for what a thread of a warpgroup does with the others while it goes on: products have
+/// groups of their own.
+void multiply_later(std::function<void()> product);
+void close_products();
+/// Carries all closed groups out.
+void finish_products();
 /// This thread's lane.
 unsigned lane();
 

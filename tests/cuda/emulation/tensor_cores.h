@@ -2,8 +2,10 @@
 // operation using mma instruction"): lane l has group l / 4 and place l % 4.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -155,6 +157,26 @@ void ldmatrix(std::uint32_t (&r)[4], const void* shared_row) {
 }
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* shared_row) { ldmatrix<false>(r, shared_row); }
 inline void ldmatrix_x4_transposed(std::uint32_t (&r)[4], const void* shared_row) { ldmatrix<true>(r, shared_row); }
+
+/// sums[t] += a b for tiles of 8 rows of b, as PTX's wgmma of bfloat16 with a in registers: done at once or when
+/// it is waited for, with what is in registers and shared memory by then. b: of each tile 8 rows of 64 bytes, in which
+/// bits 4 and 5 of an address within shared memory have bits 7 and 8 added without carry (swizzle of 64 bytes).
+inline void multiply_by_warpgroup(float (*sums)[4], int tiles, const std::uint32_t (&a)[4], const std::byte* b,
+                                  int tile_bytes) {
+  const std::ptrdiff_t first = b - dynamic_shared();
+  if (first % 512 != 0 && first % 512 != 32) fail("wgmma: operands that do not begin where a swizzle of 64 bytes does");
+  multiply_later([=, &a] {
+    for (int t = 0; t < tiles; ++t) {
+      std::uint32_t of_tile[2];
+      for (int half = 0; half < 2; ++half) {
+        const std::ptrdiff_t plain =
+            first + std::ptrdiff_t{t} * tile_bytes + lane() / 4 * 64 + half * 16 + lane() % 4 * 4;
+        std::memcpy(&of_tile[half], dynamic_shared() + (plain ^ (plain >> 7 & 3) << 4), sizeof of_tile[half]);
+      }
+      mma_bf16(sums[t], a, of_tile);
+    }
+  });
+}
 
 inline uint4 load_16(const void* global) {
   if (reinterpret_cast<std::uintptr_t>(global) % 16 != 0) fail("load: an address that is not aligned to 16 bytes");

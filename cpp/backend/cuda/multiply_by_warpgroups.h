@@ -1,0 +1,18 @@
+// Products of many rows with bf16 weights (matmul.h), as prompts have them, by instructions of a warpgroup
+// (warpgroup.cuh).
+#pragma once
+
+#include "backend/cuda/launch.h"
+#include "backend/cuda/matmul.h"
+
+namespace draftwerk::cuda {
+
+inline constexpr int kGroupedRows = 192;      ///< of a block
+inline constexpr int kGroupedTilePanels = 8;  ///< of one, of a pair of matrices together
+
+/// Records the launch, of products.tile_count tiles of rows and so many blocks for each.
+void record_products_by_warpgroups(LaunchList& launches, int blocks_of_tile, const Products& products);
+/// Lets the kernel have the shared memory that it needs.
+void allow_products_by_warpgroups();
+
+}  // namespace draftwerk::cuda
