@@ -80,6 +80,7 @@ def run(
     *,
     notes: Notes | None = None,
     stop: Callable[[], bool] = lambda: False,
+    device: str = "cpu",
     **changes: Any,
 ) -> bool:
     """Begins a run, or goes on with the one that is there."""
@@ -87,7 +88,7 @@ def run(
         place = RunDirectory(directory)
     else:
         place = begin(directory, dataclasses.replace(OPTIONS, **changes))
-    return Run(place, read_options(place), checkpoint, notes or Notes(), stop=stop, device="cpu", threads=1).train()
+    return Run(place, read_options(place), checkpoint, notes or Notes(), stop=stop, device=device, threads=1).train()
 
 
 def weights(directory: Path) -> dict[str, bytes]:
