@@ -7,6 +7,7 @@
 #include "backend/cuda/multiply_by_warpgroups.h"
 #include "backend/cuda/multiply_few.cuh"
 #include "backend/cuda/multiply_many.cuh"
+#include "backend/cuda/warpgroup.cuh"
 
 namespace draftwerk::cuda {
 namespace {
@@ -56,8 +57,6 @@ void with_tile(WeightFormat format, int rows, Body&& body) {
   });
 }
 
-static_assert(kGroupedTilePanels == kTilePanels);
-
 constexpr int tiles_of(int rows, int tile) { return (rows + tile - 1) / tile; }
 
 }  // namespace
@@ -80,8 +79,8 @@ int tile_rows(int rows, int blocks_of_tile, WeightFormat format, const ProductDe
   // at the 400 TFLOP/s that mma.sync is expected to give all of them, 0.23 ms or 0.12.
   if (tiles_of(rows, kNarrowTile) * blocks_of_tile <= device.multiprocessors) return kNarrowTile;
   const bool grouped = device.warpgroups && format == WeightFormat::bf16 &&
-                       tiles_of(rows, kGroupedRows) * kGroupedTileTime <= tiles_of(rows, kWideTile) * kWideTileTime;
-  return grouped ? kGroupedRows : kWideTile;
+                       tiles_of(rows, kGroupRows) * kGroupedTileTime <= tiles_of(rows, kWideTile) * kWideTileTime;
+  return grouped ? kGroupRows : kWideTile;
 }
 
 // Splits are at most kUnitsAtOnce / groups. Twice that many, for pairs and for units larger than a group.
@@ -115,7 +114,7 @@ void record_products(LaunchList& launches, WeightFormat format, const ProductDev
     size = tile_rows(products.rows, blocks_of_tile, format, device);
     products.tile_count = tiles_of(products.rows, size);
   }
-  if (size == kGroupedRows) return record_products_by_warpgroups(launches, blocks_of_tile, products);
+  if (size == kGroupRows) return record_products_by_warpgroups(launches, blocks_of_tile, products);
   if (many) {
     with_tile(format, size, [&]<WeightFormat kFormat, int kRowWarps>() {
       using T = ManyRows<kFormat, kRowWarps>;

@@ -10,12 +10,11 @@
 namespace draftwerk::cuda {
 namespace {
 
-static_assert(kGroupedRows == kGroupRows);
 using C = Chunk<WeightFormat::bf16>;
 
 // A block has two warpgroups, one of 64 outputs beside the other, of which each warp has a panel.
-constexpr int kThreads = kGroupedTilePanels * kWarp;
-constexpr int kOperandOffset = kGroupedTilePanels * C::kBytes;  // in a stage, which has a chunk
+constexpr int kThreads = kTilePanels * kWarp;
+constexpr int kOperandOffset = kTilePanels * C::kBytes;  // in a stage, which has a chunk
 constexpr int kStageBytes = kOperandOffset + kGroupTiles * kFragmentBytes;
 constexpr int kStages = 6;
 constexpr int kAhead = kStages - 2;     // one is multiplied, one may still be
@@ -33,12 +32,12 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_by_warpgroups(const Prod
   let_next_start();
   const int thread = static_cast<int>(threadIdx.x);
   const ProductPart& part = part_of(a, static_cast<int>(blockIdx.y));
-  const RowTile here(a, part, static_cast<int>(blockIdx.x), kGroupedRows);
+  const RowTile here(a, part, static_cast<int>(blockIdx.x), kGroupRows);
   // Of a pair of matrices, each warpgroup has one.
   const bool pair = part.paired != nullptr;
   const int unit = static_cast<int>(blockIdx.y) - part.first_unit;
-  const int first_panel = unit * (pair ? kGroupWarps : kGroupedTilePanels);
-  const int panel = first_panel + warp() % (pair ? kGroupWarps : kGroupedTilePanels);
+  const int first_panel = unit * (pair ? kGroupWarps : kTilePanels);
+  const int panel = first_panel + warp() % (pair ? kGroupWarps : kTilePanels);
   const int panels = (part.outputs + kPanelRows - 1) / kPanelRows;
   const int last_tile = (here.rows - 1) / kOperandRows;
   float* const totals = reinterpret_cast<float*>(dynamic_shared());  // [kSums][thread]
@@ -58,8 +57,8 @@ __global__ void __launch_bounds__(kThreads, 1) multiply_by_warpgroups(const Prod
       cp_async_16(stage + own + f * kFragmentBytes, weights + std::int64_t{chunk} * C::kBytes + f * kFragmentBytes);
     }
 #pragma unroll
-    for (int i = 0; i < kGroupTiles / kGroupedTilePanels; ++i) {
-      const int tile = i * kGroupedTilePanels + warp();
+    for (int i = 0; i < kGroupTiles / kTilePanels; ++i) {
+      const int tile = i * kTilePanels + warp();
       cp_async_16(stage + kOperandOffset + tile * kFragmentBytes + lane() * kOperandPieceBytes,
                   operands + min(tile, last_tile) * a.operands.tile_bytes + std::int64_t{chunk} * kFragmentBytes);
     }

@@ -7,10 +7,7 @@
 
 namespace draftwerk::cuda {
 
-inline constexpr int kGroupedRows = 192;      ///< of a block
-inline constexpr int kGroupedTilePanels = 8;  ///< of one, of a pair of matrices together
-
-/// Records the launch, of products.tile_count tiles of rows and so many blocks for each.
+/// Records the launch, of products.tile_count tiles of kGroupRows and so many blocks for each.
 void record_products_by_warpgroups(LaunchList& launches, int blocks_of_tile, const Products& products);
 /// Lets the kernel have the shared memory that it needs.
 void allow_products_by_warpgroups();

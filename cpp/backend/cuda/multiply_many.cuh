@@ -9,9 +9,6 @@
 
 namespace draftwerk::cuda {
 
-// Panels of a block.
-inline constexpr int kTilePanels = 8;
-
 /// How a block cuts a tile of 128 outputs and kRowWarps * 32 rows (kWideTile or kNarrowTile): two warps one below the
 /// other, kRowWarps side by side, each with 64 outputs and 32 rows.
 template <WeightFormat kFormat, int kRowWarps>

@@ -13,6 +13,8 @@
 
 namespace draftwerk::cuda {
 
+inline constexpr int kTilePanels = 8;  ///< of a block of many rows, of a pair of matrices together
+
 /// Writes a finished product; `row` and `output` are inside.
 __device__ __forceinline__ void finish(const ProductPart& part, float softcap, int row, int output, float product,
                                        float paired) {
